@@ -1,0 +1,1 @@
+"""The command line: it composes, it defines nothing."""

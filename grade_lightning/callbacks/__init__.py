@@ -1,0 +1,6 @@
+"""What one sees and keeps of a run."""
+
+from .completions import Completions as Completions
+from .export import Export as Export
+from .predictions import PredictionWriter as PredictionWriter
+from .summary import Summary as Summary

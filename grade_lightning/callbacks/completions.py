@@ -1,0 +1,65 @@
+"""Completions and a histogram of rewards in TensorBoard."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from grade_lightning.errors import InputError
+from grade_lightning.module import AlignmentModule
+from grade_lightning.rollouts import Rollout
+
+
+class Completions(Callback):
+    """Write a table (prompt, completion, reward, KL) as text, and the rewards as a histogram.
+
+    Args:
+        every_n_steps: how often while training; validation and testing write once each time.
+        rows: completions in a table.
+    """
+
+    def __init__(self, every_n_steps: int = 50, rows: int = 8) -> None:
+        if every_n_steps < 1 or rows < 1:
+            raise InputError(f"completions: every_n_steps = {every_n_steps} and rows = {rows} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write what was sampled."""
+        if isinstance(pl_module, AlignmentModule) and (trainer.global_step - 1) % self.every_n_steps == 0:
+            rollout, scores, kl = pl_module.last_rollout
+            self._write(trainer, "train", rollout, scores.total, kl)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the first batch."""
+        self._write_evaluation(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the first batch."""
+        self._write_evaluation(trainer, pl_module, "test")
+
+    def _write_evaluation(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if isinstance(module, AlignmentModule) and not trainer.sanity_checking:
+            result = module.last_evaluation
+            self._write(trainer, stage, result["rollout"], result["reward"], result["kl"])
+
+    def _write(self, trainer: Trainer, stage: str, rollout: Rollout, reward: Tensor, kl: Tensor) -> None:
+        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        writer = trainer.logger.experiment
+        writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), trainer.global_step)
+        answered = reward[~reward.isnan()]
+        if len(answered):
+            writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), trainer.global_step)
+
+
+def completion_table(rollout: Rollout, reward: Tensor, kl: Tensor, rows: int) -> str:
+    """A Markdown table of the first `rows` completions."""
+    lines = ["| prompt | completion | reward | KL (nats) |", "|---|---|--:|--:|"]
+    for prompt, completion, r, k in list(zip(rollout.prompts, rollout.completions, reward, kl, strict=True))[:rows]:
+        cells = [" ".join(text.replace("|", "\\|").split()) for text in (prompt, completion)]
+        lines.append(f"| {cells[0]} | {cells[1]} | {float(r):.3f} | {float(k):.2f} |")
+    return "\n".join(lines)

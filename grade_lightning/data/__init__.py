@@ -1,0 +1,15 @@
+"""Data: sources of rows, the bundled reviews, and the DataModule that splits and batches them."""
+
+from grade_lightning.data.batches import LabelledBatch as LabelledBatch
+from grade_lightning.data.batches import PromptBatch as PromptBatch
+from grade_lightning.data.batches import TextBatch as TextBatch
+from grade_lightning.data.datamodule import TextDataModule as TextDataModule
+from grade_lightning.data.reviews import generate_reviews as generate_reviews
+from grade_lightning.data.reviews import grammar_positive as grammar_positive
+from grade_lightning.data.reviews import grammar_valid as grammar_valid
+from grade_lightning.data.reviews import judge_sentences as judge_sentences
+from grade_lightning.data.sources import BundledReviews as BundledReviews
+from grade_lightning.data.sources import HubDataset as HubDataset
+from grade_lightning.data.sources import LocalFiles as LocalFiles
+from grade_lightning.data.sources import Source as Source
+from grade_lightning.data.texts import opening as opening

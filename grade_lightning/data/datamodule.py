@@ -1,0 +1,272 @@
+"""The DataModule: one set of splits that share nothing, read in three ways."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.data.batches import CollateLabelled, CollatePrompts, CollateTexts, encode
+from grade_lightning.data.sources import BundledReviews, Source
+from grade_lightning.data.texts import keys_of, split_rows
+from grade_lightning.errors import InputError
+
+View = Literal["prompts", "labelled", "text"]
+Split = Literal["reward", "prompts", "validation", "test"]
+
+
+class EpochSampler(RandomSampler):
+    """Shuffle by seed and epoch, so that a resumed run sees the order that it would have seen.
+
+    Lightning calls `set_epoch`, and puts its DistributedSampler in this one's place where it needs to.
+    """
+
+    def __init__(self, rows: Dataset, seed: int) -> None:
+        super().__init__(rows, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose place within the epoch goes into Lightning's checkpoints."""
+
+    _skip = 0
+    _given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        skip, self._skip = self._skip, 0
+        for self._given, batch in enumerate(super().__iter__(), 1):
+            if self._given > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how many batches of the epoch were given out."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next epoch after that many batches, or at its start if they were all."""
+        self._skip = state["given"] % len(self)
+
+
+class TextDataModule(LightningDataModule):
+    """Texts or prompts in four splits, of which no two share a text or a prompt.
+
+    `reward` (to train a reward model), `prompts` (to train a policy) and `validation` come out of the
+    source's train rows, `test` out of its test rows or, where it has none, out of the train rows too. A
+    duplicated text is kept once; a text or prompt that two splits would share stays in the first of test,
+    validation, prompts and reward. `dropped` counts what that left out.
+
+    How the rows are read is the `view` of the LightningModule: "prompts" gives `PromptBatch`es and trains
+    on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives `TextBatch`es and
+    trains on `prompts`. All validate on `validation` and test on `test`. The module also has the `tokenizer`.
+
+    Args:
+        source: Where the rows come from; `None` for the bundled reviews.
+        batch_size: Rows in a training batch, on each device.
+        eval_batch_size: Rows in a batch to validate, test or predict.
+        reward_size: Rows in the split `reward`; taken as 0 where rows have no label.
+        prompt_size: Rows in the split `prompts`.
+        val_size: Rows in the split `validation`.
+        test_size: Rows in the split `test`; `None` for all test rows, or `val_size` if the source has none.
+        max_prompt_chars: Of a `text`, the prompt is the first sentence, or the first two where they fit.
+        max_prompt_tokens: Where to cut such a prompt. A column `prompt` is not cut: a longer one is an error.
+        max_text_tokens: Where to cut a whole text.
+        num_workers: Processes that prepare batches.
+        seed: Of the splits and the shuffling.
+
+    Example:
+        >>> data = TextDataModule(BundledReviews(60, 20), reward_size=20, prompt_size=30, val_size=10)
+        >>> data.setup()
+        >>> {name: len(rows) for name, rows in data.splits.items()}
+        {'test': 20, 'validation': 10, 'prompts': 30, 'reward': 20}
+    """
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        reward_size: int = 5_000,
+        prompt_size: int = 10_000,
+        val_size: int = 2_000,
+        test_size: int | None = None,
+        max_prompt_chars: int = 200,
+        max_prompt_tokens: int = 32,
+        max_text_tokens: int = 128,
+        num_workers: int = 0,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        sizes = {"reward_size": reward_size, "prompt_size": prompt_size, "val_size": val_size}
+        sizes |= {"test_size": test_size or 0, "num_workers": num_workers}
+        counts = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_chars": max_prompt_chars,
+        }
+        # with a BOS, one token would be no prompt
+        lengths = {"max_prompt_tokens": max_prompt_tokens, "max_text_tokens": max_text_tokens}
+        for least, fields in enumerate((sizes, counts, lengths)):
+            for name, value in fields.items():
+                if value < least:
+                    raise InputError(f"data.{name}: {value} is too small; use {least} or more")
+        self.source = source or BundledReviews()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.reward_size, self.prompt_size, self.val_size, self.test_size = (
+            reward_size,
+            prompt_size,
+            val_size,
+            test_size,
+        )
+        self.max_prompt_chars, self.max_prompt_tokens = max_prompt_chars, max_prompt_tokens
+        self.max_text_tokens = max_text_tokens
+        self.num_workers, self.seed = num_workers, seed
+        self.splits: dict[str, Dataset] = {}
+        self.dropped: dict[str, int] = {}
+        self._loaded: DatasetDict | None = None
+        self._reading: tuple[PreTrainedTokenizerBase, View] | None = None
+
+    def attach(self, tokenizer: PreTrainedTokenizerBase, view: View) -> None:
+        """Choose how rows are read; `setup` takes both from the trainer's LightningModule.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            view: "prompts", "labelled" or "text".
+        """
+        self._reading = tokenizer, view
+
+    def prepare_data(self) -> None:
+        """Download or parse the source, once on each machine."""
+        self._loaded = self.source.load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the rows, the first time, and check them against the tokenizer and view.
+
+        Args:
+            stage: Lightning's; all splits are made whatever it is.
+        """
+        if self.trainer is not None:
+            module = cast(Any, self.trainer.lightning_module)
+            self.attach(module.tokenizer, module.view)
+        if not self.splits:
+            self._split(self._loaded or self.source.load())
+            self._loaded = None
+        if self._reading is not None and self._reading[1] == "prompts":
+            self._check_prompts(self._reading[0])
+
+    def _split(self, data: DatasetDict) -> None:
+        train, test = data["train"], data.get("test")
+        labelled = "label" in train.column_names
+        sizes = {"validation": self.val_size, "prompts": self.prompt_size}
+        sizes["reward"] = self.reward_size if labelled else 0
+        if test is None:
+            sizes = {"test": self.val_size if self.test_size is None else self.test_size} | sizes
+        train_keys = keys_of(train[:], self.max_prompt_chars)
+        test_keys = None if test is None else keys_of(test[:], self.max_prompt_chars)
+        rows, self.dropped = split_rows(train_keys, test_keys, sizes, self.test_size, self.seed)
+        found = sum(len(rows[name]) for name in sizes)
+        if found < sum(sizes.values()):
+            raise InputError(
+                f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), "
+                f"but {sum(sizes.values())} are asked for; lower "
+                + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in sizes.items() if size)
+            )
+        if len(rows["test"]) < (self.test_size or 0):
+            raise InputError(
+                f"data.test_size: {self.test_size}, but there are {len(rows['test'])} test rows; lower it"
+            )
+        self.splits = {
+            name: (test if name == "test" and test is not None else train).select(numbers)
+            for name, numbers in rows.items()
+        }
+        self._numbers = rows
+        if any(self.dropped.values()):
+            rank_zero_info(f"Rows left out so that splits share nothing: {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return (
+            f"{self.dropped['duplicate']} duplicated texts, {self.dropped['in_test']} texts in test, "
+            f"{self.dropped['same_prompt']} prompts in another split"
+        )
+
+    def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        for name in ("prompts", "validation", "test"):
+            rows = self.splits[name]
+            prompts = rows["prompt"] if "prompt" in rows.column_names else ()
+            for number, prompt in zip(self._numbers[name], prompts, strict=False):
+                if (length := len(encode(tokenizer, prompt))) > self.max_prompt_tokens:
+                    raise InputError(
+                        f"column 'prompt', row {number} (split '{name}'): {length} tokens; raise "
+                        f"--data.max_prompt_tokens (now {self.max_prompt_tokens}) or drop the row"
+                    )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of `reward` (labelled view) or of `prompts`, in another order each epoch."""
+        _, view = self._read()
+        split: Split = "reward" if view == "labelled" else "prompts"
+        if 0 < len(self.splits[split]) < self.batch_size:
+            raise InputError(
+                f"data.batch_size: {self.batch_size}, but the split '{split}' has "
+                f"{len(self.splits[split])} rows; lower it or raise data.{_OPTIONS[split]}"
+            )
+        return self._loader(split, train=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of `validation`."""
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of `test`."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of `test`."""
+        return self._loader("test")
+
+    def _read(self) -> tuple[PreTrainedTokenizerBase, View]:
+        if self._reading is None:
+            raise RuntimeError("call attach(tokenizer, view) first, or let a Trainer call setup()")
+        return self._reading
+
+    def _loader(self, split: Split, train: bool = False) -> DataLoader[Any]:
+        tokenizer, view = self._read()
+        rows = self.splits[split]
+        texts = CollateTexts(tokenizer, self.max_text_tokens)
+        collate: CollatePrompts | CollateTexts | CollateLabelled = texts
+        if view == "labelled":
+            if "label" not in rows.column_names:
+                raise InputError("data.source: no column 'label' to train a reward model on; add it (0 or 1)")
+            collate = CollateLabelled(texts)
+        elif view == "prompts":
+            collate = CollatePrompts(tokenizer, self.max_prompt_chars, self.max_prompt_tokens)
+        if not len(rows):
+            raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
+        return (ResumableLoader if train else DataLoader)(
+            rows,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            sampler=EpochSampler(rows, self.seed) if train else None,
+            drop_last=train,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            # without one, each epoch would draw from the global generator, as a rollout's noise does
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+_OPTIONS: dict[str, str] = {
+    "reward": "reward_size",
+    "prompts": "prompt_size",
+    "validation": "val_size",
+    "test": "test_size",
+}

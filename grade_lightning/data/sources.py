@@ -1,0 +1,229 @@
+"""Where the rows come from: every source gives a `datasets.DatasetDict` with TRL's columns."""
+
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from datasets import (  # type: ignore[import-untyped]
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    load_dataset,
+)
+
+from grade_lightning.data.reviews import generate_reviews
+from grade_lightning.errors import InputError
+
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+_LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "neg": 0, "positive": 1, "pos": 1}
+_BREAK = re.compile(r"<br\s*/?>")
+
+
+class Source(ABC):
+    """Gives the rows to train and to test on, with the columns that TRL uses.
+
+    These are `text`, `prompt`, or `prompt` with `completion` or with `chosen` and `rejected`; a `label`,
+    where there is one, is 0 (negative) or 1 (positive). Further columns are kept, for reward functions. A
+    source of your own implements `load` and can end it with `normalise`.
+    """
+
+    @abstractmethod
+    def load(self) -> DatasetDict:
+        """Read the splits "train" and, if there is one, "test"."""
+
+
+class BundledReviews(Source):
+    """Film reviews written by the grammar of `grade_lightning.data.reviews`: nothing to download.
+
+    Args:
+        num_train: Reviews to train on; the default is a little more than the data module's splits take.
+        num_test: Reviews to test on.
+        seed: Another seed gives other reviews.
+
+    Example:
+        >>> reviews = BundledReviews(num_train=4, num_test=2).load()
+        >>> reviews["train"]["label"][:], reviews["test"].column_names
+        ([0, 1, 0, 1], ['text', 'label'])
+    """
+
+    def __init__(self, num_train: int = 18_000, num_test: int = 2_000, seed: int = 0) -> None:
+        self.num_train, self.num_test, self.seed = num_train, num_test, seed
+
+    def load(self) -> DatasetDict:
+        """Write the reviews."""
+        reviews = generate_reviews(self.num_train + self.num_test, self.seed)
+        parts = {"train": reviews[: self.num_train], "test": reviews[self.num_train :]}
+        tables = {
+            split: {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+            for split, rows in parts.items()
+        }
+        return DatasetDict({split: Dataset.from_dict(table) for split, table in tables.items()})
+
+
+class HubDataset(Source):
+    """A dataset of the Hugging Face Hub, or of its cache when `HF_HUB_OFFLINE=1`.
+
+    Args:
+        name: The dataset's name, such as "stanfordnlp/imdb".
+        config: Which of its configurations; `None` for the default.
+        train_split: Its split to train on.
+        test_split: Its split to test on; `None` if it has none.
+    """
+
+    def __init__(
+        self,
+        name: str = "stanfordnlp/imdb",
+        config: str | None = None,
+        train_split: str = "train",
+        test_split: str | None = "test",
+    ) -> None:
+        self.name, self.config = name, config
+        self.splits = {"train": train_split} | ({"test": test_split} if test_split else {})
+
+    def load(self) -> DatasetDict:
+        """Download the splits, or take them from the cache."""
+        try:
+            data = load_dataset(self.name, self.config, split=self.splits)
+        except ConnectionError as error:
+            raise InputError(
+                f"data.source.name: {_line(error)}; with no network, use LocalFiles, or fill the cache with "
+                "network once and then set HF_HUB_OFFLINE=1"
+            ) from error
+        except Exception as error:  # each builder, and each dataset, raises its own
+            raise InputError(
+                f"data.source.name: {self.name}: {_line(error)}; check name, config and splits"
+            ) from error
+        return DatasetDict({split: normalise(rows, f"{self.name} ({split})") for split, rows in data.items()})
+
+
+class LocalFiles(Source):
+    """Your own files: parquet, csv, json, jsonl, txt (a row a line), or the unpacked aclImdb folder.
+
+    Args:
+        train: A file; or a folder with files of one format named `train*` (and, perhaps, `test*`); or a
+            folder with `train/pos`, `train/neg` (and, perhaps, `test/pos`, `test/neg`), a text file a review.
+        test: A file, or a folder as above. `None` takes the test split of the folder `train`, if any.
+    """
+
+    def __init__(self, train: str, test: str | None = None) -> None:
+        self.train, self.test = train, test
+
+    def load(self) -> DatasetDict:
+        """Read the files."""
+        splits = {"train": _read(Path(self.train), "train")}
+        if self.test is not None:
+            splits["test"] = _read(Path(self.test), "test")
+        elif Path(self.train).is_dir() and _found(Path(self.train), "test"):
+            splits["test"] = _read(Path(self.train), "test")
+        return DatasetDict(splits)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
+
+
+def _found(folder: Path, split: str) -> list[Path]:
+    """What a folder has for a split: the two folders of aclImdb, or files."""
+    tree = [folder / split / "neg", folder / split / "pos"]
+    if all(part.is_dir() for part in tree):
+        return tree
+    return sorted(path for path in folder.glob(f"{split}*") if path.suffix.lower() in _BUILDERS)
+
+
+def _read(path: Path, split: str) -> Dataset:
+    field = f"data.source.{split}: {path}"
+    if not path.exists():
+        raise InputError(f"{field}: no such file or folder; check the path")
+    paths = _found(path, split) if path.is_dir() else [path]
+    if not paths:
+        known = ", ".join(_BUILDERS)
+        raise InputError(
+            f"{field}: the folder has neither {split}* files ({known}) nor {split}/pos and {split}/neg; "
+            "name a file"
+        )
+    rows = _read_tree(paths, field) if paths[0].is_dir() else _read_files(paths, field)
+    return normalise(rows, field)
+
+
+def _read_tree(folders: list[Path], field: str) -> Dataset:
+    texts, labels = [], []
+    for folder in folders:
+        for path in sorted(folder.glob("*.txt")):
+            try:
+                texts.append(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{field}: cannot read {path}: {error}; unpack the archive again") from error
+            labels.append(folder.name)
+    return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def _read_files(paths: list[Path], field: str) -> Dataset:
+    suffixes = {path.suffix.lower() for path in paths}
+    if len(suffixes) > 1:
+        raise InputError(f"{field}: mixes {', '.join(sorted(suffixes))}; keep one format, or name one file")
+    builder = _BUILDERS.get(paths[0].suffix.lower())
+    if builder is None:
+        raise InputError(f"{field}: unknown format {paths[0].suffix!r}; use one of {', '.join(_BUILDERS)}")
+    if empty := [path for path in paths if not path.stat().st_size]:
+        raise InputError(f"{field}: {empty[0].name} is empty; write it again or leave it out")
+    try:
+        # the Arrow copy goes to the Hugging Face cache, nothing beside the file
+        rows = load_dataset(builder, data_files=[str(path) for path in paths], split="train")
+    except Exception as error:  # each builder raises its own
+        raise InputError(f"{field}: cannot be read as {builder} ({_line(error)}); write it again") from error
+    return rows.filter(lambda text: text.strip(), input_columns="text") if builder == "text" else rows
+
+
+def normalise(rows: Dataset, name: str) -> Dataset:
+    r"""Check the columns, write labels as 0 and 1, and turn `<br />` into a newline.
+
+    Args:
+        rows: A dataset with a column `text` or `prompt`.
+        name: What to call it in an error.
+
+    Example:
+        >>> rows = Dataset.from_dict({"text": ["Dull.<br />Slow."], "label": ["Negative"]})
+        >>> normalise(rows, "reviews.csv")[0]
+        {'text': 'Dull.\nSlow.', 'label': 0}
+    """
+    columns = rows.column_names
+    if not {"text", "prompt"} & set(columns):
+        raise InputError(
+            f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}"
+        )
+    if not len(rows):
+        raise InputError(f"{name}: no rows; give a file with at least one")
+    table = {column: rows[column][:] for column in columns}
+    for column in ("text", "prompt"):
+        for i, value in enumerate(table.get(column, ())):
+            _check_text(value, column, f"{name}: row {i}")
+    for column in {"text", "prompt", "completion", "chosen", "rejected"} & set(columns):
+        table[column] = [_BREAK.sub("\n", v) if isinstance(v, str) else v for v in table[column]]
+    if "label" in columns:
+        feature = rows.features["label"]
+        if isinstance(feature, ClassLabel):
+            table["label"] = [label if label is None else feature.int2str(label) for label in table["label"]]
+        table["label"] = [_as_label(label, f"{name}: row {i}") for i, label in enumerate(table["label"])]
+    return Dataset.from_dict(table)
+
+
+def _check_text(value: object, column: str, name: str) -> None:
+    if isinstance(value, str):
+        if value.strip():
+            return
+        raise InputError(f"{name}: '{column}' is empty; fill it in or drop the row")
+    messages = value if isinstance(value, list) and column == "prompt" else []
+    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise InputError(
+            f"{name}: '{column}' is {value!r}; write a text"
+            + " or a list of role and content" * (column == "prompt")
+        )
+
+
+def _as_label(label: object, name: str) -> int:
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, str | int | float) or key not in _LABELS:
+        raise InputError(
+            f"{name}: 'label' is {label!r}; write 0 or 1, false or true, neg or pos, negative or positive"
+        )
+    return _LABELS[key]

@@ -1,0 +1,106 @@
+"""Training of the differentiable reward: the stage before alignment."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.module import TrainableModule
+from grade_lightning.policies import Policy
+from grade_lightning.policies.loading import resolve_model
+from grade_lightning.rewards import Classifier
+
+
+class RewardModel(TrainableModule):
+    """A sentiment classifier on the policy's own backbone and vocabulary.
+
+    Logs `{stage}/loss` (binary cross-entropy, nats), `{stage}/accuracy`, `{stage}/auroc` and
+    `{stage}/calibration_error` (expected calibration error over 15 bins).
+
+    Args:
+        backbone: the language model that the policy will be; a folder, a name on the Hub, or `"bundled"`.
+        freeze_backbone: train the head alone.
+        hidden: width of the head's middle layer.
+        optimizer: any torch optimizer by class path.
+        lr_scheduler: any torch scheduler.
+
+    References:
+        | GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
+    """
+
+    view = "labelled"
+
+    def __init__(
+        self,
+        backbone: str = "bundled",
+        freeze_backbone: bool = False,
+        hidden: int = 256,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.source = Policy(backbone)
+        self.freeze_backbone = freeze_backbone
+        self.hidden = hidden
+        self.classifier: Classifier | None = None
+        metrics = {
+            "accuracy": BinaryAccuracy(),
+            "auroc": BinaryAUROC(),
+            "calibration_error": BinaryCalibrationError(n_bins=15),
+        }
+        self.metrics = nn.ModuleDict({s: MetricCollection(dict(metrics), prefix=f"{s}/") for s in ("val", "test")})
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's."""
+        return self.source.tokenizer
+
+    def configure_model(self) -> None:
+        """Load the backbone under a new head."""
+        if self.classifier is None:
+            self.classifier = Classifier.from_backbone(resolve_model(self.source.path, "policy"), self.hidden)
+            self.classifier.train()
+            self.classifier.backbone.requires_grad_(not self.freeze_backbone)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Logits of "positive", (B,)."""
+        assert self.classifier is not None
+        logits: Tensor = self.classifier(self.classifier.embed(batch["input_ids"]), batch["attention_mask"])
+        return logits
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One batch of labelled text."""
+        loss = nn.functional.binary_cross_entropy_with_logits(self(batch), batch["labels"].float())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One batch of labelled text."""
+        self._measure("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One batch of labelled text."""
+        self._measure("test", batch)
+
+    def _measure(self, stage: str, batch: dict[str, Any]) -> None:
+        logits, labels = self(batch).float(), batch["labels"]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, MetricCollection)
+        metrics.update(logits.sigmoid(), labels)
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(labels))
+        self.log_dict(metrics, batch_size=len(labels))
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The metrics."""
+        return [self.metrics]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a folder for `ClassifierReward`, with the tokenizer."""
+        assert self.classifier is not None
+        self.classifier.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,407 @@
+"""AlignmentModule: rollout → score → loss, logging, optimizers and checkpoint contents, once for every method."""
+
+import hashlib
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torchmetrics import CatMetric
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional import divergences, sequences
+from grade_lightning.policies import Policy
+from grade_lightning.rewards import ClassifierReward, Reward, Scores
+from grade_lightning.rollouts import Rollout, Sampler
+
+Stage = Literal["train", "val", "test", "predict"]
+
+
+@dataclass
+class StepOutput:
+    """What a method makes of a rollout."""
+
+    loss: Tensor
+    """The scalar that Lightning differentiates."""
+    logps: Tensor
+    """(B, T): log-probabilities of the completion's tokens, as the training pass has them; no graph."""
+    kl: Tensor
+    """(B, T): exact KL to the reference at each position, nats; no graph."""
+    entropy: Tensor
+    """(B, T): entropy of the policy at each position, nats; no graph."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Further scalars, logged as `train/{name}`."""
+
+
+class TrainableModule(LightningModule):
+    """What every module of this library shares: optimizers over what is trained, checkpoints of what is trained.
+
+    Args:
+        optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
+        lr_scheduler: any torch scheduler; stepped after each optimizer step.
+    """
+
+    view: ClassVar[Literal["prompts", "labelled", "text"]]
+    """Which view of the data the module trains on."""
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.strict_loading = False  # `on_load_checkpoint` is stricter
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer for the data."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str) -> None:
+        """Write what was trained as a Hugging Face folder."""
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and scheduler over the parameters that require grad."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Only what is trained; frozen weights come from where they came from before."""
+        state = super().state_dict(*args, **kwargs)
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        frozen |= {name for module in self.frozen_modules() for name in _keys(self, module)}
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules that are never trained and never saved."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the method, so that no other loads it unawares."""
+        checkpoint["grade_lightning"] = {"method": type(self).__name__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is this method's and holds exactly what is trained.
+
+        Raises:
+            InputError: it is not, or does not.
+        """
+        method = checkpoint.get("grade_lightning", {}).get("method")
+        own = type(self).__name__
+        if method != own:
+            whose = f"of {method}" if method else "not of grade_lightning"
+            raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
+        saved, expected = set(checkpoint["state_dict"]), set(self.state_dict())
+        if saved != expected:
+            odd = sorted(saved ^ expected)
+            raise InputError(
+                f"checkpoint: its weights do not fit this model ({len(expected - saved)} are missing, "
+                f"{len(saved - expected)} are unknown, such as {odd[0]}); give the policy and LoRA settings it had"
+            )
+
+
+class AlignmentModule(TrainableModule, ABC):
+    """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
+
+    Args:
+        policy: the language model; the bundled one by default.
+        reward: what is maximised; the bundled classifier by default.
+        judges: further rewards that are logged and never trained on. A reward can be fooled; a second judge shows it.
+        sampler: how completions are drawn, in training and in evaluation.
+        beta: coefficient β of the KL to the reference, in reward per nat.
+        optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
+        lr_scheduler: any torch scheduler; stepped after each optimizer step.
+    """
+
+    view = "prompts"
+    backpropagates_reward: ClassVar[bool] = False
+    """Whether the method needs a differentiable reward."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        reward: Reward | None = None,
+        judges: list[Reward] | None = None,
+        sampler: Sampler | None = None,
+        beta: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.policy = policy or Policy()
+        self.reward = reward or ClassifierReward()
+        self.judges = nn.ModuleList(judges or [])
+        self.sampler = sampler or Sampler()
+        self.beta = beta
+        if self.backpropagates_reward and not self.reward.differentiable:
+            self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
+        self.evaluation = nn.ModuleDict()
+
+    @abstractmethod
+    def loss(self, rollout: Rollout, scores: Scores) -> StepOutput:
+        """The method.
+
+        Args:
+            rollout: sampled completions.
+            scores: their rewards, with adjoints if the method backpropagates the reward.
+        """
+
+    # ---- setting up -------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+        return self.policy.tokenizer
+
+    def configure_model(self) -> None:
+        """Load policy and rewards; nothing happens the second time."""
+        self.policy.load()
+        vocabulary = self.policy.base.config.get_text_config().vocab_size
+        for reward in self._rewards():
+            reward.load(self.tokenizer, vocabulary)
+
+    def setup(self, stage: str) -> None:
+        """Check that prompt and completion fit into the context."""
+        longest = getattr(getattr(self._trainer, "datamodule", None), "max_prompt_tokens", None)
+        self.policy.load()
+        room = self.policy.context_length
+        if longest is not None and room is not None and longest + self.sampler.max_new_tokens > room:
+            raise InputError(
+                f"the model's context is {room} tokens, but prompts may have {longest} (--data.max_prompt_tokens) and "
+                f"completions {self.sampler.max_new_tokens} (--model.sampler.max_new_tokens); lower one of them"
+            )
+
+    def _rewards(self) -> list[Reward]:
+        return [module for module in (self.reward, *self.judges) if isinstance(module, Reward)]
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Reward, judges, the reference, and the metrics of evaluation."""
+        reference = [self.policy.reference] if self.policy.reference is not None else []
+        return [self.reward, self.judges, self.evaluation, *reference]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the policy, adapters merged, with its tokenizer."""
+        self.policy.save_pretrained(folder)
+
+    # ---- one step ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Sample, score, and let the method make the loss."""
+        began = time.perf_counter()
+        self._seed("train", batch_idx)
+        rollout = self.sampler(self.policy, **batch)
+        scores = self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
+        step = self.loss(rollout, scores)
+        if self._trainer is not None:
+            if self.global_step == 0 and batch_idx == 0:
+                self._check_first_batch(rollout, step)
+            self._log_step(rollout, scores, step, began)
+        return step.loss
+
+    def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput, began: float) -> None:
+        kl = sequences.masked_sum(step.kl, rollout.completion_mask)
+        tokens = rollout.completion_mask.sum()
+        answered = scores.total[~scores.total.isnan()]
+        values = {
+            "train/loss": step.loss,
+            "train/reward": answered.mean(),
+            "train/reward_std": answered.std(unbiased=False),
+            "train/objective": answered.mean() - self.beta * kl.mean(),
+            "train/kl": kl.mean(),
+            "train/kl_per_token": kl.sum() / tokens,
+            "train/entropy": sequences.masked_sum(step.entropy, rollout.completion_mask).sum() / tokens,
+            "train/response_length": rollout.lengths.float().mean(),
+            "train/eos_rate": rollout.ended.float().mean(),
+            **{f"train/{name}": value for name, value in step.metrics.items()},
+            **{f"rewards/{name}": value.nanmean() for name, value in scores.parts.items()},
+        }
+        packed = torch.stack([value.detach().float() for value in values.values()])
+        packed = self.trainer.strategy.reduce(packed, reduce_op="mean")  # one synchronisation for all
+        logged = dict(zip(values, packed, strict=True))
+        logged["train/tokens_per_second"] = tokens * self.trainer.world_size / (time.perf_counter() - began)
+        self.log_dict(logged, batch_size=len(kl))
+        for short, name in {"reward": "train/reward", "kl": "train/kl", "tok/s": "train/tokens_per_second"}.items():
+            self.log(short, logged[name], prog_bar=True, logger=False, batch_size=len(kl))
+        self.last_rollout = rollout, scores, kl.detach()
+
+    def _check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
+        """At step 0 the policy is its reference, and the learner's log-probabilities are the sampler's."""
+        if self.policy.dropout:
+            return
+        reduced = "16" in str(self.trainer.precision) or self.policy.dtype in (torch.bfloat16, torch.float16)
+        tolerance = 0.1 if reduced else 1e-3
+        kl = float(sequences.masked_sum(step.kl, rollout.completion_mask).abs().max())
+        gap = float((step.logps - rollout.logps).abs()[rollout.completion_mask].mean())
+        if kl > tolerance:
+            raise RuntimeError(
+                f"KL to the reference at step 0 is {kl:.3g} nats instead of 0: the reference is not the model that the "
+                "policy started as (was an adapter merged or loaded into one of them?)"
+            )
+        if gap > tolerance:
+            raise RuntimeError(
+                f"log-probabilities of the training pass differ from the sampler's by {gap:.3g} on average: the "
+                "completions were not sampled from the policy that is trained"
+            )
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; 0 where it has no known end."""
+        if self._trainer is None:
+            return 0
+        return max(0, int(min(self.trainer.estimated_stepping_batches, 2**62)))
+
+    def _seed(self, stage: Stage, batch_idx: int) -> None:
+        """Tie all randomness of a step to (seed, stage, step, micro-batch, rank): a resumed run draws what it would have."""
+        key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, self._step(stage), batch_idx, self._rank())
+        torch.manual_seed(hash_seed(*key))
+
+    def _step(self, stage: Stage) -> int:
+        return self.global_step if stage == "train" and self._trainer is not None else 0
+
+    def _rank(self) -> int:
+        return self.global_rank if self._trainer is not None else 0
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> dict[str, Any]:
+        """Sample with a fixed seed and measure each completion.
+
+        Returns:
+            The rollout; `reward`, `kl` (nats per sequence), `entropy` (nats per token), `length`, `ended` and `ref_nll`
+            (negative log-likelihood under the reference, nats per sequence), each (B,); `parts`, each reward's own value.
+        """
+        with self._fixed_noise(stage, batch_idx):
+            rollout = self.sampler(self.policy, **batch)
+        with self.policy.evaluating():
+            logps, ref_logps = self.log_distributions(rollout, self.policy.embed(rollout.ids[:, :-1]))
+        mask = rollout.completion_mask
+        parts = {name: value for reward in self._rewards() for name, value in reward.score(rollout).parts.items()}
+        return {
+            "rollout": rollout,
+            "reward": self.reward.score(rollout).total,
+            "kl": sequences.masked_sum(divergences.categorical_kl(logps, ref_logps), mask),
+            "entropy": sequences.masked_sum(sequences.entropy(logps), mask) / rollout.lengths,
+            "length": rollout.lengths,
+            "ended": rollout.ended,
+            "ref_nll": -sequences.masked_sum(sequences.token_logps(ref_logps, rollout.completion_ids), mask),
+            "parts": parts,
+        }
+
+    def log_distributions(self, rollout: Rollout, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of policy and reference at the sampling temperature, each (B, T, V), untruncated."""
+        length, mask = rollout.completion_ids.shape[1], rollout.mask[:, :-1]
+        policy = self.policy(inputs, mask, length)
+        reference = self.policy.reference_logits(self.policy.reference_embed(rollout.ids[:, :-1]), mask, length)
+        return self.sampler.log_distribution(policy), self.sampler.log_distribution(reference)
+
+    @contextmanager
+    def _fixed_noise(self, stage: Stage, batch_idx: int) -> Iterator[None]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._seed(stage, batch_idx)
+            yield
+
+    def _evaluation_step(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> None:
+        result = self.evaluate(batch, stage, batch_idx)
+        rollout: Rollout = result["rollout"]
+        columns = {name: result[name] for name in ("reward", "kl", "entropy", "length", "ended", "ref_nll")}
+        columns |= {f"rewards/{name}": value for name, value in result["parts"].items()}
+        pad = self.sampler.max_new_tokens - rollout.completion_ids.shape[1]
+        columns["tokens"] = nn.functional.pad(rollout.completion_ids, (0, pad))
+        for name, value in columns.items():
+            key = name.replace("/", "_")
+            if key not in self.evaluation:
+                self.evaluation[key] = CatMetric(nan_strategy="disable").to(self.device)
+            self.evaluation[key].update(value)
+        if batch_idx == 0:
+            self.last_evaluation = result
+
+    def _finish_evaluation(self, stage: Stage) -> None:
+        table = {name: metric.compute() for name, metric in self.evaluation.items() if isinstance(metric, CatMetric)}
+        self.evaluation.clear()
+        if not table:
+            return
+        reward, length, tokens = table["reward"], table["length"], table.pop("tokens").long()
+        answered = reward[~reward.isnan()]
+        spread = answered.std() if len(answered) > 1 else answered.new_zeros(())
+        within = torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)
+        values = {
+            "reward": answered.mean(),
+            "reward_std": spread,
+            "reward_ci95": 1.96 * spread / math.sqrt(max(len(answered), 1)),
+            "kl": table["kl"].mean(),
+            "kl_per_token": table["kl"].sum() / length.sum(),
+            "entropy": (table["entropy"] * length).sum() / length.sum(),
+            "response_length": length.float().mean(),
+            "eos_rate": table["ended"].float().mean(),
+            "distinct_2": torch.tensor(sequences.distinct_bigrams(tokens, within)),
+            "perplexity": (table["ref_nll"].sum() / length.sum()).exp(),
+        }
+        values |= {name: value.nanmean() for name, value in table.items() if name.startswith("rewards_")}
+        named = {f"{stage}/{name.replace('rewards_', 'rewards/')}": value.float() for name, value in values.items()}
+        self.log_dict(named, rank_zero_only=False, sync_dist=False)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure a batch."""
+        self._evaluation_step(batch, "val", batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measurements."""
+        self._finish_evaluation("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure a batch."""
+        self._evaluation_step(batch, "test", batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measurements."""
+        self._finish_evaluation("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """One row for each prompt: prompt, completion, reward, KL, and each reward's own value."""
+        result = self.evaluate(batch, "predict", batch_idx)
+        rollout: Rollout = result["rollout"]
+        return [
+            {
+                "prompt": prompt,
+                "completion": completion,
+                "reward": _number(result["reward"][i]),
+                "kl": _number(result["kl"][i]),
+                "rewards": {name: _number(value[i]) for name, value in result["parts"].items()},
+            }
+            for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
+        ]
+
+
+def hash_seed(*key: int | str) -> int:
+    """A 63-bit seed from integers and names; the same on every machine.
+
+    Example:
+        >>> hash_seed(42, "train", 0) == hash_seed(42, "train", 0) != hash_seed(42, "train", 1)
+        True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _keys(root: nn.Module, module: nn.Module) -> list[str]:
+    prefix = next(name for name, child in root.named_modules() if child is module)
+    return [f"{prefix}.{name}" for name in nn.Module.state_dict(module)]
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return None if math.isnan(number) else number

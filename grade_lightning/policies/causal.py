@@ -1,0 +1,276 @@
+"""The policy: a causal language model, perhaps with LoRA adapters, beside its frozen reference."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional.sequences import position_ids
+
+from .loading import config_without_dropout, load_pretrained, resolve_model, torch_dtype
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (needs the extra `lora`).
+
+    Args:
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: dropout on the adapters' input while training; the rollout never has any.
+        target_modules: names of the layers to adapt. By default the attention projections q, k, v and o where the
+            model has layers of these names, else peft's choice for the architecture.
+
+    References:
+        | LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685
+        | Defaults: GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model that is trained, and the frozen one that it started as.
+
+    Nothing is read in `__init__`; :meth:`load` does that. With LoRA the reference is the same network with its
+    adapters switched off, so one copy of the weights is in memory; else it is a frozen copy.
+
+    Args:
+        path: a folder, a name on the Hub, or `"bundled"`.
+        lora: train adapters instead of all weights.
+        dtype: of the weights. With full fine-tuning keep float32 and set `--trainer.precision bf16-mixed`; a base
+            under LoRA can be bfloat16.
+        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`); its choice by default.
+        gradient_checkpointing: recompute activations in the backward pass. The rollout is not affected.
+        dropout: keep the dropout of the model's own configuration. Off by default: with it the policy that learns
+            is not the one that sampled, and the KL at step 0 is not 0. (LoRA's own dropout is separate.)
+
+    Example:
+        >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
+        8
+    """
+
+    def __init__(
+        self,
+        path: str = "bundled",
+        lora: LoRA | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.lora = lora
+        self.dtype = torch_dtype(dtype)
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dropout = dropout
+        self.model: Any = None
+        self.reference: nn.Module | None = None
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora: LoRA | None = None,
+        reference: bool = True,
+    ) -> "Policy":
+        """Wrap a model that is in memory already; it is used, not copied (its reference is a copy)."""
+        policy = cls(path=model.config.name_or_path or type(model).__name__, lora=lora)
+        policy.dtype = model.dtype
+        if tokenizer is not None:
+            policy.tokenizer = tokenizer
+        policy._adopt(model, reference)
+        return policy
+
+    def load(self, reference: bool = True) -> None:
+        """Read the weights, add the adapters, make the reference (unless not wanted). Does nothing the second time."""
+        if self.model is not None:
+            return
+        path = resolve_model(self.path, "policy")
+        kwargs: dict[str, Any] = {} if self.dropout else {"config": config_without_dropout(path)}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype, use_safetensors=True, **kwargs)
+        self._adopt(model.train(), reference)
+
+    def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
+        if self.lora is None:
+            if reference:
+                self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+            self.model = model
+        else:
+            self.model = _with_adapters(model, self.lora)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, padding on the left and with a padding token."""
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(
+            AutoTokenizer, resolve_model(self.path, "policy"), padding_side="left"
+        )
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise InputError(f"{self.path}: the tokenizer has neither a padding nor an end-of-sequence token; set one")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model itself, without the wrapper of its adapters."""
+        model: PreTrainedModel = self.model if self.lora is None else self.model.get_base_model()
+        return model
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that the model takes, where its configuration says so."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a completion: those of the generation settings, else the tokenizer's."""
+        config: GenerationConfig | None = self.base.generation_config
+        ids = config.eos_token_id if config is not None else None
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of `ids`, scaled as the model scales them; (…) → (…, width)."""
+        embeddings: Tensor = self.base.get_input_embeddings()(ids)
+        return embeddings
+
+    def table(self) -> Tensor:
+        """What :meth:`embed` returns for each token id, without a graph; (vocabulary, width)."""
+        return _table(self.base)
+
+    def reference_table(self) -> Tensor:
+        """The same for the reference."""
+        return _table(self.reference) if isinstance(self.reference, PreTrainedModel) else self.table()
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Logits of the last `length` positions.
+
+        Args:
+            inputs: input embeddings, (b, l, width).
+            attention_mask: (b, l), 0 for padding.
+            length: number of positions wanted, counted from the end.
+
+        Returns:
+            Logits, (b, length, vocabulary).
+        """
+        return _logits(self.model, inputs, attention_mask, length)
+
+    def reference_logits(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Logits of the frozen reference, in evaluation mode; as :meth:`forward`."""
+        with self.as_reference() as model:
+            return _logits(model, inputs, attention_mask, length)
+
+    def reference_embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of `ids` as the reference has them."""
+        return torch.nn.functional.embedding(ids, self.reference_table())
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference network in evaluation mode: the frozen copy, or this one without its adapters."""
+        if self.reference is not None:
+            yield self.reference.eval()
+        else:
+            with self.evaluating(), self.model.disable_adapter():
+                yield self.model
+
+    @contextmanager
+    def evaluating(self) -> Iterator[PreTrainedModel]:
+        """The model as a sampler needs it: evaluation mode (no dropout, no checkpointing, the cache usable).
+
+        In training mode with gradient checkpointing transformers drops the key-value cache with only a warning, and
+        every token is sampled without its context.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Set the mode of the policy; the reference stays in evaluation mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder with tokenizer; adapters are merged into the weights that are written."""
+        model = self.base
+        merging = _merged(self.model) if self.lora is not None else nullcontext()
+        with merging:
+            model.save_pretrained(folder, state_dict=_plain_state(model))
+        self.tokenizer.save_pretrained(folder)
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("LoRA needs peft: pip install 'grade-lightning[lora]'") from error
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = lora.target_modules or [name for name in ATTENTION_PROJECTIONS if name in leaves] or None
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"LoRA: {' '.join(str(error).split())}; set --model.policy.lora.target_modules") from error
+    return adapted
+
+
+@contextmanager
+def _merged(model: Any) -> Iterator[None]:
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """State of the model under its own names, without the layers that peft puts around."""
+    return {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+
+
+def _table(model: PreTrainedModel) -> Tensor:
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        table: Tensor = embedding(torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
+    return table
+
+
+def _logits(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    logits: Tensor = model(
+        inputs_embeds=inputs,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        logits_to_keep=length,
+        use_cache=False,
+    ).logits
+    return logits

@@ -1,0 +1,148 @@
+"""What a reward is: a scalar of prompt and completion, differentiable in the completion's tokens or not."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional.replay import Adjoint
+from grade_lightning.rollouts import Rollout
+
+
+@dataclass
+class Scores:
+    """Rewards of a rollout; NaN where a reward abstains."""
+
+    total: Tensor
+    """(B,)"""
+    parts: dict[str, Tensor]
+    """Each named reward's own value, (B,)."""
+    adjoints: list[Adjoint] = field(default_factory=list)
+    """Gradient of `total.sum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
+
+
+class Reward(nn.Module, ABC):
+    """Scores prompt + completion: the same span of text in training, validation and testing.
+
+    A scalar reward implements :meth:`forward`. A :class:`DifferentiableReward` can also be used by the methods that
+    backpropagate through it. Subclass either in your own package and name it by its dotted path.
+    """
+
+    differentiable = False
+
+    @property
+    def name(self) -> str:
+        """Under which it is logged, as `rewards/{name}`."""
+        return type(self).__name__
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Read weights; called once, before training, with the policy's tokenizer and number of logits."""
+
+    @abstractmethod
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Scores, (B,), without a graph; NaN to abstain."""
+
+    def score(self, rollout: Rollout) -> Scores:
+        """Scores with their parts."""
+        with torch.no_grad():
+            total = self(rollout)
+        return Scores(total, {self.name: total})
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """Scores with the gradient at the tokens.
+
+        Raises:
+            InputError: the reward is not differentiable.
+        """
+        raise InputError(
+            f"reward {self.name}: not differentiable, and GRADE sends the reward's gradient through the tokens; use a "
+            "ClassifierReward of the policy's vocabulary (grade-fit --model RewardModel trains one)"
+        )
+
+
+class DifferentiableReward(Reward):
+    """A reward that reads token embeddings, so that its gradient reaches the tokens."""
+
+    differentiable = True
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """Embedding table, (vocabulary of the policy, width)."""
+
+    @abstractmethod
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Scores, (B,), of embeddings (B, L, width) with attention mask (B, L); differentiable."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Scores of the sampled tokens."""
+        return self.score_embeddings(self.table()[rollout.ids], rollout.mask)
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """One forward pass and one backward pass with respect to the completion's embeddings."""
+        table = self.table()
+        with torch.enable_grad():
+            prompt, completion = table[rollout.prompt_ids], table[rollout.completion_ids].requires_grad_()
+            total = self.score_embeddings(torch.cat([prompt, completion], dim=1), rollout.mask)
+            (gradient,) = torch.autograd.grad(total.sum(), completion)
+        total = total.detach()
+        return Scores(total, {self.name: total}, [Adjoint(gradient, table)])
+
+
+class WeightedSum(Reward):
+    """Several rewards, added with weights.
+
+    Where one of them abstains the others count alone. Differentiable when all of them are.
+
+    Args:
+        rewards: the rewards.
+        weights: one for each; 1 by default.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(rewards) if weights is None else weights
+        if not rewards or len(weights) != len(rewards):
+            raise InputError(f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each")
+        self.rewards = nn.ModuleList(rewards)
+        self.weights = weights
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Load every part."""
+        for reward in self.parts:
+            reward.load(tokenizer, vocabulary)
+
+    @property
+    def parts(self) -> list[Reward]:
+        """The rewards that are added."""
+        return [reward for reward in self.rewards if isinstance(reward, Reward)]
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """The weighted sum."""
+        return self.score(rollout).total
+
+    def score(self, rollout: Rollout) -> Scores:
+        """The weighted sum and each part."""
+        return self._add([reward.score(rollout) for reward in self.parts])
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """The weighted sum, each part, and the gradients of all."""
+        return self._add([reward.pathwise(rollout) for reward in self.parts])
+
+    def _add(self, scores: list[Scores]) -> Scores:
+        weighted = torch.stack([w * s.total for w, s in zip(self.weights, scores, strict=True)])
+        total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), torch.nan)
+        parts: dict[str, Tensor] = {}
+        for score in scores:
+            for name, value in score.parts.items():
+                same = sum(key.partition("-")[0] == name for key in parts)
+                parts[f"{name}-{same + 1}" if same else name] = value
+        adjoints = [
+            Adjoint(w * part.gradient, part.table)
+            for w, score in zip(self.weights, scores, strict=True)
+            for part in score.adjoints
+        ]
+        return Scores(total, parts, adjoints)

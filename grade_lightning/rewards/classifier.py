@@ -1,0 +1,169 @@
+"""The differentiable classifier of the paper: a language model's body, mean pooling, a two-layer head."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional.sequences import position_ids
+from grade_lightning.policies.loading import config_without_dropout, load_pretrained, resolve_model
+
+from .base import DifferentiableReward
+
+HEAD_WEIGHTS, HEAD_CONFIG = "reward_head.safetensors", "reward_head.json"
+
+
+class Classifier(nn.Module):
+    """Body of a language model, mean over the tokens, two linear layers: the logit of "positive".
+
+    Args:
+        backbone: a transformers model that returns hidden states.
+        hidden: width of the head's middle layer.
+
+    References:
+        | GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
+    """
+
+    def __init__(self, backbone: PreTrainedModel, hidden: int = 256) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.hidden = hidden
+        width = backbone.config.get_text_config().hidden_size
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings, (…) → (…, width)."""
+        embeddings: Tensor = self.backbone.get_input_embeddings()(ids)
+        return embeddings
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Logits of "positive".
+
+        Args:
+            embeddings: (B, L, width).
+            mask: (B, L), 0 for padding.
+
+        Returns:
+            (B,)
+        """
+        states = self.backbone(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+        ).last_hidden_state
+        keep = mask.unsqueeze(-1).to(states.dtype)
+        logits: Tensor = self.head((states * keep).sum(1) / keep.sum(1)).squeeze(-1)
+        return logits
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the backbone as a Hugging Face folder, with the head beside it."""
+        folder = Path(folder)
+        self.backbone.save_pretrained(folder)
+        save_file(self.head.state_dict(), folder / HEAD_WEIGHTS)
+        (folder / HEAD_CONFIG).write_text(json.dumps({"hidden": self.hidden, "pooling": "mean"}, indent=2) + "\n")
+
+    @classmethod
+    def from_backbone(cls, path: str, hidden: int = 256, dtype: torch.dtype = torch.float32) -> "Classifier":
+        """A new head on the body of the model at `path`; dropout is off."""
+        config = config_without_dropout(path)
+        return cls(load_pretrained(AutoModel, path, config=config, dtype=dtype, use_safetensors=True), hidden)
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype = torch.float32) -> "Classifier":
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            InputError: the folder has no head, or a damaged one.
+        """
+        folder = Path(path)
+        if not (folder / HEAD_CONFIG).is_file():
+            raise InputError(
+                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model of ours; "
+                "train one with grade-fit --model RewardModel and name its folder"
+            )
+        try:
+            settings: dict[str, Any] = json.loads((folder / HEAD_CONFIG).read_text())
+            classifier = cls.from_backbone(path, hidden=settings["hidden"], dtype=dtype)
+            classifier.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{path}: the reward head cannot be read ({error}); train it again") from error
+        classifier.head.to(dtype)
+        return classifier
+
+
+class ClassifierReward(DifferentiableReward):
+    """P(positive), or its logit, by a classifier that shares the policy's vocabulary.
+
+    Args:
+        path: folder written by `RewardModel`, or `"bundled"`.
+        output: `probability` in [0, 1] as in the paper, or the unbounded `logit`.
+    """
+
+    def __init__(self, path: str = "bundled", output: Literal["probability", "logit"] = "probability") -> None:
+        super().__init__()
+        self.path = path
+        self.output = output
+        self.classifier: Classifier | None = None
+        self.vocabulary = 0
+
+    @classmethod
+    def from_classifier(
+        cls, classifier: Classifier, output: Literal["probability", "logit"] = "probability"
+    ) -> "ClassifierReward":
+        """Use a classifier that is in memory already."""
+        reward = cls(path="memory", output=output)
+        reward.classifier = classifier.requires_grad_(False).eval()
+        return reward
+
+    @property
+    def name(self) -> str:
+        """`classifier`."""
+        return "classifier"
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Read the classifier and check that it speaks the policy's vocabulary.
+
+        Raises:
+            InputError: another vocabulary: the policy's token ids would mean other words to the classifier.
+        """
+        self.vocabulary = vocabulary
+        if self.classifier is None:
+            path = resolve_model(self.path, "reward")
+            own = load_pretrained(AutoTokenizer, path)
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise InputError(
+                    f"reward {self.path}: its vocabulary ({len(own)} tokens) is not the policy's ({len(tokenizer)}); "
+                    "train a reward model on the policy's own backbone: grade-fit --model RewardModel "
+                    f"--model.backbone {tokenizer.name_or_path or 'POLICY'}"
+                )
+            self.classifier = Classifier.from_pretrained(path).requires_grad_(False).eval()
+        rows = self._network.backbone.get_input_embeddings().weight.shape[0]
+        if rows < vocabulary:
+            raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")
+
+    @property
+    def _network(self) -> Classifier:
+        if self.classifier is None:
+            raise RuntimeError("ClassifierReward.load() was not called")
+        return self.classifier
+
+    def train(self, mode: bool = True) -> "ClassifierReward":
+        """The classifier is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    def table(self) -> Tensor:
+        """Embedding table of the classifier, (vocabulary, width)."""
+        weight = self._network.backbone.get_input_embeddings().weight
+        rows = self.vocabulary or weight.shape[0]
+        return self._network.embed(torch.arange(rows, device=weight.device)).detach()
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """P(positive) or the logit, (B,), in float32 or better."""
+        logits = self._network(embeddings, mask)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.sigmoid() if self.output == "probability" else logits

@@ -1,0 +1,51 @@
+"""Rewards that are Python functions."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grade_lightning.errors import InputError
+from grade_lightning.rollouts import Rollout
+
+from .base import Reward
+
+
+class FunctionReward(Reward):
+    """A Python function `f(prompts, completions, **columns) -> list[float | None]`, as in TRL.
+
+    Args:
+        function: the function, or its dotted path in YAML. It gets the texts and every other column of the data by
+            keyword, and returns one number for each completion; None abstains.
+
+    Example:
+        >>> def shortness(prompts, completions, **columns):
+        ...     return [-len(text) for text in completions]
+        >>> FunctionReward(shortness).name
+        'shortness'
+    """
+
+    def __init__(self, function: Callable[..., list[float | None]]) -> None:
+        super().__init__()
+        self.function = function
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Call the function.
+
+        Raises:
+            InputError: it does not return one number or None for each completion.
+        """
+        columns = {key: value for key, value in rollout.columns.items() if key not in ("prompts", "completions")}
+        values = self.function(prompts=rollout.prompts, completions=rollout.completions, **columns)
+        try:
+            scores = [float("nan") if value is None else float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"reward {self.name}: must return a list of numbers or None ({error})") from error
+        if len(scores) != len(rollout.completions):
+            raise InputError(f"reward {self.name}: {len(scores)} values for {len(rollout.completions)} completions")
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids.device)

@@ -1,0 +1,449 @@
+import logging
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from grade_lightning.data import (
+    BundledReviews,
+    LabelledBatch,
+    LocalFiles,
+    PromptBatch,
+    Source,
+    TextBatch,
+    TextDataModule,
+    opening,
+)
+from grade_lightning.errors import InputError
+
+View = Literal["prompts", "labelled", "text"]
+SMALL: dict[str, Any] = {
+    "batch_size": 4,
+    "eval_batch_size": 8,
+    "reward_size": 20,
+    "prompt_size": 30,
+    "val_size": 10,
+}
+
+
+def letters(bos: bool = True, pad: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token a byte."""
+    vocabulary = ["<bos>", "<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = (
+        {"eos_token": "<eos>"}
+        | ({"bos_token": "<bos>"} if bos else {})
+        | ({"pad_token": "<pad>"} if pad else {})
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}bot:{% endif %}"
+        )
+    return tokenizer
+
+
+BOS, EOS, PAD = 0, 1, 2
+
+
+class Rows(Source):
+    def __init__(self, train: dict[str, list[Any]], test: dict[str, list[Any]] | None = None) -> None:
+        self.tables = {"train": train} | ({"test": test} if test else {})
+        self.loads = 0
+
+    def load(self) -> DatasetDict:
+        self.loads += 1
+        return DatasetDict({split: Dataset.from_dict(table) for split, table in self.tables.items()})
+
+
+def texts(n: int, start: int = 0) -> list[str]:
+    return [f"Film {i} ran. It {'rained' * (i % 3)}. More {i}." for i in range(start, start + n)]
+
+
+def labelled(n: int, start: int = 0) -> dict[str, list[Any]]:
+    return {"text": texts(n, start), "label": [i % 2 for i in range(n)], "stars": list(range(n))}
+
+
+def ready(
+    source: Source,
+    view: View = "prompts",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> TextDataModule:
+    data = TextDataModule(source, **SMALL | options)
+    data.attach(tokenizer or letters(), view)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def real(batch: Any) -> list[list[int]]:
+    """The ids that the mask lets through."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+
+def test_defaults_split_the_bundled_reviews_exactly() -> None:
+    data = TextDataModule()
+    data.setup()
+    sizes = {name: len(rows) for name, rows in data.splits.items()}
+    assert sizes == {"test": 2_000, "validation": 2_000, "prompts": 10_000, "reward": 5_000}
+    assert data.dropped == {"in_test": 0, "duplicate": 0, "same_prompt": 0}
+
+
+def test_splits_share_no_text_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    train = labelled(100)
+    train["text"] += [train["text"][0] + " ", train["text"][0], *texts(5, start=200)]
+    train["label"] += [0] * 7
+    train["stars"] += [0] * 7
+    with caplog.at_level(logging.INFO):
+        data = ready(Rows(train, labelled(10, start=200)), max_prompt_chars=15)
+    assert {name: len(rows) for name, rows in data.splits.items()} == {
+        "test": 10,
+        "validation": 10,
+        "prompts": 30,
+        "reward": 20,
+    }
+    for part in (str.strip, lambda text: opening(text, 15)):
+        parts = [{part(text) for text in rows["text"]} for rows in data.splits.values()]
+        assert sum(map(len, parts)) == len(set().union(*parts))
+    assert data.dropped == {"in_test": 5, "duplicate": 2, "same_prompt": 0}
+    line = "2 duplicated texts, 5 texts in test, 0 prompts in another split"
+    assert sum(line in message for message in caplog.messages) == 1
+
+
+def test_shared_prompts_are_dropped_before_sizes_are_taken() -> None:
+    train: dict[str, list[Any]] = {
+        "text": [f"Same {i // 2}. And {i}." for i in range(200)],
+        "label": [0, 1] * 100,
+    }
+    data = ready(Rows(train), max_prompt_chars=9)
+    assert [len(rows) for rows in data.splits.values()] == [10, 10, 30, 20]
+    prompts = [{opening(text, 9) for text in rows["text"]} for rows in data.splits.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts))
+    assert data.dropped["same_prompt"] > 0
+
+
+def test_splits_are_seeded_and_made_once() -> None:
+    source = Rows(labelled(100), labelled(30, start=100))
+    data = ready(source, test_size=20)
+    before = {name: rows["text"][:] for name, rows in data.splits.items()}
+    assert len(before["test"]) == 20
+    data.setup("test")
+    assert source.loads == 1
+    again = ready(source, test_size=20)
+    assert {name: rows["text"][:] for name, rows in again.splits.items()} == before
+    other = ready(source, test_size=20, seed=1)
+    assert all(other.splits[name]["text"][:] != rows for name, rows in before.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            Rows(labelled(50), labelled(9)),
+            {},
+            r"data.source: 41 of 50 train rows .* 9 texts in test.*60 are asked for",
+        ),
+        (
+            Rows(labelled(65)),
+            {},
+            r"lower data.test_size \(10\) or data.val_size \(10\) or data.prompt_size \(30\)",
+        ),
+        (
+            Rows(labelled(60), labelled(9, 60)),
+            {"test_size": 10},
+            r"data.test_size: 10, but .* 9 test rows; lower",
+        ),
+    ],
+)
+def test_too_few_rows(source: Source, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ready(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_size", 0),
+        ("reward_size", -1),
+        ("test_size", -1),
+        ("max_prompt_chars", 0),
+        ("max_prompt_tokens", 1),
+    ],
+)
+def test_options_out_of_range(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"data.{option}: {value} is too small; use"):
+        TextDataModule(**{option: value})
+
+
+def test_without_labels_the_reward_split_is_empty() -> None:
+    data = ready(Rows({"text": texts(50)}, {"text": texts(5, 50)}), "labelled")
+    assert [len(rows) for rows in data.splits.values()] == [5, 10, 30, 0]
+    with pytest.raises(InputError, match=r"no column 'label' to train a reward model on; add it"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_size": 0}, "data.prompt_size: 0, so the split 'prompts' is empty; raise it"),
+        (
+            {"batch_size": 31},
+            "data.batch_size: 31, but the split 'prompts' has 30 rows; lower it or raise data.prompt_size",
+        ),
+    ],
+)
+def test_train_split_too_small(options: dict[str, Any], message: str) -> None:
+    data = ready(Rows(labelled(100)), **options)
+    with pytest.raises(InputError, match=message):
+        data.train_dataloader()
+
+
+def test_empty_validation_split() -> None:
+    data = ready(Rows(labelled(100)), val_size=0, test_size=3)
+    assert len(data.test_dataloader().dataset) == 3  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"data\.val_size: 0, so the split 'validation' is empty"):
+        data.val_dataloader()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompt_batches(bos: bool) -> None:
+    data = ready(Rows(labelled(100)), tokenizer=letters(bos), max_prompt_tokens=24)
+    batches: list[PromptBatch] = list(data.train_dataloader())
+    assert len(batches) == 30 // 4
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert ids.dtype == mask.dtype == torch.int64
+        assert ids.shape == mask.shape
+        assert ids.shape[1] <= 24
+        assert mask[:, -1].all()
+        assert (mask.diff(dim=1) >= 0).all()
+        assert (ids[mask == 0] == PAD).all()
+        assert set(batch["columns"]) == {"label", "stars", "prompt"}
+        stars = [texts(100)[star] for star in batch["columns"]["stars"]]
+        for row, prompt, text in zip(real(batch), batch["columns"]["prompt"], stars, strict=True):
+            assert row.count(BOS) == bos
+            assert not bos or row[0] == BOS
+            assert prompt == opening(text, 200)[: 24 - bos]
+            assert letters().decode(row, skip_special_tokens=True) == prompt
+
+
+def test_mask_is_right_when_padding_is_eos() -> None:
+    data = ready(Rows(labelled(100)), "text", letters(pad=False))
+    lengths = [len(text) + 2 for text in data.splits["validation"]["text"]]
+    batches: list[TextBatch] = list(data.val_dataloader())
+    assert torch.cat([batch["attention_mask"].sum(1) for batch in batches]).tolist() == lengths
+    assert all(row[-1] == EOS and row.count(EOS) == 1 for batch in batches for row in real(batch))
+
+
+def test_tokenizer_that_cannot_pad() -> None:
+    tokenizer = letters(pad=False)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"neither a pad_token nor an eos_token .* set its pad_token"):
+        next(iter(ready(Rows(labelled(100)), tokenizer=tokenizer).train_dataloader()))
+
+
+def test_prompt_column_as_it_stands() -> None:
+    prompts = [f"Say  {i}.\nNow. Then. " for i in range(80)]
+    data = ready(Rows({"prompt": prompts, "answer": list(range(80))}))
+    for batch in data.train_dataloader():
+        assert set(batch["columns"]) == {"prompt", "answer"}
+        assert batch["columns"]["prompt"] == [prompts[i] for i in batch["columns"]["answer"]]
+        assert [letters().decode(row[1:]) for row in real(batch)] == batch["columns"]["prompt"]
+        assert all(row[0] == BOS for row in real(batch))
+
+
+def test_long_prompt_in_a_prompt_column() -> None:
+    prompts = [f"Say {i}." for i in range(80)]
+    prompts[13] += "!" * 40
+    source = Rows({"prompt": prompts})
+    with pytest.raises(
+        InputError, match=r"'prompt', row 13 \(split .*48 tokens; raise --data.max_prompt_tokens .*drop"
+    ):
+        ready(source, prompt_size=60)
+    ready(source, prompt_size=60, max_prompt_tokens=48)
+
+
+def test_conversations_go_through_the_chat_template() -> None:
+    prompts = [[{"role": "user", "content": f"Hi {i}"}] for i in range(80)]
+    data = ready(Rows({"prompt": prompts}), tokenizer=letters(chat=True))
+    batch: PromptBatch = next(iter(data.test_dataloader()))
+    for row, prompt in zip(real(batch), batch["columns"]["prompt"], strict=True):
+        assert letters().decode(row) == f"<bos>user:{prompt[0]['content']}bot:"
+    with pytest.raises(InputError, match=r"column 'prompt' holds messages, but .* no chat template; write"):
+        ready(Rows({"prompt": prompts}))
+
+
+def test_prompt_without_tokens() -> None:
+    source = Rows({"prompt": [f"Say {i}" for i in range(80)]})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"!": 0}, [])))
+    with pytest.raises(InputError, match=r"no token of 'Say .*; drop the row or use another tokenizer"):
+        ready(source, tokenizer=tokenizer)
+
+
+def test_labelled_batches() -> None:
+    data = ready(Rows(labelled(100)), "labelled", max_text_tokens=24)
+    all_texts = set(texts(100))
+    seen = set()
+    batches: list[LabelledBatch] = [*data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
+    for batch in batches:
+        assert batch["labels"].dtype == torch.int64
+        assert batch["input_ids"].shape[1] <= 24
+        assert (batch["attention_mask"].diff(dim=1) <= 0).all()
+        for row, label in zip(real(batch), batch["labels"], strict=True):
+            text = str(letters().decode(row, skip_special_tokens=True))
+            assert row[0] == BOS
+            assert (row[-1] == EOS) == (len(row) < 24 or len(text) == 22)
+            number = int(text.split()[1])
+            assert any(full.startswith(text) for full in all_texts)
+            assert label == number % 2
+            seen.add(number)
+    assert len(seen) == 20 + 10 + 10
+
+
+def test_text_view_trains_on_the_prompts_split() -> None:
+    source = Rows(
+        {"prompt": [f"{i} + 1 =" for i in range(80)], "completion": [f" {i + 1}" for i in range(80)]}
+    )
+    data = ready(source, "text")
+    rows = [row for batch in data.train_dataloader() for row in real(batch)]
+    expected = {p + c for p, c in zip(*data.splits["prompts"][:].values(), strict=True)}
+    assert {letters().decode(row, skip_special_tokens=True) for row in rows} <= expected
+    assert len(rows) == 28
+
+
+def order(loader: DataLoader[Any]) -> list[int]:
+    return [star for batch in loader for star in batch["columns"]["stars"]]
+
+
+def test_training_order_is_seeded_by_epoch() -> None:
+    source = Rows(labelled(100))
+    first, second = ready(source).train_dataloader(), ready(source).train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        first.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        epochs.append(order(first))
+    second.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    assert order(second) == epochs[1] != epochs[0]
+    assert order(ready(source).val_dataloader()) == order(ready(source).val_dataloader())
+
+
+def test_loading_leaves_the_global_random_state_alone() -> None:
+    data = ready(Rows(labelled(100)))
+    state = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_collating_can_move_to_workers() -> None:
+    data = ready(Rows(labelled(100)))
+    rows = data.splits["prompts"].select(range(4))
+    collate = data.train_dataloader().collate_fn
+    there = pickle.loads(pickle.dumps(collate))(list(rows))
+    assert torch.equal(there["input_ids"], collate(list(rows))["input_ids"])
+    data.num_workers = 1
+    assert order(data.train_dataloader()) == order(ready(Rows(labelled(100))).train_dataloader())
+
+
+class Reader(LightningModule):
+    """Only remembers what it was given."""
+
+    view = "prompts"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = letters()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        self.seen.append(batch["columns"]["stars"])
+        return self.weight
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[str]:
+        return batch["columns"]["prompt"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(folder: Path, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_trainer_attaches_its_module(tmp_path: Path) -> None:
+    whole = Reader()
+    source = Rows(labelled(100))
+    data = TextDataModule(source, **SMALL)
+    trainer = make_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    trainer.fit(whole, datamodule=data)
+    assert whole.seen[:7] != whole.seen[7:]
+    assert source.loads == 1
+    predicted: Any = trainer.predict(whole, datamodule=data)
+    assert sum(map(len, predicted)) == 10
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("steps", [3, 7, 10, 14])
+def test_resumed_training_sees_the_batches_that_were_left(tmp_path: Path, steps: int) -> None:
+    source = Rows(labelled(100))
+    whole, rest = Reader(), Reader()
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(tmp_path, max_epochs=3, callbacks=save)
+    trainer.fit(whole, datamodule=TextDataModule(source, **SMALL))
+    trainer = make_trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
+    trainer.fit(rest, datamodule=TextDataModule(source, **SMALL), ckpt_path=tmp_path / f"step={steps}.ckpt")
+    assert len(whole.seen) == 21
+    assert rest.seen == whole.seen[steps:]
+
+
+def test_loader_before_attach_says_what_to_do() -> None:
+    data = TextDataModule(BundledReviews(100, 10), **SMALL)
+    data.setup()
+    with pytest.raises(RuntimeError, match="attach"):
+        data.train_dataloader()
+
+
+@pytest.mark.slow
+def test_imdb(shared: Path) -> None:
+    files = [shared / "data" / f"imdb_{split}.parquet" for split in ("train", "test")]
+    if not all(path.is_file() for path in files):
+        pytest.skip("needs imdb_train.parquet and imdb_test.parquet beside the checkout")
+    data = ready(
+        LocalFiles(*map(str, files)), batch_size=16, reward_size=5_000, prompt_size=10_000, val_size=2_000
+    )
+    assert data.dropped["in_test"] == 123
+    assert {name: len(rows) for name, rows in data.splits.items()} == {
+        "test": 24_801,
+        "validation": 2_000,
+        "prompts": 10_000,
+        "reward": 5_000,
+    }
+    for part in (str.strip, lambda text: opening(text, 200)):
+        parts = [{part(text) for text in rows["text"]} for rows in data.splits.values()]
+        assert sum(map(len, parts)) == len(set().union(*parts))
+    assert not any("<br" in text for text in data.splits["test"]["text"])
+    assert next(iter(data.train_dataloader()))["input_ids"].shape == (16, 32)
