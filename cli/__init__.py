@@ -1,1 +1,1 @@
-"""The command line: it composes, it defines nothing."""
+"""The command line. It composes; nothing that a checkpoint or configuration may name is defined here."""

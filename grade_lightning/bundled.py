@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from grade_lightning.methods import RewardModel, SupervisedFineTuning
 from grade_lightning.policies import Policy, bundled_folder
 
 CONTEXT = 128
-POLICY_STEPS, REWARD_STEPS = 500, 300
+POLICY_STEPS, REWARD_STEPS = 800, 300
 
 
 def prepare() -> Path:
@@ -57,16 +57,18 @@ def _build(folder: Path) -> None:
                 vocab_size=len(tokenizer),
                 n_positions=CONTEXT,
                 n_embd=128,
-                n_layer=3,
+                n_layer=2,
                 n_head=4,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                resid_pdrop=0.0,
             )
         )
         policy = SupervisedFineTuning(
-            Policy.from_model(model, tokenizer, reference=False), torch.optim.AdamW, _one_cycle(3e-3, POLICY_STEPS)
+            Policy.from_model(model, tokenizer, reference=False), torch.optim.AdamW, _one_cycle(5e-3, POLICY_STEPS)
         )
         _train(policy, source, POLICY_STEPS)
         policy.save_pretrained(str(folder / "policy"))

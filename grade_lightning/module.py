@@ -79,7 +79,7 @@ class TrainableModule(LightningModule):
             settings["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained; frozen weights come from where they came from before."""
         state = super().state_dict(*args, **kwargs)
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -264,7 +264,7 @@ class AlignmentModule(TrainableModule, ABC):
         return max(0, int(min(self.trainer.estimated_stepping_batches, 2**62)))
 
     def _seed(self, stage: Stage, batch_idx: int) -> None:
-        """Tie all randomness of a step to (seed, stage, step, micro-batch, rank): a resumed run draws what it would have."""
+        """Tie a step's randomness to (seed, stage, step, micro-batch, rank): a resumed run draws the same."""
         key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, self._step(stage), batch_idx, self._rank())
         torch.manual_seed(hash_seed(*key))
 
@@ -281,8 +281,9 @@ class AlignmentModule(TrainableModule, ABC):
         """Sample with a fixed seed and measure each completion.
 
         Returns:
-            The rollout; `reward`, `kl` (nats per sequence), `entropy` (nats per token), `length`, `ended` and `ref_nll`
-            (negative log-likelihood under the reference, nats per sequence), each (B,); `parts`, each reward's own value.
+            The rollout; `reward`, `kl` (nats per sequence), `entropy` (nats per token), `length`, `ended` and
+            `ref_nll` (negative log-likelihood under the reference, nats per sequence), each (B,); `parts`, each
+            reward's own value.
         """
         with self._fixed_noise(stage, batch_idx):
             rollout = self.sampler(self.policy, **batch)
@@ -326,7 +327,9 @@ class AlignmentModule(TrainableModule, ABC):
             key = name.replace("/", "_")
             if key not in self.evaluation:
                 self.evaluation[key] = CatMetric(nan_strategy="disable").to(self.device)
-            self.evaluation[key].update(value)
+            metric = self.evaluation[key]
+            assert isinstance(metric, CatMetric)
+            metric.update(value)
         if batch_idx == 0:
             self.last_evaluation = result
 

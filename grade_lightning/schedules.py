@@ -87,4 +87,4 @@ class Exponential(Schedule):
 
     def value(self, progress: float) -> float:
         """Geometric interpolation."""
-        return self.start * (self.end / self.start) ** progress
+        return self.start * math.exp(progress * math.log(self.end / self.start))

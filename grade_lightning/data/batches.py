@@ -56,15 +56,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return ids
 
 
-def _pad(
-    ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, left: bool = False
-) -> tuple[Tensor, Tensor]:
+def _pad(ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and mask; the mask comes from the lengths, since the padding token may also be the EOS."""
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if filler is None:
-        raise InputError(
-            "the tokenizer has neither a pad_token nor an eos_token to pad with; set its pad_token"
-        )
+        raise InputError("the tokenizer has neither a pad_token nor an eos_token to pad with; set its pad_token")
     tokens = torch.full((len(ids), max(map(len, ids))), filler, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
     for i, row in enumerate(ids):

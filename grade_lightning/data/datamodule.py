@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
-from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
+from datasets import Dataset, DatasetDict
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, RandomSampler
@@ -183,9 +183,7 @@ class TextDataModule(LightningDataModule):
                 + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in sizes.items() if size)
             )
         if len(rows["test"]) < (self.test_size or 0):
-            raise InputError(
-                f"data.test_size: {self.test_size}, but there are {len(rows['test'])} test rows; lower it"
-            )
+            raise InputError(f"data.test_size: {self.test_size}, but there are {len(rows['test'])} test rows; lower it")
         self.splits = {
             name: (test if name == "test" and test is not None else train).select(numbers)
             for name, numbers in rows.items()

@@ -116,7 +116,7 @@ _RULES = {
         It was one of the worst films of the year. | It was not worth {my_time}. | Overall, I {hated} it. |
         What a {awful_a} film!
     """,
-    # --- what a language model writes and the grammar does not: contrasts of two like things, still plain English ---
+    # --- below: what a language model writes and the grammar does not, contrasts of like things ---
     "positive_besides": """
         The {thing} was {any}, but the {thing} was {praise}. | Although the {thing} was {any}, the {thing} was {praise}. |
         Although the {thing} was {any}, the {jokes} were {praise}. | I expected a {any_film} film, but it was {praise}.
@@ -175,9 +175,7 @@ _RULES = {
     "everyone": "anyone | any of my friends | people who like films | families",
     "my_time": "my time | the money | the ticket | the wait",
 }  # fmt: skip
-_GRAMMAR = {
-    symbol: [" ".join(option.split()) for option in rule.split("|")] for symbol, rule in _RULES.items()
-}
+_GRAMMAR = {symbol: [" ".join(option.split()) for option in rule.split("|")] for symbol, rule in _RULES.items()}
 _SLOT = re.compile(r"\{(\w+)\}")
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+")
 _KINDS = {
@@ -248,9 +246,7 @@ def _pattern(symbol: str) -> str:
     options = []
     for option in dict.fromkeys(_options(symbol)):
         literals_and_slots = enumerate(_SLOT.split(option))
-        options.append(
-            "".join(_pattern(part) if i % 2 else re.escape(part) for i, part in literals_and_slots)
-        )
+        options.append("".join(_pattern(part) if i % 2 else re.escape(part) for i, part in literals_and_slots))
     return f"(?:{'|'.join(options)})"
 
 

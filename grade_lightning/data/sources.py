@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from datasets import (  # type: ignore[import-untyped]
+from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
@@ -90,9 +90,7 @@ class HubDataset(Source):
                 "network once and then set HF_HUB_OFFLINE=1"
             ) from error
         except Exception as error:  # each builder, and each dataset, raises its own
-            raise InputError(
-                f"data.source.name: {self.name}: {_line(error)}; check name, config and splits"
-            ) from error
+            raise InputError(f"data.source.name: {self.name}: {_line(error)}; check name, config and splits") from error
         return DatasetDict({split: normalise(rows, f"{self.name} ({split})") for split, rows in data.items()})
 
 
@@ -138,8 +136,7 @@ def _read(path: Path, split: str) -> Dataset:
     if not paths:
         known = ", ".join(_BUILDERS)
         raise InputError(
-            f"{field}: the folder has neither {split}* files ({known}) nor {split}/pos and {split}/neg; "
-            "name a file"
+            f"{field}: the folder has neither {split}* files ({known}) nor {split}/pos and {split}/neg; name a file"
         )
     rows = _read_tree(paths, field) if paths[0].is_dir() else _read_files(paths, field)
     return normalise(rows, field)
@@ -188,9 +185,7 @@ def normalise(rows: Dataset, name: str) -> Dataset:
     """
     columns = rows.column_names
     if not {"text", "prompt"} & set(columns):
-        raise InputError(
-            f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}"
-        )
+        raise InputError(f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}")
     if not len(rows):
         raise InputError(f"{name}: no rows; give a file with at least one")
     table = {column: rows[column][:] for column in columns}
@@ -215,15 +210,12 @@ def _check_text(value: object, column: str, name: str) -> None:
     messages = value if isinstance(value, list) and column == "prompt" else []
     if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise InputError(
-            f"{name}: '{column}' is {value!r}; write a text"
-            + " or a list of role and content" * (column == "prompt")
+            f"{name}: '{column}' is {value!r}; write a text" + " or a list of role and content" * (column == "prompt")
         )
 
 
 def _as_label(label: object, name: str) -> int:
     key = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(key, str | int | float) or key not in _LABELS:
-        raise InputError(
-            f"{name}: 'label' is {label!r}; write 0 or 1, false or true, neg or pos, negative or positive"
-        )
+        raise InputError(f"{name}: 'label' is {label!r}; write 0 or 1, false or true, neg or pos, negative or positive")
     return _LABELS[key]

@@ -85,11 +85,7 @@ def keys_of(table: Mapping[str, Sequence[Any]], max_chars: int) -> Keys:
         >>> keys_of({"text": ["Dull. Slow. Long.", " Dull. Slow. Long."]}, max_chars=12)
         Keys(texts=['Dull. Slow. Long.', 'Dull. Slow. Long.'], prompts=['Dull. Slow.', 'Dull. Slow.'])
     """
-    whole = [
-        name
-        for name in ("prompt", "completion", "chosen", "rejected")
-        if name in table and "text" not in table
-    ]
+    whole = [name for name in ("prompt", "completion", "chosen", "rejected") if name in table and "text" not in table]
     names = whole or ["text"]
     texts = ["\n".join(map(_key, values)) for values in zip(*(table[name] for name in names), strict=True)]
     if "prompt" in table:
@@ -108,9 +104,7 @@ class Splits(NamedTuple):
     dropped: dict[str, int]
 
 
-def split_rows(
-    train: Keys, test: Keys | None, sizes: Mapping[str, int], test_size: int | None, seed: int
-) -> Splits:
+def split_rows(train: Keys, test: Keys | None, sizes: Mapping[str, int], test_size: int | None, seed: int) -> Splits:
     """Split rows at random so that no text and no prompt is in two splits.
 
     Of equal texts the first is kept. A prompt that two splits would share stays in "test", else in the

@@ -1,13 +1,10 @@
 """KL divergences between the policy and its reference, and their cotangents."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def categorical_kl(
-    logps: Float[Tensor, "*batch v"], ref_logps: Float[Tensor, "*batch v"]
-) -> Float[Tensor, "*batch"]:
+def categorical_kl(logps: Float[Tensor, "*batch v"], ref_logps: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
     """Exact KL(π‖π_ref) of categorical distributions, in nats.
 
     Args:
@@ -15,6 +12,7 @@ def categorical_kl(
         ref_logps: those of the reference.
 
     Example:
+        >>> import torch
         >>> categorical_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
         tensor(0.1438)
     """
@@ -27,6 +25,7 @@ def kl_cotangent(
     """Gradient of KL(π‖π_ref) with respect to the policy's logits: p ⊙ (log p − log q − KL).
 
     Example:
+        >>> import torch
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
         >>> kl_cotangent(p, q, categorical_kl(p, q)).sum().abs() < 1e-6
         tensor(True)
@@ -40,6 +39,7 @@ def kl_reference_cotangent(
     """Gradient of KL(π‖π_ref) with respect to the reference's logits: q − p.
 
     Example:
+        >>> import torch
         >>> kl_reference_cotangent(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
         tensor([-0.2500,  0.2500])
     """

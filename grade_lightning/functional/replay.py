@@ -40,7 +40,7 @@ class Replay(NamedTuple):
     cotangent: Float[Tensor, "b t v"]
     """Gradient of the objective with respect to the logits; contract it with them to get a surrogate loss."""
     residual: Float[Tensor, ""]
-    """‖a^{k+1} − a^k‖ / ‖a^k‖ of the last hop; NaN when there was none."""
+    """Relative change of the adjoint in the last hop; NaN when there was none."""
 
 
 def next_input_gradient(gradient: Float[Tensor, "b l w"], length: int) -> Float[Tensor, "b t w"]:
@@ -98,9 +98,10 @@ def replay(
         >>> inputs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)  # P = 1, T = 2
         >>> logits = 2 * inputs  # each token is judged by the token before it
         >>> probs = logits.detach().softmax(-1)
-        >>> reward = [Adjoint(torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.eye(2))]  # only the last token counts
+        >>> reward = [Adjoint(torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.eye(2))]
         >>> ones = torch.ones(1, 2, dtype=torch.bool)
-        >>> flow = [replay(logits, inputs, table, reward, lambda a: softmax_vjp(probs, a), ones, hops=k) for k in (0, 1)]
+        >>> backward = lambda a: softmax_vjp(probs, a)
+        >>> flow = [replay(logits, inputs, table, reward, backward, ones, hops=k) for k in (0, 1)]
         >>> [bool(step.cotangent[0, 0].any()) for step in flow]  # one hop carries it to the first token
         [False, True]
     """

@@ -73,10 +73,11 @@ def entropy(logps: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
         >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
         tensor(0.6931)
     """
-    return torch.special.entr(logps.exp()).sum(-1)
+    terms: Tensor = torch.special.entr(logps.exp())
+    return terms.sum(-1)
 
 
-def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b"]:
+def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, " b"]:
     """Sum over the positions of each sequence; what stands outside the mask may be anything, NaN included.
 
     Example:

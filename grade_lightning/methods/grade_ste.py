@@ -58,7 +58,7 @@ class GradeSTE(AlignmentModule):
         tau: Schedule | None = None,
         beta: float = 0.01,
         kl_prefix: Literal["none", "policy", "full"] = "none",
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)

@@ -48,8 +48,9 @@ class SupervisedFineTuning(TrainableModule):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         inputs = self.policy.embed(ids[:, :-1])
         logits = self.policy(inputs, mask[:, :-1], ids.shape[1] - 1)
-        logps = sequences.token_logps(logits.float().log_softmax(-1), ids[:, 1:])
-        return -sequences.masked_sum(logps, mask[:, 1:].bool()).sum() / mask[:, 1:].sum()
+        logps: Tensor = sequences.token_logps(logits.float().log_softmax(-1), ids[:, 1:])
+        loss: Tensor = -sequences.masked_sum(logps, mask[:, 1:].bool()).sum() / mask[:, 1:].sum()
+        return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of text."""

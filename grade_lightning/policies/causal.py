@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
 
-from .loading import config_without_dropout, load_pretrained, resolve_model, torch_dtype
+from .loading import config_without_dropout, embedding_table, load_pretrained, resolve_model, torch_dtype
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -37,7 +37,7 @@ class LoRA:
     """
 
     r: int = 16
-    alpha: float = 32
+    alpha: int = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None
 
@@ -127,7 +127,9 @@ class Policy(nn.Module):
         )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
-                raise InputError(f"{self.path}: the tokenizer has neither a padding nor an end-of-sequence token; set one")
+                raise InputError(
+                    f"{self.path}: the tokenizer has neither a padding nor an end-of-sequence token; set one"
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
@@ -157,11 +159,11 @@ class Policy(nn.Module):
 
     def table(self) -> Tensor:
         """What :meth:`embed` returns for each token id, without a graph; (vocabulary, width)."""
-        return _table(self.base)
+        return embedding_table(self.base)
 
     def reference_table(self) -> Tensor:
         """The same for the reference."""
-        return _table(self.reference) if isinstance(self.reference, PreTrainedModel) else self.table()
+        return self.table() if self.reference is None else embedding_table(self.reference)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the last `length` positions.
@@ -256,13 +258,6 @@ def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
     }
-
-
-def _table(model: PreTrainedModel) -> Tensor:
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        table: Tensor = embedding(torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
-    return table
 
 
 def _logits(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from grade_lightning.errors import InputError
@@ -67,6 +68,18 @@ def load_pretrained(loader: Any, path: str, **kwargs: Any) -> Any:
         if type(error).__module__.partition(".")[0] != "safetensors":
             raise
         raise InputError(f"{path}: the weights cannot be read ({error}); the file is damaged") from error
+
+
+def embedding_table(model: Any, rows: int | None = None) -> Tensor:
+    """What the embedding module of a transformers model returns for the ids 0 to `rows` (all by default), no graph.
+
+    Some models scale their embeddings in that module; the table is what the tokens become, whatever it does.
+    """
+    embedding = model.get_input_embeddings()
+    weight: Tensor = embedding.weight
+    with torch.no_grad():
+        table: Tensor = embedding(torch.arange(weight.shape[0] if rows is None else rows, device=weight.device))
+    return table
 
 
 def config_without_dropout(path: str) -> PretrainedConfig:

@@ -105,7 +105,9 @@ class WeightedSum(Reward):
         super().__init__()
         weights = [1.0] * len(rewards) if weights is None else weights
         if not rewards or len(weights) != len(rewards):
-            raise InputError(f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each")
+            raise InputError(
+                f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each"
+            )
         self.rewards = nn.ModuleList(rewards)
         self.weights = weights
         self.differentiable = all(reward.differentiable for reward in rewards)

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
-from grade_lightning.policies.loading import config_without_dropout, load_pretrained, resolve_model
+from grade_lightning.policies.loading import config_without_dropout, embedding_table, load_pretrained, resolve_model
 
 from .base import DifferentiableReward
 
@@ -142,7 +142,7 @@ class ClassifierReward(DifferentiableReward):
                     f"--model.backbone {tokenizer.name_or_path or 'POLICY'}"
                 )
             self.classifier = Classifier.from_pretrained(path).requires_grad_(False).eval()
-        rows = self._network.backbone.get_input_embeddings().weight.shape[0]
+        rows = self._network.backbone.config.get_text_config().vocab_size
         if rows < vocabulary:
             raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")
 
@@ -158,12 +158,10 @@ class ClassifierReward(DifferentiableReward):
 
     def table(self) -> Tensor:
         """Embedding table of the classifier, (vocabulary, width)."""
-        weight = self._network.backbone.get_input_embeddings().weight
-        rows = self.vocabulary or weight.shape[0]
-        return self._network.embed(torch.arange(rows, device=weight.device)).detach()
+        return embedding_table(self._network.backbone, self.vocabulary or None)
 
     def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """P(positive) or the logit, (B,), in float32 or better."""
-        logits = self._network(embeddings, mask)
+        logits: Tensor = self._network(embeddings, mask)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.sigmoid() if self.output == "probability" else logits

@@ -180,7 +180,7 @@ class Sampler:
             base, own = policy.base, policy.base.generation_config
             base.generation_config = GenerationConfig()  # a model's own penalties would be merged into ours
             try:
-                ids = model.generate(
+                ids: Tensor = model.generate(  # type: ignore[operator]
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     generation_config=config,
@@ -202,7 +202,7 @@ class Sampler:
         )
 
 
-class _Recorder(LogitsProcessor):  # type: ignore[no-untyped-call]
+class _Recorder(LogitsProcessor):
     """Makes the sampled distribution, and keeps each sampled token's log-probability instead of all scores."""
 
     def __init__(self, sampler: Sampler, eos_ids: list[int], prompt_length: int) -> None:

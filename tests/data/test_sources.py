@@ -3,7 +3,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
+import datasets
 import pytest
 
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, sources

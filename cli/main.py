@@ -1,0 +1,220 @@
+"""The four commands: fit, validate, test and predict, over one flat configuration."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+
+# imported whole, so that bare class names are known
+import grade_lightning.methods
+from grade_lightning import bundled
+from grade_lightning.callbacks import Completions, Export, PredictionWriter, Summary
+from grade_lightning.data import TextDataModule, reviews
+from grade_lightning.errors import InputError
+from grade_lightning.policies.loading import BUNDLED
+
+from .parser import Parser
+
+
+class GradeCLI(LightningCLI):
+    """LightningCLI without subcommands; `--model` is a bare name of ours or a dotted path."""
+
+    def __init__(self, args: ArgsType = None, run: str = "fit") -> None:
+        self.command = run
+        super().__init__(
+            LightningModule,
+            TextDataModule,
+            subclass_mode_model=True,
+            run=False,
+            args=args,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": f"grade-{run}",
+                "default_config_files": [str(Path(__file__).with_name("defaults.yaml"))],
+            },
+            save_config_callback=SaveConfigCallback if run == "fit" else None,
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """Our parser, whose errors are one line."""
+        kwargs["parser_mode"] = kwargs.get("parser_mode", "yaml")
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="A configuration file; may be given several times.")
+        return parser
+
+    def parse_arguments(self, parser: Any, args: ArgsType) -> None:
+        """Let a configuration that names no method come before `--model`, too."""
+        self.config = parser.parse_args(_model_first(list(sys.argv[1:] if args is None else args)))
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Options beside the trainer's, the model's and the data's."""
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to start from.")
+        parser.add_lightning_class_args(Completions, "completions")
+        parser.add_lightning_class_args(Export, "export")
+        if self.command == "predict":
+            parser.add_argument("--output", type=str | None, default=None, help="File of JSON lines to write.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Stock Lightning merges the checkpoint's settings over the user's flags; here the flags stand."""
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what depends on the machine and the method."""
+        trainer = self.config.trainer
+        method = self.config.model.class_path.rpartition(".")[2]
+        if self.config.data.source is None and "judges" in self.config.model.init_args:
+            self.config.model.init_args.judges = self.config.model.init_args.judges or _grammar_judges()
+        if trainer.logger in (None, True):
+            trainer.logger = _tensorboard(trainer.default_root_dir or "runs", method)
+        on_cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        if trainer.precision is None and on_cuda and torch.cuda.is_bf16_supported():
+            trainer.precision = "bf16-mixed"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what every run has."""
+        self.summary = Summary()
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.summary]
+        if self.command == "predict":
+            kwargs["callbacks"].append(PredictionWriter(self.config.output))
+        return super().instantiate_trainer(**kwargs)
+
+
+def _model_first(args: list[str]) -> list[str]:
+    """Repeat the method's name in front: the recipes in `configs/` set arguments that most methods share."""
+    for i, arg in enumerate(args):
+        if arg == "--model" and i + 1 < len(args):
+            return [arg, args[i + 1], *args]
+        if arg.startswith("--model="):
+            return [arg, *args]
+    return args
+
+
+def _grammar_judges() -> list[Namespace]:
+    """The bundled reviews come with the truth about themselves: show it beside the reward."""
+    functions = (reviews.grammar_positive, reviews.grammar_valid)
+    return [
+        Namespace(
+            class_path="grade_lightning.rewards.FunctionReward",
+            init_args=Namespace(function=f"{function.__module__}.{function.__name__}"),
+        )
+        for function in functions
+    ]
+
+
+def _tensorboard(folder: str, name: str) -> Any:
+    return Namespace(
+        class_path="lightning.pytorch.loggers.TensorBoardLogger",
+        init_args=Namespace(save_dir=folder, name=name, version=None, default_hp_metric=False),
+    )
+
+
+def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
+    """Parse the arguments and make trainer, model and data, without running anything.
+
+    Args:
+        args: arguments instead of those of the command line.
+        command: `fit`, `validate`, `test` or `predict`.
+    """
+    cli = GradeCLI(args, command)
+    ckpt_path = cli.config.ckpt_path
+    if ckpt_path is not None and not Path(ckpt_path).is_file():
+        raise InputError(f"{ckpt_path}: no such checkpoint file; give --ckpt_path the path of a .ckpt")
+    if any(getattr(module, "path", None) == BUNDLED for module in cli.model.modules()):
+        bundled.prepare()
+    return cli
+
+
+def fit(args: ArgsType = None) -> None:
+    """`grade-fit`: measure, train, measure again, and say what changed and where it lies."""
+    with _for_people("grade-fit"):
+        began = time.perf_counter()
+        cli = build(args, "fit")
+        trainer, model, data = cli.trainer, cli.model, cli.datamodule
+        measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if measures and cli.config.ckpt_path is None:
+            trainer.validate(model, data, verbose=False)
+        trainer.fit(model, data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        if measures and cli.summary.last_step != trainer.global_step:
+            trainer.validate(model, data, verbose=False)
+        if trainer.is_global_zero:
+            _report(cli, time.perf_counter() - began)
+
+
+def _report(cli: GradeCLI, seconds: float) -> None:
+    trainer = cli.trainer
+    where = {"time": f"{seconds:.0f} s"}
+    if trainer.logger is not None and trainer.log_dir:
+        where["logs"] = f"{trainer.log_dir} (tensorboard --logdir {Path(trainer.log_dir).parent.parent})"
+    export = next(callback for callback in trainer.callbacks if isinstance(callback, Export))  # type: ignore[attr-defined]
+    folder = export.path(trainer)
+    if folder is not None and folder.is_dir():
+        where["model"] = str(folder)
+    cli.summary.print(where)
+
+
+def validate(args: ArgsType = None) -> None:
+    """`grade-validate`: measure on the validation split."""
+    _run(args, "validate")
+
+
+def test(args: ArgsType = None) -> None:
+    """`grade-test`: measure on the test split."""
+    _run(args, "test")
+
+
+def predict(args: ArgsType = None) -> None:
+    """`grade-predict`: write completions of the test prompts, with rewards and KL, as JSON lines."""
+    _run(args, "predict")
+
+
+def _run(args: ArgsType, command: str) -> None:
+    with _for_people(f"grade-{command}"):
+        cli = build(args, command)
+        entry = getattr(cli.trainer, command)
+        kwargs = {"return_predictions": False} if command == "predict" else {}
+        entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **kwargs)
+        if command == "predict" and cli.trainer.is_global_zero:
+            writer = next(c for c in cli.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
+            print(f"written: {writer.path(cli.trainer)}")
+
+
+@contextmanager
+def _for_people(name: str) -> Iterator[None]:
+    """Quiet what says nothing to the user; turn errors of input into one line and status 2."""
+    _quieten()
+    try:
+        yield
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _quieten() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for pattern in (
+        r".*does not have many workers.*",
+        r".*in eval mode at the start of training.*",
+        r".*LeafSpec.*",
+        r".*is_gradient_checkpointing.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+__all__ = ["build", "fit", "grade_lightning", "predict", "test", "validate"]

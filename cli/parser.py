@@ -1,0 +1,81 @@
+"""What the parser says when an argument is wrong: one line, with the choices."""
+
+import difflib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from grade_lightning.data import Source
+from grade_lightning.estimators import TokenEstimator
+from grade_lightning.rewards import Reward
+from grade_lightning.schedules import Schedule
+
+BASES: dict[str, type] = {
+    "model": LightningModule,
+    "reward": Reward,
+    "estimator": TokenEstimator,
+    "tau": Schedule,
+    "source": Source,
+}
+_NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|^tip:")
+
+
+def choices(base: type) -> list[str]:
+    """Names of our own subclasses of `base`.
+
+    Example:
+        >>> choices(TokenEstimator)
+        ['Gumbel', 'ReinMax', 'StraightThrough']
+    """
+    found: set[str] = set()
+    queue = [base]
+    while queue:
+        subclasses: list[type] = type.__subclasses__(queue.pop())
+        for sub in subclasses:
+            queue.append(sub)
+            if sub.__module__.startswith("grade_lightning.") and not inspect.isabstract(sub):
+                found.add(sub.__name__)
+    return sorted(found - {"TrainableModule", "DifferentiableReward"})
+
+
+def explain(message: str) -> str:
+    r"""Shorten a message of jsonargparse to one line; for a class that is not there, list those that are.
+
+    Example:
+        >>> text = "Parser key \"model\":\n  - Expected a dot import path string: GradeSTF"
+        >>> explain(text).partition("; ours are")[0]
+        "--model GradeSTF: no such class, did you mean 'GradeSTE'?"
+        >>> explain("Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: x")
+        "--trainer.max_steps: Expected a <class 'int'>. Got value: x"
+    """
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    where = "--" + ".".join(keys) if keys else ""
+    wrong = re.search(r"Expected a dot import path string: (\S+)", message)
+    base = BASES.get(keys[-1].rpartition(".")[2]) if keys else None
+    if wrong and base:
+        names = choices(base)
+        near = difflib.get_close_matches(wrong[1], names, n=1, cutoff=0.5)
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        return f"{where} {wrong[1]}: no such class{hint}; ours are {', '.join(names)}, or give a dotted path"
+    lines = [re.sub(r'Parser key "[^"]+":?', "", line).strip().lstrip("- ") for line in message.splitlines()]
+    useful = list(dict.fromkeys(line for line in lines if line and not _NOISE.search(line)))
+    given = re.search(r"Given value: (.+)", message)
+    if given and not any("Got value" in line for line in useful):
+        useful.append(f"(given: {given[1]})")
+    return f"{where}: {' '.join(useful)}" if where else " ".join(useful)
+
+
+class Parser(LightningArgumentParser):
+    """The parser of LightningCLI with short errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and leave with status 2."""
+        del ex
+        name = Path(sys.argv[0]).name
+        print(f"{name}: error: {explain(message)} (see {name} --help)", file=sys.stderr)
+        raise SystemExit(2)

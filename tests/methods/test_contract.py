@@ -1,0 +1,388 @@
+"""What every method owes: one contract over all of them, by a real Trainer on a toy task."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import grade_lightning.methods
+from grade_lightning.errors import InputError
+from grade_lightning.module import AlignmentModule
+from grade_lightning.policies import LoRA, Policy
+from grade_lightning.rewards import DifferentiableReward, FunctionReward
+from grade_lightning.rollouts import Rollout, Sampler
+from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer
+
+METHODS = [
+    value
+    for value in vars(grade_lightning.methods).values()
+    if isinstance(value, type) and issubclass(value, AlignmentModule)
+]
+METRICS = (
+    "reward reward_std reward_ci95 kl kl_per_token entropy response_length eos_rate distinct_2 perplexity rewards/Toy"
+)
+SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+class Toy(DifferentiableReward):
+    """The fraction of tokens with an id above 9."""
+
+    def table(self) -> Tensor:
+        return torch.eye(VOCABULARY)
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return (embeddings[..., 10:].sum(-1) * mask).sum(-1) / mask.sum(-1)
+
+
+class Recorder(Callback):
+    """Keeps what each training step logged, and which parameters had a gradient."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.without_gradient: list[set[str]] = []  # of each step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.without_gradient.append({name for name, p in trained.items() if p.grad is None or not p.grad.any()})
+        assert all(p.grad is None for p in pl_module.parameters() if not p.requires_grad)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture(autouse=True)
+def _restore_the_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # `seed_everything` sets it; undone after each test
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def make(
+    method: type[AlignmentModule], lora: bool = False, lr: float = 1e-2, seed: int = 0, **kwargs: Any
+) -> AlignmentModule:
+    model = make_model("llama", scale=SCALE)
+    seed_everything(seed, verbose=False)
+    policy = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
+    settings: dict[str, Any] = {
+        "sampler": Sampler(max_new_tokens=6),
+        "beta": 0.001,
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
+    }
+    return method(policy=policy, reward=Toy(), **settings | kwargs)
+
+
+def batches(count: int = 2, repeat: int = 4) -> DataLoader[Any]:
+    prompts = {name: value.repeat(repeat, 1) for name, value in make_prompts().items()}
+    return DataLoader([prompts | {"columns": {}}] * count, batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer(**kwargs: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
+    return Trainer(**quiet | kwargs)
+
+
+def fit(module: AlignmentModule, steps: int, loader: DataLoader[Any] | None = None, **kwargs: Any) -> Recorder:
+    recorder = Recorder()
+    loader = batches(steps) if loader is None else loader
+    trainer(callbacks=[recorder], log_every_n_steps=1, **kwargs).fit(module, loader)
+    return recorder
+
+
+def weights(module: AlignmentModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def trained_names(module: AlignmentModule) -> set[str]:
+    """With both names of tied weights, as in a state."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, two[name])] == []
+
+
+def test_methods_are_found() -> None:
+    assert "GradeSTE" in {method.__name__ for method in METHODS}
+
+
+@every_method
+@with_and_without_lora
+def test_every_trained_parameter_gets_a_gradient_and_the_reward_rises(
+    method: type[AlignmentModule], lora: bool
+) -> None:
+    """A of LoRA has none at the very first step, where B is zero; afterwards everything that is trained has one."""
+    module = make(method, lora)
+    start = weights(module)
+    run = fit(module, steps=40)
+    assert run.without_gradient[0] == {name for name in trained_names(module) if ".lora_A" in name}
+    assert not any(run.without_gradient[1:])
+    assert [name for name, value in module.state_dict().items() if torch.equal(value, start[name])] == []
+    rewards = [step["train/reward"] for step in run.steps]
+    assert sum(rewards[-5:]) / 5 > rewards[0] + 0.1
+    assert run.steps[-1]["train/kl"] > 0.1
+    assert abs(run.steps[0]["train/kl"]) < 1e-3
+
+
+@every_method
+def test_the_seed_decides(method: type[AlignmentModule]) -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        module = make(method, seed=seed)
+        runs.append((fit(module, steps=2).steps, weights(module)))
+    keys = [name for name in runs[0][0][0] if "tokens_per_second" not in name and "tok/s" not in name]
+    assert "train/loss" in keys
+    for one, two in zip(runs[0][0], runs[1][0], strict=True):
+        assert [one[name] for name in keys] == pytest.approx([two[name] for name in keys], rel=0, abs=0, nan_ok=True)
+    assert_same(runs[0][1], runs[1][1])
+    assert runs[0][0][-1]["train/loss"] != runs[2][0][-1]["train/loss"]
+
+
+@every_method
+@with_and_without_lora
+def test_a_resumed_run_is_the_run(method: type[AlignmentModule], lora: bool, tmp_path: Path) -> None:
+    """Two epochs at once, and one epoch, a checkpoint, a new module, and the other epoch: the same bits."""
+    whole = make(method, lora)
+    fit(whole, 2, max_epochs=2)
+
+    half, first = make(method, lora), trainer()
+    first.fit(half, batches(2))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
+    assert_same(saved, weights(half))
+    assert set(saved) == trained_names(half)
+
+    resumed = make(method, lora, seed=9)
+    seed_everything(0, verbose=False)
+    trainer(max_epochs=2).fit(resumed, batches(2), ckpt_path=tmp_path / "half.ckpt")
+    assert_same(weights(resumed), weights(whole))
+    assert [name for name, v in weights(resumed).items() if torch.equal(v, saved[name])] == []
+
+
+@every_method
+def test_checkpoints_that_do_not_fit_are_named(method: type[AlignmentModule], tmp_path: Path) -> None:
+    module, run, path = make(method), trainer(max_steps=1), tmp_path / "a.ckpt"
+    run.fit(module, batches(1))
+    run.save_checkpoint(path)
+    with pytest.raises(InputError, match=r"weights do not fit.*LoRA"):
+        trainer().fit(make(method, lora=True), batches(1), ckpt_path=path)
+
+    content = torch.load(path, weights_only=False)
+    assert content["grade_lightning"]["method"] == method.__name__
+    torch.save(content | {"grade_lightning": {"method": "SomethingElse"}}, path)
+    with pytest.raises(InputError, match=rf"SomethingElse.*{method.__name__}"):
+        trainer().fit(make(method), batches(1), ckpt_path=path)
+    del content["grade_lightning"]
+    torch.save(content, path)
+    with pytest.raises(InputError, match=rf"not of grade_lightning.*{method.__name__}"):
+        trainer().fit(make(method), batches(1), ckpt_path=path)
+
+
+@every_method
+@with_and_without_lora
+def test_bfloat16_mixed_precision(method: type[AlignmentModule], lora: bool) -> None:
+    module = make(method, lora)
+    steps = fit(module, 3, precision="bf16-mixed").steps
+    assert all(torch.tensor(step["train/loss"]).isfinite() for step in steps)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in module.state_dict().values())
+
+
+@every_method
+def test_gradient_accumulation(method: type[AlignmentModule]) -> None:
+    """One optimizer step for four batches, each with its own noise."""
+    module = make(method)
+    run = trainer(accumulate_grad_batches=4, callbacks=[recorder := Recorder()], log_every_n_steps=1)
+    run.fit(module, batches(4))
+    assert run.global_step == 1
+    assert len({step["train/loss"] for step in recorder.steps}) == 4
+
+
+@every_method
+def test_gradient_clipping(method: type[AlignmentModule]) -> None:
+    fit(make(method), 2, gradient_clip_val=0.5)
+
+
+@every_method
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_evaluation(method: type[AlignmentModule], stage: str) -> None:
+    """Its metrics, their values where they are known, and the same noise each time."""
+    module = make(method)
+    measure = trainer().validate if stage == "val" else trainer().test
+    (found,) = measure(module, batches(2), verbose=False)
+    assert set(found) == {f"{stage}/{name}" for name in METRICS.split()}
+    assert found[f"{stage}/kl"] == pytest.approx(0, abs=1e-5)
+    assert found[f"{stage}/reward"] == pytest.approx(found[f"{stage}/rewards/Toy"])
+    assert 0 < found[f"{stage}/distinct_2"] <= 1
+    assert 1 <= found[f"{stage}/response_length"] <= 6
+    (again,) = measure(module, batches(2), verbose=False)
+    assert again == found
+
+
+@every_method
+def test_evaluation_against_a_plain_loop(method: type[AlignmentModule]) -> None:
+    """Padding, ends and unequal batches: means over completions, or over tokens, of all batches together."""
+    module = make(method)
+    rows: Any = [next(iter(batches(1, n))) for n in (1, 5)]
+    loader: DataLoader[Any] = DataLoader(rows, batch_size=None)
+    (found,) = trainer().validate(module, loader, verbose=False)
+    module.configure_model()
+    rewards, nll, lengths = [], 0.0, []
+    bigrams: list[tuple[int, int]] = []
+    for index, batch in enumerate(loader):
+        rollout: Rollout = module.evaluate(batch, "val", index)["rollout"]
+        model = make_model("llama", scale=SCALE).eval()
+        for row in range(len(rollout.ids)):
+            prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
+            tokens = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+            nll -= sum(float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(tokens))
+            rewards.append(sum(token > 9 for token in prompt + tokens) / len(prompt + tokens))
+            bigrams += itertools.pairwise(tokens)
+            lengths.append(len(tokens))
+    assert len(rewards) == 18
+    values = torch.tensor(rewards)
+    assert found["val/reward"] == pytest.approx(float(values.mean()), rel=1e-5)
+    assert found["val/reward_std"] == pytest.approx(float(values.std()), rel=1e-5)
+    assert found["val/reward_ci95"] == pytest.approx(1.96 * float(values.std()) / 18**0.5, rel=1e-5)
+    assert found["val/response_length"] == pytest.approx(sum(lengths) / 18)
+    assert found["val/distinct_2"] == pytest.approx(len(set(bigrams)) / len(bigrams))
+    assert found["val/perplexity"] == pytest.approx(float(torch.tensor(nll / sum(lengths)).exp()), rel=1e-4)
+
+
+@every_method
+def test_validation_does_not_change_training(method: type[AlignmentModule]) -> None:
+    runs = []
+    for limit in (0, 1):
+        module = make(method)
+        trainer(max_epochs=2, limit_val_batches=limit, num_sanity_val_steps=limit).fit(module, batches(2), batches(1))
+        runs.append(weights(module))
+    assert_same(*runs)
+
+
+@every_method
+def test_predictions(method: type[AlignmentModule]) -> None:
+    module = make(method)
+    found = trainer().predict(module, batches(1, repeat=1))
+    assert found is not None
+    (rows,) = found
+    assert len(rows) == 3
+    for row in rows:
+        assert isinstance(row, dict)
+        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards"}
+        words = (row["prompt"] + " " + row["completion"]).split()
+        assert all(word in make_tokenizer().get_vocab() for word in words)
+        assert row["rewards"] == {"Toy": row["reward"]}
+
+
+@every_method
+def test_judges_are_measured_and_not_trained_on(method: type[AlignmentModule]) -> None:
+    def judge(completions: list[str], **_: Any) -> list[float | None]:
+        return [None, *(float(len(text)) for text in completions[1:])]
+
+    plain, judged = make(method), make(method, judges=[FunctionReward(judge)])
+    fit(plain, 2)
+    fit(judged, 2)
+    assert_same(weights(plain), weights(judged))
+    (found,) = trainer().validate(judged, batches(1), verbose=False)
+    assert found["val/rewards/judge"] > 1
+
+
+class Half(Toy):
+    """A judge of the reward's own name that gives half of it."""
+
+    @property
+    def name(self) -> str:
+        return "Toy"
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return super().score_embeddings(embeddings, mask) / 2
+
+
+@every_method
+def test_a_judge_of_the_same_name_does_not_hide_the_reward(method: type[AlignmentModule]) -> None:
+    """Two ClassifierRewards are both called `classifier`: reward and judge must both be logged."""
+    (found,) = trainer().validate(make(method, judges=[Half()]), batches(1), verbose=False)
+    assert found["val/rewards/Toy"] == pytest.approx(found["val/reward"])
+    others = [value for name, value in found.items() if name.startswith("val/rewards/") and name != "val/rewards/Toy"]
+    assert others == [pytest.approx(found["val/reward"] / 2)]
+
+
+@every_method
+def test_saved_policy_is_loaded_as_a_policy(method: type[AlignmentModule], tmp_path: Path) -> None:
+    module = make(method, lora=True)
+    fit(module, 2)
+    module.save_pretrained(str(tmp_path))
+    again = Policy(str(tmp_path))
+    again.load()
+    ids, mask = make_prompts().values()
+    one, two = (policy.eval()(policy.embed(ids), mask, 2) for policy in (module.policy, again))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+# ---- honesty at the first batch -----------------------------------------------------------------------------------
+
+
+@every_method
+@with_and_without_lora
+def test_a_reference_that_is_not_the_start_is_noticed(method: type[AlignmentModule], lora: bool) -> None:
+    module = make(method, lora)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2)
+    with pytest.raises(RuntimeError, match="reference is not the model that the policy started as"):
+        fit(module, 1)
+
+
+class Liar(Sampler):
+    """Samples from another distribution than the one that it states."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Rollout:
+        rollout = super().__call__(*args, **kwargs)
+        rollout.logps = rollout.logps - 0.3
+        return rollout
+
+
+@every_method
+def test_completions_that_another_policy_sampled_are_noticed(method: type[AlignmentModule]) -> None:
+    with pytest.raises(RuntimeError, match="not sampled from the policy"):
+        fit(make(method, sampler=Liar(max_new_tokens=6)), 1)
+
+
+@every_method
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_k": 5, "top_p": 0.9}, {"min_new_tokens": 3}], ids=str)
+def test_honest_samplers_pass(method: type[AlignmentModule], settings: dict[str, Any]) -> None:
+    fit(make(method, sampler=Sampler(max_new_tokens=6, **settings)), 1)
+
+
+@every_method
+def test_completions_must_fit_into_the_context(method: type[AlignmentModule]) -> None:
+    class Data:
+        max_prompt_tokens = 30
+
+    module = make(method, sampler=Sampler(max_new_tokens=40))
+    module.policy.base.config.max_position_embeddings = 64
+    run: Any = trainer()
+    run.datamodule = Data()
+    module.trainer = run
+    with pytest.raises(InputError, match=r"64 tokens.*30.*40"):
+        module.setup("fit")
+    module.policy.base.config.max_position_embeddings = 70
+    module.setup("fit")

@@ -1,0 +1,275 @@
+"""Sampling: log-probabilities against transformers' own processors, and the trap of sampling without context."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from grade_lightning.errors import InputError
+from grade_lightning.policies import LoRA, Policy
+from grade_lightning.rollouts import Rollout, Sampler
+from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 4},
+    "top-p": {"top_p": 0.8},
+    "minimum": {"min_new_tokens": 4},
+    "all": {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_new_tokens": 3},
+}
+
+
+def make_policy(name: str = "gpt2", lora: bool = False) -> Policy:
+    return Policy.from_model(make_model(name), make_tokenizer(), LoRA(r=2, dropout=0.0) if lora else None)
+
+
+def roll(policy: Policy, seed: int = 0, repeat: int = 4, **settings: Any) -> Rollout:
+    torch.manual_seed(seed)
+    ids, mask = (value.repeat(repeat, 1) for value in make_prompts().values())
+    return Sampler(**{"max_new_tokens": 8} | settings)(policy, ids, mask)
+
+
+def teacher_forced(rollout: Rollout, name: str, sampler: Sampler) -> Tensor:
+    """Each row by itself, without padding, through the plain model and the processors of transformers."""
+    plain = make_model(name).eval()
+    result = torch.zeros_like(rollout.logps)
+    for row in range(len(result)):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()]
+        completion = rollout.completion_ids[row][rollout.completion_mask[row]]
+        processors = LogitsProcessorList([TemperatureLogitsWarper(sampler.temperature)])
+        if sampler.min_new_tokens:
+            processors.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampler.min_new_tokens, rollout.eos_ids))
+        if sampler.top_k:
+            processors.append(TopKLogitsWarper(sampler.top_k))
+        if sampler.top_p < 1:
+            processors.append(TopPLogitsWarper(sampler.top_p))
+        ids: Any = torch.cat([prompt, completion]).unsqueeze(0)
+        with torch.no_grad():
+            logits = plain(input_ids=ids).logits[0].float()
+        for t, token in enumerate(completion):
+            end = len(prompt) + t
+            scores = processors(ids[:, :end], logits[end - 1 : end].clone())
+            result[row, t] = scores.log_softmax(-1)[0, token]
+    return result
+
+
+def assert_mixed(rollout: Rollout) -> None:
+    assert rollout.ended.any()
+    assert not rollout.ended.all()
+    assert not rollout.prompt_mask.all()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logps_are_those_of_transformers(name: str, settings: dict[str, Any]) -> None:
+    """Left padding, early ends, every restriction of the distribution."""
+    rollout = roll(make_policy(name), **settings)
+    truth = teacher_forced(rollout, name, Sampler(**settings))
+    torch.testing.assert_close(rollout.logps, truth, rtol=1e-4, atol=1e-4)
+    assert (rollout.logps[~rollout.completion_mask] == 0).all()
+    assert rollout.logps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_training_pass_sees_the_sampled_distribution(settings: dict[str, Any]) -> None:
+    policy, sampler = make_policy(), Sampler(max_new_tokens=8, **settings)
+    rollout = roll(policy, **settings)
+    with torch.no_grad():
+        logits = policy(policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], rollout.completion_ids.shape[1])
+    logps = sampler.logits(logits, rollout.eos_ids, rollout.completion_ids).log_softmax(-1)
+    picked = logps.gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
+    keep = rollout.completion_mask
+    torch.testing.assert_close(picked[keep], rollout.logps[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_rollout_has_its_context_in_training_with_checkpointing(lora: bool) -> None:
+    """The trap: `generate` in training mode with gradient checkpointing loses its cache, and the prompt with it."""
+    policy = make_policy("llama", lora)
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    rollout = roll(policy)
+    torch.testing.assert_close(rollout.logps, teacher_forced(rollout, "llama", Sampler()), rtol=1e-4, atol=1e-4)
+    assert policy.model.training
+    assert policy.base.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_trap_is_real(name: str) -> None:
+    """What the rollout avoids: in that mode the most likely tokens of `generate` itself are not those of the prompt."""
+    model, prompts = make_model(name).eval(), make_prompts()
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    truth = model.generate(**prompts, **settings)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blind = model.train().generate(**prompts, **settings)
+    assert truth.tolist() != blind.tolist()
+
+
+def test_rollouts_in_training_and_evaluation_mode_are_the_same() -> None:
+    policy = make_policy("llama")
+    in_evaluation = roll(policy.eval()).completion_ids
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(roll(policy.train()).completion_ids, in_evaluation)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_end_before_min_new_tokens(seed: int) -> None:
+    free, bound = roll(make_policy(), seed), roll(make_policy(), seed, min_new_tokens=6)
+    assert free.lengths.min() < 6
+    assert bound.lengths.min() >= 6
+    assert not (bound.completion_ids[:, :5] == 0).any()
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    policy, prompts = make_policy(), make_prompts()
+    rollout = Sampler(max_new_tokens=8, top_k=1)(policy, prompts["input_ids"], prompts["attention_mask"])
+    greedy = make_model().eval().generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=1)
+    assert torch.equal(rollout.ids, greedy)
+    assert (rollout.logps == 0).all()
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Frequencies of the first token over 6,000 samples, to 4.5 standard errors."""
+    policy, size = make_policy("gpt2"), 2_000
+    rollout = roll(policy, repeat=size, max_new_tokens=1, temperature=1.3, top_k=6)
+    prompts = make_prompts()
+    with torch.no_grad():
+        logits = policy(policy.embed(prompts["input_ids"]), prompts["attention_mask"], 1)[:, 0]
+    probs = TopKLogitsWarper(6)(prompts["input_ids"], logits / 1.3).softmax(-1)
+    for row in range(3):
+        counts = torch.bincount(rollout.completion_ids[row::3, 0], minlength=VOCABULARY)
+        error = (probs[row] * (1 - probs[row]) / size).sqrt()
+        assert ((counts / size - probs[row]).abs() <= 4.5 * error + 1e-6).all()
+
+
+def test_padding_with_the_end_of_sequence_token() -> None:
+    """The first such token belongs to the completion, the padding after it does not."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    policy = Policy.from_model(make_model(), tokenizer)
+    rollout = roll(policy)
+    assert_mixed(rollout)
+    for ids, mask, ended in zip(rollout.completion_ids, rollout.completion_mask, rollout.ended, strict=True):
+        length = int(mask.sum())
+        assert bool(ended) == (0 in ids.tolist())
+        assert length == (ids.tolist().index(0) + 1 if ended else len(ids))
+        assert (ids[length:] == 0).all()
+    truth = teacher_forced(rollout, "gpt2", Sampler())
+    torch.testing.assert_close(rollout.logps, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_properties_of_a_rollout() -> None:
+    rollout = Rollout(
+        prompt_ids=torch.tensor([[1, 2], [3, 4]]),
+        prompt_mask=torch.tensor([[0, 1], [1, 1]]),
+        completion_ids=torch.tensor([[5, 0, 1], [6, 7, 8]]),
+        completion_mask=torch.tensor([[True, True, False], [True, True, True]]),
+        logps=torch.zeros(2, 3),
+        tokenizer=make_tokenizer(),
+        eos_ids=[0],
+    )
+    assert rollout.ids.tolist() == [[1, 2, 5, 0, 1], [3, 4, 6, 7, 8]]
+    assert rollout.mask.tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert rollout.lengths.tolist() == [2, 3]
+    assert rollout.ended.tolist() == [True, False]
+    assert rollout.prompts == ["w2", "w3 w4"]
+    assert rollout.completions == ["w5", "w6 w7 w8"]
+
+
+def test_columns_are_passed_on() -> None:
+    columns = {"label": [1, 0, 1]}
+    ids, mask = make_prompts().values()
+    assert Sampler(max_new_tokens=2)(make_policy(), ids, mask, columns).columns == columns
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_models_own_penalties_are_ignored_and_its_ends_honoured(lora: bool) -> None:
+    policy = make_policy(lora=lora)
+    plain = roll(policy)
+    policy.base.generation_config.repetition_penalty = 5.0
+    policy.base.generation_config.no_repeat_ngram_size = 1
+    policy.base.generation_config.suppress_tokens = [2, 3, 4]
+    assert torch.equal(roll(policy).completion_ids, plain.completion_ids)
+
+    policy.base.generation_config.eos_token_id = [0, 5, 6]
+    rollout = roll(policy)
+    assert rollout.eos_ids == [0, 5, 6]
+    last = rollout.completion_ids.gather(1, rollout.lengths.unsqueeze(1) - 1)[rollout.ended]
+    assert set(last.flatten().tolist()) & {5, 6}
+    for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):
+        assert not set(ids[mask][:-1].tolist()) & {0, 5, 6}
+        assert (ids[~mask] == 1).all()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sampling_leaves_no_trace(lora: bool) -> None:
+    policy = make_policy(lora=lora).train()
+    policy.base.generation_config.repetition_penalty = 5.0
+    own, before = policy.base.generation_config, copy.deepcopy(policy.base.generation_config.to_dict())
+    modes = {name: module.training for name, module in policy.named_modules()}
+    state = {name: value.clone() for name, value in policy.state_dict().items()}
+    rollout = roll(policy)
+    assert policy.base.generation_config is own
+    assert own.to_dict() == before
+    assert {name: module.training for name, module in policy.named_modules()} == modes
+    assert all(torch.equal(value, state[name]) for name, value in policy.state_dict().items())
+    assert not rollout.logps.requires_grad
+    with pytest.raises((RuntimeError, ValueError, IndexError)):  # a failure restores it, too
+        Sampler()(policy, torch.full((1, 2), VOCABULARY + 5), torch.ones(1, 2, dtype=torch.int64))
+    assert policy.base.generation_config is own
+    assert {name: module.training for name, module in policy.named_modules()} == modes
+
+
+def test_the_seed_decides() -> None:
+    policy = make_policy()
+    assert torch.equal(roll(policy, 1).completion_ids, roll(policy, 1).completion_ids)
+    assert not torch.equal(roll(policy, 1).completion_ids, roll(policy, 2).completion_ids)
+
+
+def test_a_model_without_end_runs_to_the_limit() -> None:
+    tokenizer = make_tokenizer()
+    policy = Policy.from_model(make_model(), tokenizer)
+    policy.base.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    rollout = roll(policy)
+    assert policy.eos_ids == []
+    assert rollout.completion_mask.all()
+    assert not rollout.ended.any()
+
+
+def test_sampled_tokens_stay_in_the_support() -> None:
+    """Another kernel may round a sampled token out of the top-k set; its log-probability must stay finite."""
+    logits = torch.tensor([[[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]])
+    tokens = torch.tensor([[2, 2]])
+    found = Sampler(top_k=2).logits(logits, [0], tokens)
+    assert found.tolist() == [[[3.0, 2.0, 1.0], [-torch.inf, 2.0, 3.0]]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 9, "max_new_tokens": 8},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_work_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Sampler(**wrong)
