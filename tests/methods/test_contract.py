@@ -34,7 +34,11 @@ with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["ful
 
 
 class Toy(DifferentiableReward):
-    """The fraction of tokens with an id above 9."""
+    """The fraction of tokens with an id above 9. Its buffer belongs in no checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frozen", torch.zeros(1))
 
     def table(self) -> Tensor:
         return torch.eye(VOCABULARY)
