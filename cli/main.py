@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 # imported whole, so that bare class names are known
 import grade_lightning.methods
 from grade_lightning import bundled
-from grade_lightning.callbacks import Completions, Export, PredictionWriter, Summary
+from grade_lightning.callbacks import Completions, Export, PredictionWriter, Progress, Summary
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError
 from grade_lightning.policies.loading import BUNDLED
@@ -83,6 +83,8 @@ class GradeCLI(LightningCLI):
         """Add what every run has."""
         self.summary = Summary()
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.summary]
+        if self.config.trainer.enable_progress_bar is not False:
+            kwargs["callbacks"].append(Progress())
         if self.command == "predict":
             kwargs["callbacks"].append(PredictionWriter(self.config.output))
         return super().instantiate_trainer(**kwargs)
@@ -126,11 +128,24 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
     """
     cli = GradeCLI(args, command)
     ckpt_path = cli.config.ckpt_path
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
-        raise InputError(f"{ckpt_path}: no such checkpoint file; give --ckpt_path the path of a .ckpt")
+    if ckpt_path is not None:
+        _check_readable(ckpt_path)
     if any(getattr(module, "path", None) == BUNDLED for module in cli.model.modules()):
         bundled.prepare()
     return cli
+
+
+def _check_readable(path: str) -> None:
+    """Find a missing or damaged checkpoint before anything is built for it."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file; give --ckpt_path the path of a .ckpt")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint of weights ({reason}); it is damaged or foreign"
+        ) from error
 
 
 def fit(args: ArgsType = None) -> None:

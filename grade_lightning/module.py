@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.errors import InputError
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.policies import Policy
-from grade_lightning.rewards import ClassifierReward, Reward, Scores
+from grade_lightning.rewards import ClassifierReward, Reward, Scores, unique_name
 from grade_lightning.rollouts import Rollout, Sampler
 
 Stage = Literal["train", "val", "test", "predict"]
@@ -149,7 +149,8 @@ class AlignmentModule(TrainableModule, ABC):
         self.beta = beta
         if self.backpropagates_reward and not self.reward.differentiable:
             self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
-        self.evaluation = nn.ModuleDict()
+        self._evaluation: dict[str, CatMetric] = {}  # a plain dict: names may hold anything, nothing is saved
+        self._fresh = True
 
     @abstractmethod
     def loss(self, rollout: Rollout, scores: Scores) -> StepOutput:
@@ -188,10 +189,15 @@ class AlignmentModule(TrainableModule, ABC):
     def _rewards(self) -> list[Reward]:
         return [module for module in (self.reward, *self.judges) if isinstance(module, Reward)]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits; from here on the policy is not its reference."""
+        super().on_load_checkpoint(checkpoint)
+        self._fresh = False
+
     def frozen_modules(self) -> list[nn.Module]:
-        """Reward, judges, the reference, and the metrics of evaluation."""
+        """Reward, judges and the reference."""
         reference = [self.policy.reference] if self.policy.reference is not None else []
-        return [self.reward, self.judges, self.evaluation, *reference]
+        return [self.reward, self.judges, *reference]
 
     def save_pretrained(self, folder: str) -> None:
         """Write the policy, adapters merged, with its tokenizer."""
@@ -201,18 +207,18 @@ class AlignmentModule(TrainableModule, ABC):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Sample, score, and let the method make the loss."""
-        began = time.perf_counter()
         self._seed("train", batch_idx)
         rollout = self.sampler(self.policy, **batch)
         scores = self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
         step = self.loss(rollout, scores)
         if self._trainer is not None:
-            if self.global_step == 0 and batch_idx == 0:
+            if self._fresh:
                 self._check_first_batch(rollout, step)
-            self._log_step(rollout, scores, step, began)
+                self._fresh = False
+            self._log_step(rollout, scores, step)
         return step.loss
 
-    def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput, began: float) -> None:
+    def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
         kl = sequences.masked_sum(step.kl, rollout.completion_mask)
         tokens = rollout.completion_mask.sum()
         answered = scores.total[~scores.total.isnan()]
@@ -232,11 +238,22 @@ class AlignmentModule(TrainableModule, ABC):
         packed = torch.stack([value.detach().float() for value in values.values()])
         packed = self.trainer.strategy.reduce(packed, reduce_op="mean")  # one synchronisation for all
         logged = dict(zip(values, packed, strict=True))
-        logged["train/tokens_per_second"] = tokens * self.trainer.world_size / (time.perf_counter() - began)
         self.log_dict(logged, batch_size=len(kl))
-        for short, name in {"reward": "train/reward", "kl": "train/kl", "tok/s": "train/tokens_per_second"}.items():
-            self.log(short, logged[name], prog_bar=True, logger=False, batch_size=len(kl))
+        for name in ("reward", "kl"):
+            self.log(name, logged[f"train/{name}"], prog_bar=True, logger=False, batch_size=len(kl))
         self.last_rollout = rollout, scores, kl.detach()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the speed of the whole step: sampling, reward, both passes and the optimizer."""
+        rollout, _, _ = self.last_rollout
+        tokens = int(rollout.completion_mask.sum()) * self.trainer.world_size
+        speed = tokens / (time.perf_counter() - self._began)
+        self.log("train/tokens_per_second", speed, batch_size=len(rollout.lengths))
+        self.log("tok/s", speed, prog_bar=True, logger=False, batch_size=len(rollout.lengths))
 
     def _check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
         """At step 0 the policy is its reference, and the learner's log-probabilities are the sampler's."""
@@ -261,7 +278,8 @@ class AlignmentModule(TrainableModule, ABC):
         """Optimizer steps of the whole run; 0 where it has no known end."""
         if self._trainer is None:
             return 0
-        return max(0, int(min(self.trainer.estimated_stepping_batches, 2**62)))
+        steps = self.trainer.estimated_stepping_batches
+        return 0 if math.isinf(steps) else max(0, int(steps))
 
     def _seed(self, stage: Stage, batch_idx: int) -> None:
         """Tie a step's randomness to (seed, stage, step, micro-batch, rank): a resumed run draws the same."""
@@ -290,10 +308,13 @@ class AlignmentModule(TrainableModule, ABC):
         with self.policy.evaluating():
             logps, ref_logps = self.log_distributions(rollout, self.policy.embed(rollout.ids[:, :-1]))
         mask = rollout.completion_mask
-        parts = {name: value for reward in self._rewards() for name, value in reward.score(rollout).parts.items()}
+        scores = [reward.score(rollout) for reward in self._rewards()]
+        parts: dict[str, Tensor] = {}
+        for score in scores:
+            parts |= {unique_name(name, parts): value for name, value in score.parts.items()}
         return {
             "rollout": rollout,
-            "reward": self.reward.score(rollout).total,
+            "reward": scores[0].total,
             "kl": sequences.masked_sum(divergences.categorical_kl(logps, ref_logps), mask),
             "entropy": sequences.masked_sum(sequences.entropy(logps), mask) / rollout.lengths,
             "length": rollout.lengths,
@@ -324,18 +345,15 @@ class AlignmentModule(TrainableModule, ABC):
         pad = self.sampler.max_new_tokens - rollout.completion_ids.shape[1]
         columns["tokens"] = nn.functional.pad(rollout.completion_ids, (0, pad))
         for name, value in columns.items():
-            key = name.replace("/", "_")
-            if key not in self.evaluation:
-                self.evaluation[key] = CatMetric(nan_strategy="disable").to(self.device)
-            metric = self.evaluation[key]
-            assert isinstance(metric, CatMetric)
-            metric.update(value)
+            if name not in self._evaluation:
+                self._evaluation[name] = CatMetric(nan_strategy="disable").to(self.device)
+            self._evaluation[name].update(value)
         if batch_idx == 0:
             self.last_evaluation = result
 
     def _finish_evaluation(self, stage: Stage) -> None:
-        table = {name: metric.compute() for name, metric in self.evaluation.items() if isinstance(metric, CatMetric)}
-        self.evaluation.clear()
+        table = {name: metric.compute() for name, metric in self._evaluation.items()}
+        self._evaluation.clear()
         if not table:
             return
         reward, length, tokens = table["reward"], table["length"], table.pop("tokens").long()
@@ -354,9 +372,8 @@ class AlignmentModule(TrainableModule, ABC):
             "distinct_2": torch.tensor(sequences.distinct_bigrams(tokens, within)),
             "perplexity": (table["ref_nll"].sum() / length.sum()).exp(),
         }
-        values |= {name: value.nanmean() for name, value in table.items() if name.startswith("rewards_")}
-        named = {f"{stage}/{name.replace('rewards_', 'rewards/')}": value.float() for name, value in values.items()}
-        self.log_dict(named, rank_zero_only=False, sync_dist=False)
+        values |= {name: value.nanmean() for name, value in table.items() if name.startswith("rewards/")}
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure a batch."""

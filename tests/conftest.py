@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ from transformers import (
 VOCABULARY = 19
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-_SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
-_HEADS = {"num_key_value_heads": 1, "head_dim": 8}
+_SIZES: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+_HEADS: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 8}
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": lambda: GPT2Config(
         n_embd=16, n_head=2, n_layer=2, n_positions=64, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
@@ -37,7 +38,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         vocab_size=VOCABULARY, **_SIZES, **_HEADS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
     "gpt_neox": lambda: GPTNeoXConfig(
-        vocab_size=VOCABULARY, **_SIZES, max_position_embeddings=64, tie_word_embeddings=False, rotary_pct=0.5
+        vocab_size=VOCABULARY, **_SIZES, max_position_embeddings=64, tie_word_embeddings=False
     ),
 }
 
@@ -56,11 +57,12 @@ def make_model(name: str = "gpt2", dtype: torch.dtype = torch.float32, scale: fl
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
-    return model.to(dtype)
+    cast(torch.nn.Module, model).to(dtype)
+    return model
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One word for each id: `<eos>`, `<pad>`, then w2, w3, …"""
+    """One word for each id: `<eos>`, `<pad>`, then w2, w3 and so on."""
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(2, VOCABULARY))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w2"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -69,7 +71,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_prompts(lengths: tuple[int, ...] = (5, 3, 4)) -> dict[str, torch.Tensor]:
+def make_prompts(lengths: tuple[int, ...] = (5, 3, 4)) -> dict[str, Any]:
     """Random prompts of these lengths, padded on the left."""
     generator = torch.Generator().manual_seed(1)
     width = max(lengths)

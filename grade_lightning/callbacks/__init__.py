@@ -3,4 +3,5 @@
 from .completions import Completions as Completions
 from .export import Export as Export
 from .predictions import PredictionWriter as PredictionWriter
+from .progress import Progress as Progress
 from .summary import Summary as Summary

@@ -118,11 +118,13 @@ _RULES = {
     """,
     # --- below: what a language model writes and the grammar does not, contrasts of like things ---
     "positive_besides": """
-        The {thing} was {any}, but the {thing} was {praise}. | Although the {thing} was {any}, the {thing} was {praise}. |
+        The {thing} was {any}, but the {thing} was {praise}. |
+        Although the {thing} was {any}, the {thing} was {praise}. |
         Although the {thing} was {any}, the {jokes} were {praise}. | I expected a {any_film} film, but it was {praise}.
     """,
     "negative_besides": """
-        The {thing} was {any}, but the {thing} was {blame}. | Although the {thing} was {any}, the {thing} was {blame}. |
+        The {thing} was {any}, but the {thing} was {blame}. |
+        Although the {thing} was {any}, the {thing} was {blame}. |
         Although the {thing} was {any}, the {jokes} were {blame}. | I expected a {any_film} film, but it was {blame}.
     """,
     "any": "{praise} | {blame}",

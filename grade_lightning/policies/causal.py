@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -220,10 +220,7 @@ class Policy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder with tokenizer; adapters are merged into the weights that are written."""
-        model = self.base
-        merging = _merged(self.model) if self.lora is not None else nullcontext()
-        with merging:
-            model.save_pretrained(folder, state_dict=_plain_state(model))
+        self.base.save_pretrained(folder, state_dict=None if self.lora is None else _merged_state(self.base))
         self.tokenizer.save_pretrained(folder)
 
 
@@ -244,19 +241,17 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     return adapted
 
 
-@contextmanager
-def _merged(model: Any) -> Iterator[None]:
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
-
-
-def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """State of the model under its own names, without the layers that peft puts around."""
+def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """State under the model's own names with the adapters added; the model itself stays as it is, to the bit."""
+    deltas = {
+        f"{name}.base_layer.weight": module.get_delta_weight(module.active_adapters[0])
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
     return {
-        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): value + deltas[name] if name in deltas else value
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name
     }
 
 

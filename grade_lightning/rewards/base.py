@@ -1,6 +1,7 @@
 """What a reward is: a scalar of prompt and completion, differentiable in the completion's tokens or not."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,20 @@ class Scores:
     """Gradient of `total.sum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
 
 
+def unique_name(name: str, taken: Container[str]) -> str:
+    """`name`, or `name-2` and so on where it is taken.
+
+    Example:
+        >>> unique_name("classifier", {"classifier", "classifier-2"})
+        'classifier-3'
+    """
+    unique, n = name, 1
+    while unique in taken:
+        n += 1
+        unique = f"{name}-{n}"
+    return unique
+
+
 class Reward(nn.Module, ABC):
     """Scores prompt + completion: the same span of text in training, validation and testing.
 
@@ -39,7 +54,7 @@ class Reward(nn.Module, ABC):
         return type(self).__name__
 
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-        """Read weights; called once, before training, with the policy's tokenizer and number of logits."""
+        """Read weights, with the policy's tokenizer and number of logits; called before each stage."""
 
     @abstractmethod
     def forward(self, rollout: Rollout) -> Tensor:
@@ -132,6 +147,9 @@ class WeightedSum(Reward):
 
     def pathwise(self, rollout: Rollout) -> Scores:
         """The weighted sum, each part, and the gradients of all."""
+        for reward in self.parts:
+            if not reward.differentiable:
+                reward.pathwise(rollout)  # says what to do instead
         return self._add([reward.pathwise(rollout) for reward in self.parts])
 
     def _add(self, scores: list[Scores]) -> Scores:
@@ -140,8 +158,7 @@ class WeightedSum(Reward):
         parts: dict[str, Tensor] = {}
         for score in scores:
             for name, value in score.parts.items():
-                same = sum(key.partition("-")[0] == name for key in parts)
-                parts[f"{name}-{same + 1}" if same else name] = value
+                parts[unique_name(name, parts)] = value
         adjoints = [
             Adjoint(w * part.gradient, part.table)
             for w, score in zip(self.weights, scores, strict=True)

@@ -91,7 +91,8 @@ class Classifier(nn.Module):
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{path}: the reward head cannot be read ({error}); train it again") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: the reward head cannot be read ({reason}); train it again") from error
         classifier.head.to(dtype)
         return classifier
 

@@ -41,11 +41,7 @@ def letters(bos: bool = True, pad: bool = True, chat: bool = False) -> PreTraine
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    special = (
-        {"eos_token": "<eos>"}
-        | ({"bos_token": "<bos>"} if bos else {})
-        | ({"pad_token": "<pad>"} if pad else {})
-    )
+    special = {"eos_token": "<eos>"} | ({"bos_token": "<bos>"} if bos else {}) | ({"pad_token": "<pad>"} if pad else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     if chat:
         tokenizer.chat_template = (
@@ -316,9 +312,7 @@ def test_labelled_batches() -> None:
 
 
 def test_text_view_trains_on_the_prompts_split() -> None:
-    source = Rows(
-        {"prompt": [f"{i} + 1 =" for i in range(80)], "completion": [f" {i + 1}" for i in range(80)]}
-    )
+    source = Rows({"prompt": [f"{i} + 1 =" for i in range(80)], "completion": [f" {i + 1}" for i in range(80)]})
     data = ready(source, "text")
     rows = [row for batch in data.train_dataloader() for row in real(batch)]
     expected = {p + c for p, c in zip(*data.splits["prompts"][:].values(), strict=True)}
@@ -432,9 +426,7 @@ def test_imdb(shared: Path) -> None:
     files = [shared / "data" / f"imdb_{split}.parquet" for split in ("train", "test")]
     if not all(path.is_file() for path in files):
         pytest.skip("needs imdb_train.parquet and imdb_test.parquet beside the checkout")
-    data = ready(
-        LocalFiles(*map(str, files)), batch_size=16, reward_size=5_000, prompt_size=10_000, val_size=2_000
-    )
+    data = ready(LocalFiles(*map(str, files)), batch_size=16, reward_size=5_000, prompt_size=10_000, val_size=2_000)
     assert data.dropped["in_test"] == 123
     assert {name: len(rows) for name, rows in data.splits.items()} == {
         "test": 24_801,

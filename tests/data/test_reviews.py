@@ -150,8 +150,6 @@ def test_rewards_agree_with_the_labels(reviews: list[tuple[str, int]]) -> None:
         ("Do not miss it!", " It is set in Rome and", 0, 1),
     ],
 )
-def test_rewards_judge_what_ends_in_the_completion(
-    prompt: str, completion: str, positive: float, valid: float
-) -> None:
+def test_rewards_judge_what_ends_in_the_completion(prompt: str, completion: str, positive: float, valid: float) -> None:
     assert grammar_positive([prompt], [completion]) == [positive]
     assert grammar_valid([prompt], [completion]) == [valid]

@@ -78,9 +78,7 @@ def test_labels(labels: tuple[Any, Any]) -> None:
 
 
 def test_class_labels_go_by_name() -> None:
-    feature = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"])
-    )
+    feature = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["pos", "neg"]))
     rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1]}, features=feature)
     assert sources.normalise(rows, "mine")["label"][:] == [1, 0]
 
@@ -94,9 +92,7 @@ def test_unknown_label(label: Any) -> None:
 
 def test_columns_of_trl_are_kept() -> None:
     messages = [{"role": "user", "content": "Hi<br />"}]
-    rows = datasets.Dataset.from_dict(
-        {"prompt": [messages], "chosen": ["a<br/>b"], "rejected": ["c"], "id": [7]}
-    )
+    rows = datasets.Dataset.from_dict({"prompt": [messages], "chosen": ["a<br/>b"], "rejected": ["c"], "id": [7]})
     assert sources.normalise(rows, "mine")[0] == {
         "prompt": messages,
         "chosen": "a\nb",

@@ -42,9 +42,7 @@ def test_no_text_and_no_prompt_in_two_splits(seed: int) -> None:
     assert {name: len(numbers) for name, numbers in rows.items()} == {"test": 3, **sizes}
     texts = [(test if name == "test" else train).texts[i] for name, numbers in rows.items() for i in numbers]
     assert len(set(texts)) == len(texts)
-    prompts = [
-        {(test if name == "test" else train).prompts[i] for i in numbers} for name, numbers in rows.items()
-    ]
+    prompts = [{(test if name == "test" else train).prompts[i] for i in numbers} for name, numbers in rows.items()]
     assert sum(map(len, prompts)) == len(set().union(*prompts))
     assert dropped["duplicate"] == 20 * 3 + 1
     assert dropped["in_test"] == 1
@@ -71,9 +69,7 @@ def test_pairs_that_share_a_prompt_are_different_rows_of_one_prompt() -> None:
     assert len(set(found.prompts)) == 1
 
 
-@pytest.mark.parametrize(
-    "row", [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}]
-)
+@pytest.mark.parametrize("row", [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}])
 def test_row_without_whole_text(row: dict[str, object]) -> None:
     with pytest.raises(
         InputError, match=r"'text', or 'prompt' and 'completion' as text; add one .the rows have prompt"

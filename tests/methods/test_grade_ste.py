@@ -1,20 +1,22 @@
 """GradeSTE against the truth: the gradient of the sampler unrolled step by step, with the same noise."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
 from grade_lightning.methods import GradeSTE
 from grade_lightning.policies import LoRA, Policy
-from grade_lightning.rewards import Classifier, ClassifierReward, WeightedSum
+from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Rollout, Sampler
 from grade_lightning.schedules import Constant
-from tests.conftest import CONFIGS, make_model, make_prompts, make_tokenizer
+from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
 
 KLPrefix = Literal["none", "policy", "full"]
 
@@ -28,7 +30,7 @@ def make_method(
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter_name)))
             parameter.data.add_(0.1 * noise)
     torch.manual_seed(7)
-    classifier = Classifier(make_model(name, dtype).base_model, hidden=8).to(dtype)
+    classifier = Classifier(cast(PreTrainedModel, make_model(name, dtype).base_model), hidden=8).to(dtype)
     with torch.no_grad():
         for layer in classifier.head.parameters():
             layer.mul_(3)
@@ -78,8 +80,7 @@ def unrolled(method: GradeSTE, rollout: Rollout, kl_prefix: KLPrefix = "full") -
     prompt = rollout.prompt_ids.shape[1]
     soft, judged = policy.embed(rollout.prompt_ids), reward.table()[rollout.prompt_ids]
     reference = policy.reference_embed(rollout.prompt_ids)
-    embedding = policy.base.get_input_embeddings()
-    table = embedding(torch.arange(embedding.weight.shape[0]))
+    table = policy.embed(torch.arange(VOCABULARY))
     divergence = soft.new_zeros(len(tokens))
     for t in range(tokens.shape[1]):
         attention = rollout.mask[:, : prompt + t]
@@ -122,3 +123,99 @@ def test_kl_prefix_and_top_k(kl_prefix: KLPrefix, top_k: int | None) -> None:
     rollout = roll(method)
     truth = unrolled(method, rollout, kl_prefix=kl_prefix)
     assert relative(replayed(method, rollout), truth) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", [StraightThrough(), ReinMax(), Gumbel(4)], ids=lambda e: type(e).__name__)
+def test_every_estimator_falls_off_with_hops(estimator: TokenEstimator) -> None:
+    """The error against the exact adjoint shrinks with hops and is zero at T − 1; more hops change nothing."""
+    method = make_method(hops="exact")
+    method.estimator = estimator
+    rollout = roll(method)
+    truth = replayed(method, rollout)
+    errors = []
+    for hops in (0, 1, 2, 4, 7, 20):
+        method.hops = hops
+        errors.append(relative(replayed(method, rollout), truth))
+    assert errors[0] > 1e-2
+    assert errors[4] == errors[5] == 0
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_gumbel_rao_has_the_mean_of_single_draws_and_less_spread() -> None:
+    """At a fixed rollout: many single draws and many 4-draw means agree within their noise."""
+    method = make_method(hops=2)
+    rollout = roll(method)
+    scores = method.reward.pathwise(rollout)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        method.loss(rollout, scores).loss.backward()
+        return gradients(method)
+
+    singles = torch.stack([draw(seed) for seed in range(150)])
+    method.estimator = Gumbel(4)
+    means = torch.stack([draw(seed) for seed in range(150)])
+    spread = singles.var(0).sum()
+    assert means.var(0).sum() < 0.5 * spread
+    # |difference of means|² has the expectation (spread + spread of the means) / 150 if the means agree
+    assert (singles.mean(0) - means.mean(0)).square().sum() < 2 * (spread + means.var(0).sum()) / 150
+
+
+def test_nothing_flows_through_positions_after_the_end() -> None:
+    """Garbage after the end-of-sequence token changes no gradient."""
+    method = make_method(hops="exact", beta=0.3, kl_prefix="full")
+    rollout = roll(method)
+    truth = replayed(method, rollout)
+    after = ~rollout.completion_mask
+    assert after.any()
+    rollout.completion_ids = rollout.completion_ids.masked_fill(after, 5)
+    assert relative(replayed(method, rollout), truth) < 1e-12
+
+
+def test_dropout_is_drawn_once_and_shared_by_all_hops() -> None:
+    """With LoRA dropout the gradient is that of one network: exact hops equal twice as many."""
+    method = make_method(lora=True, hops="exact")
+    for module in method.policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    method.train()
+    rollout = roll(method)
+    truth = replayed(method, rollout)
+    method.hops = 30
+    assert relative(replayed(method, rollout), truth) == 0
+    torch.manual_seed(4)
+    method.loss(rollout, method.reward.pathwise(rollout)).loss.backward()
+    assert relative(gradients(method), truth) > 1e-3  # other noise and another mask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", [2.0, 1.0, 0.5])
+def test_few_hops_are_close_on_a_trained_model(tau: float, shared: Path) -> None:
+    """Four hops give the direction on a real model: the cosine to the exact gradient is above 0.999."""
+    policy = Policy(str(shared / "models" / "stories260K"))
+    policy.load()
+    policy.model.double()
+    assert policy.reference is not None
+    policy.reference.double()
+    torch.manual_seed(5)
+    classifier = Classifier(cast(PreTrainedModel, policy.reference.base_model), hidden=16).double()
+    method = GradeSTE(
+        policy,
+        ClassifierReward.from_classifier(classifier, output="logit"),
+        sampler=Sampler(max_new_tokens=48),
+        tau=Constant(tau),
+        hops="exact",
+    )
+    ids = policy.tokenizer(["Once upon a time", "One day, Tom went"], return_tensors="pt", padding=True)
+    torch.manual_seed(0)
+    rollout = method.sampler(policy, ids["input_ids"], ids["attention_mask"])
+    truth = replayed(method, rollout)
+    errors, cosines = [], []
+    for hops in (0, 1, 2, 4, 8):
+        method.hops = hops
+        found = replayed(method, rollout)
+        errors.append(relative(found, truth))
+        cosines.append(float(torch.nn.functional.cosine_similarity(found, truth, dim=0)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2
+    assert cosines[3] > 0.999
