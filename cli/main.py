@@ -21,6 +21,7 @@ from grade_lightning import bundled
 from grade_lightning.callbacks import Completions, Export, PredictionWriter, Progress, Summary
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError
+from grade_lightning.module import AlignmentModule, TrainableModule
 from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
@@ -130,6 +131,8 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
     ckpt_path = cli.config.ckpt_path
     if ckpt_path is not None:
         _check_readable(ckpt_path)
+    if command == "predict" and isinstance(cli.model, TrainableModule) and not isinstance(cli.model, AlignmentModule):
+        raise InputError(f"--model {type(cli.model).__name__}: makes no completions to write; name an alignment method")
     if any(getattr(module, "path", None) == BUNDLED for module in cli.model.modules()):
         bundled.prepare()
     return cli

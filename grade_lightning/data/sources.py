@@ -105,6 +105,9 @@ class LocalFiles(Source):
 
     def __init__(self, train: str, test: str | None = None) -> None:
         self.train, self.test = train, test
+        for split, path in (("train", train), ("test", test)):
+            if path is not None and not Path(path).exists():  # known before any model is built
+                raise InputError(f"data.source.{split}: {path}: no such file or folder; check the path")
 
     def load(self) -> DatasetDict:
         """Read the files."""
@@ -130,8 +133,6 @@ def _found(folder: Path, split: str) -> list[Path]:
 
 def _read(path: Path, split: str) -> Dataset:
     field = f"data.source.{split}: {path}"
-    if not path.exists():
-        raise InputError(f"{field}: no such file or folder; check the path")
     paths = _found(path, split) if path.is_dir() else [path]
     if not paths:
         known = ", ".join(_BUILDERS)
