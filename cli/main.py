@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
 # imported whole, so that bare class names are known
 import grade_lightning.methods
 from grade_lightning import bundled
-from grade_lightning.callbacks import Completions, Export, PredictionWriter, Progress, Summary
+from grade_lightning.callbacks import Checkpoint, Completions, Export, PredictionWriter, Progress, Summary
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError
 from grade_lightning.module import AlignmentModule, TrainableModule
@@ -55,7 +57,8 @@ class GradeCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         """Let a configuration that names no method come before `--model`, too."""
-        self.config = parser.parse_args(_model_first(list(sys.argv[1:] if args is None else args)))
+        Parser.given = list(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(_model_first(Parser.given))
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside the trainer's, the model's and the data's."""
@@ -83,7 +86,13 @@ class GradeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has."""
         self.summary = Summary()
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.summary]
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        callbacks = [*(given if isinstance(given, list) else [given]), self.summary]
+        if self.config.trainer.enable_checkpointing is not False and not any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ):
+            callbacks.append(Checkpoint())
+        kwargs["callbacks"] = callbacks
         if self.config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(Progress())
         if self.command == "predict":
@@ -143,12 +152,14 @@ def _check_readable(path: str) -> None:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file; give --ckpt_path the path of a .ckpt")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"{path}: cannot be read as a checkpoint of weights ({reason}); it is damaged or foreign"
         ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        raise InputError(f"{path}: is no checkpoint of Lightning; give the .ckpt file that grade-fit wrote")
 
 
 def fit(args: ArgsType = None) -> None:
@@ -158,25 +169,27 @@ def fit(args: ArgsType = None) -> None:
         cli = build(args, "fit")
         trainer, model, data = cli.trainer, cli.model, cli.datamodule
         measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if measures and cli.config.ckpt_path is None:
-            trainer.validate(model, data, verbose=False)
-        trainer.fit(model, data, ckpt_path=cli.config.ckpt_path, weights_only=True)
-        if measures and cli.summary.last_step != trainer.global_step:
-            trainer.validate(model, data, verbose=False)
-        if trainer.is_global_zero:
-            _report(cli, time.perf_counter() - began)
+        with _no_trace_of_what_never_began(trainer):
+            if measures and cli.config.ckpt_path is None:
+                trainer.validate(model, data, verbose=False)
+            trainer.fit(model, data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+            if measures and cli.summary.last_step != trainer.global_step:
+                trainer.validate(model, data, verbose=False)
+        _report(cli, time.perf_counter() - began)
 
 
 def _report(cli: GradeCLI, seconds: float) -> None:
     trainer = cli.trainer
+    log_dir = trainer.log_dir  # asks all processes
     where = {"time": f"{seconds:.0f} s"}
-    if trainer.logger is not None and trainer.log_dir:
-        where["logs"] = f"{trainer.log_dir} (tensorboard --logdir {Path(trainer.log_dir).parent.parent})"
+    if trainer.logger is not None and log_dir:
+        where["logs"] = f"{log_dir} (tensorboard --logdir {Path(log_dir).parent.parent})"
     export = next(callback for callback in trainer.callbacks if isinstance(callback, Export))  # type: ignore[attr-defined]
     folder = export.path(trainer)
     if folder is not None and folder.is_dir():
         where["model"] = str(folder)
-    cli.summary.print(where)
+    if trainer.is_global_zero:
+        cli.summary.print(where)
 
 
 def validate(args: ArgsType = None) -> None:
@@ -199,10 +212,27 @@ def _run(args: ArgsType, command: str) -> None:
         cli = build(args, command)
         entry = getattr(cli.trainer, command)
         kwargs = {"return_predictions": False} if command == "predict" else {}
-        entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **kwargs)
+        with _no_trace_of_what_never_began(cli.trainer):
+            entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **kwargs)
         if command == "predict" and cli.trainer.is_global_zero:
             writer = next(c for c in cli.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
-            print(f"written: {writer.path(cli.trainer)}")
+            print(f"written: {writer.path}")
+
+
+@contextmanager
+def _no_trace_of_what_never_began(trainer: Trainer) -> Iterator[None]:
+    """Remove the run's new folder when an error of input ends the run before its first step."""
+    folder = Path(trainer.log_dir) if trainer.logger is not None and trainer.log_dir else None
+    existed = folder is None or folder.exists()
+    try:
+        yield
+    except InputError:
+        if folder is not None and not existed and trainer.global_step == 0 and trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in list(folder.parents)[:2]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
 
 
 @contextmanager
@@ -211,8 +241,14 @@ def _for_people(name: str) -> Iterator[None]:
     _quieten()
     try:
         yield
-    except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except Exception as error:
+        # jsonargparse wraps what the classes that it makes raise
+        chain: BaseException | None = error
+        while chain is not None and not isinstance(chain, InputError):
+            chain = chain.__cause__ or chain.__context__
+        if chain is None:
+            raise
+        print(f"{name}: error: {chain}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -4,8 +4,9 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
@@ -43,7 +44,7 @@ def choices(base: type) -> list[str]:
     return sorted(found - {"TrainableModule", "DifferentiableReward"})
 
 
-def explain(message: str) -> str:
+def explain(message: str, args: Sequence[str] = ()) -> str:
     r"""Shorten a message of jsonargparse to one line; for a class that is not there, list those that are.
 
     Example:
@@ -53,8 +54,12 @@ def explain(message: str) -> str:
         >>> explain("Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: x")
         "--trainer.max_steps: Expected a <class 'int'>. Got value: x"
     """
+    if message.startswith("Problems parsing config"):
+        files = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
+        files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+        return f"--config {' or '.join(files)}: {' '.join(message.split())}"
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    where = "--" + ".".join(keys) if keys else ""
+    where = _option(keys, args) if keys else ""
     wrong = re.search(r"Expected a dot import path string: (\S+)", message)
     base = BASES.get(keys[-1].rpartition(".")[2]) if keys else None
     if wrong and base:
@@ -70,12 +75,22 @@ def explain(message: str) -> str:
     return f"{where}: {' '.join(useful)}" if where else " ".join(useful)
 
 
+def _option(keys: list[str], args: Sequence[str]) -> str:
+    """The option as the user wrote it: parsers of nested parts know only their own end of it."""
+    key = ".".join(keys)
+    written = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return next((option for option in written if option.endswith(f".{key}")), f"--{key}")
+
+
 class Parser(LightningArgumentParser):
     """The parser of LightningCLI with short errors."""
+
+    given: ClassVar[list[str]] = []
+    """The arguments as the user wrote them, shared with the parsers of nested parts."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and leave with status 2."""
         del ex
         name = Path(sys.argv[0]).name
-        print(f"{name}: error: {explain(message)} (see {name} --help)", file=sys.stderr)
+        print(f"{name}: error: {explain(message, self.given)} (see {name} --help)", file=sys.stderr)
         raise SystemExit(2)

@@ -105,12 +105,15 @@ class TrainableModule(LightningModule):
         if method != own:
             whose = f"of {method}" if method else "not of grade_lightning"
             raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
-        saved, expected = set(checkpoint["state_dict"]), set(self.state_dict())
+        saved, expected = (
+            {(name, tuple(value.shape)) for name, value in state.items()}
+            for state in (checkpoint["state_dict"], self.state_dict())
+        )
         if saved != expected:
             odd = sorted(saved ^ expected)
             raise InputError(
                 f"checkpoint: its weights do not fit this model ({len(expected - saved)} are missing, "
-                f"{len(saved - expected)} are unknown, such as {odd[0]}); give the policy and LoRA settings it had"
+                f"{len(saved - expected)} are unknown, such as {odd[0][0]}); give the policy and LoRA settings it had"
             )
 
 
@@ -373,7 +376,7 @@ class AlignmentModule(TrainableModule, ABC):
             "perplexity": (table["ref_nll"].sum() / length.sum()).exp(),
         }
         values |= {name: value.nanmean() for name, value in table.items() if name.startswith("rewards/")}
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure a batch."""

@@ -1,5 +1,6 @@
 """What one sees and keeps of a run."""
 
+from .checkpoint import Checkpoint as Checkpoint
 from .completions import Completions as Completions
 from .export import Export as Export
 from .predictions import PredictionWriter as PredictionWriter

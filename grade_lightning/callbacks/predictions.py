@@ -24,7 +24,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, output: str | None = None) -> None:
         super().__init__("batch")
         self.output = output
-        self._rows = 0
+        self.path = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a file that exists.
@@ -33,21 +33,18 @@ class PredictionWriter(BasePredictionWriter):
             InputError: it does.
         """
         if stage == "predict":
-            path = self.path(trainer)
-            if path.exists():
-                raise InputError(f"{path}: exists already; give --output another name")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._part(trainer).write_text("")
-            self._rows = 0
+            folder = trainer.log_dir or "."  # asks all processes
+            self.path = Path(self.output) if self.output else Path(folder) / "predictions.jsonl"
+            if trainer.global_rank > 0:
+                self.path = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
+            if self.path.exists():
+                raise InputError(f"{self.path}: exists already; give --output another name")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._part.write_text("")
 
-    def path(self, trainer: Trainer) -> Path:
-        """This process's file."""
-        path = Path(self.output) if self.output else Path(trainer.log_dir or ".") / "predictions.jsonl"
-        return path if trainer.global_rank == 0 else path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
-
-    def _part(self, trainer: Trainer) -> Path:
-        path = self.path(trainer)
-        return path.with_name(path.name + ".part")
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
 
     def write_on_batch_end(
         self,
@@ -60,11 +57,14 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch."""
-        with self._part(trainer).open("a", encoding="utf-8") as file:
+        with self._part.open("a", encoding="utf-8") as file:
             for row in prediction:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._rows += len(prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name."""
-        os.replace(self._part(trainer), self.path(trainer))
+        os.replace(self._part, self.path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing half-written."""
+        self._part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from grade_lightning.module import AlignmentModule
@@ -68,7 +69,7 @@ class Summary(Callback):
             if last.sample:
                 console.print(_side_by_side(first, last))
         for name, path in where.items():
-            console.print(f"{name}: {path}", soft_wrap=True)
+            console.print(f"{name}: {escape(path)}", soft_wrap=True)
 
 
 def _side_by_side(first: _Measurement, last: _Measurement) -> Table:
@@ -77,5 +78,6 @@ def _side_by_side(first: _Measurement, last: _Measurement) -> Table:
     table.add_column("before", ratio=3)
     table.add_column("after", ratio=3)
     for (prompt, old, old_reward), (_, new, new_reward) in zip(first.sample, last.sample, strict=True):
-        table.add_row(prompt.strip(), f"{old.strip()} \\[{old_reward:.2f}]", f"{new.strip()} \\[{new_reward:.2f}]")
+        cells = (prompt.strip(), f"{old.strip()} [{old_reward:.2f}]", f"{new.strip()} [{new_reward:.2f}]")
+        table.add_row(*map(escape, cells))
     return table

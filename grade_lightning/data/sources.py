@@ -168,6 +168,8 @@ def _read_files(paths: list[Path], field: str) -> Dataset:
         # the Arrow copy goes to the Hugging Face cache, nothing beside the file
         rows = load_dataset(builder, data_files=[str(path) for path in paths], split="train")
     except Exception as error:  # each builder raises its own
+        if "corresponds to no data" in str(error):
+            raise InputError(f"{field}: has no rows; write it again") from error
         raise InputError(f"{field}: cannot be read as {builder} ({_line(error)}); write it again") from error
     return rows.filter(lambda text: text.strip(), input_columns="text") if builder == "text" else rows
 

@@ -38,10 +38,14 @@ class FunctionReward(Reward):
         """Call the function.
 
         Raises:
-            InputError: it does not return one number or None for each completion.
+            InputError: it raises, or does not return one number or None for each completion.
         """
         columns = {key: value for key, value in rollout.columns.items() if key not in ("prompts", "completions")}
-        values = self.function(prompts=rollout.prompts, completions=rollout.completions, **columns)
+        try:
+            values = self.function(prompts=rollout.prompts, completions=rollout.completions, **columns)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"reward {self.name}: the function raised {type(error).__name__}: {reason}") from error
         try:
             scores = [float("nan") if value is None else float(value) for value in values]
         except (TypeError, ValueError) as error:

@@ -1,0 +1,528 @@
+"""What the commands leave behind, entered as a shell enters them."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.conftest import (
+    Run,
+    Shelf,
+    assert_same,
+    checkpoint,
+    enter,
+    events,
+    load,
+    new_shell,
+    scalar,
+    version,
+    weights,
+)
+
+DOCS = Path(__file__).parents[2] / "docs"
+OFTEN = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    out: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint(self.folder)
+
+
+@pytest.fixture(scope="session")
+def finished(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One run of GradeSTE, four steps, that many tests look at."""
+    out, root = io.StringIO(), tmp_path_factory.mktemp("finished")
+    with new_shell(root, tmp_path_factory.getbasetemp() / "datasets") as patch, contextlib.redirect_stdout(out):
+        enter(patch, "fit", *shelf.all, *OFTEN, "--completions.every_n_steps=2")
+    return Finished(root / version(), out.getvalue())
+
+
+@pytest.fixture
+def printed_config(run: Run, capsys: pytest.CaptureFixture[str]) -> Any:
+    def printed_config(*args: str) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run("fit", *args, "--print_config")
+        assert not exit.value.code
+        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return config
+
+    return printed_config
+
+
+# ---- fit ------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_log_a_config_a_checkpoint_and_a_model(finished: Finished) -> None:
+    kinds = {path.name.split(".")[0] for path in finished.folder.iterdir()}
+    assert kinds - {"hparams"} == {"events", "config", "checkpoints", "export"}
+    assert yaml.safe_load((finished.folder / "config.yaml").read_text())["model"]["class_path"].endswith(".GradeSTE")
+    assert torch.load(finished.checkpoint, weights_only=True)["global_step"] == 4
+
+
+def test_the_export_is_the_trained_model(finished: Finished) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished.folder / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "export")
+    assert tokenizer("w3 w4")["input_ids"] == [3, 4]
+    state = {f"policy.model.{name}": value for name, value in model.state_dict().items()}
+    saved = weights(finished.checkpoint)
+    assert_same({name: state[name] for name in saved}, saved)
+
+
+def test_the_checkpoint_holds_neither_reference_nor_reward(finished: Finished, shelf: Shelf) -> None:
+    saved = weights(finished.checkpoint)
+    assert {name.partition(".model.")[0] for name in saved} == {"policy"}
+    start = AutoModelForCausalLM.from_pretrained(shelf.policy).state_dict()
+    assert any(not torch.equal(value, start[name.removeprefix("policy.model.")]) for name, value in saved.items())
+
+
+def test_the_table_at_the_end(finished: Finished) -> None:
+    for text in ("before (step 0)", "after (step 4)", "The same prompts", "time: ", "tensorboard --logdir runs"):
+        assert text in finished.out
+    rows = {line.split("│")[1].strip() for line in finished.out.splitlines() if line.count("│") == 4}
+    assert {"reward", "kl", "entropy", "response_length"} <= rows
+    assert "model: runs/GradeSTE/version_0/export" in finished.out
+
+
+def documented(kind: str) -> set[str]:
+    """Names in the table of docs/metrics.md, without the test stage."""
+    names = set()
+    for line in (DOCS / "metrics.md").read_text().splitlines():
+        if line.startswith("| `"):
+            first, unit = line.split("|")[1:3]
+            if {"text": "text", "histogram": "histogram"}.get(unit.strip(), "scalar") == kind:
+                names.update(re.findall(r"`([^`]+)`", first))
+    stages = {"{stage}": ("train", "val", "test"), "{val,test}": ("val", "test")}
+    expanded = set()
+    for name in names:
+        for stage in next((stages[key] for key in stages if key in name), ("",)):
+            plain = re.sub(r"\{(stage|val,test)\}", stage, name)
+            expanded.add(plain.replace("{name}", "classifier"))
+    assert expanded
+    return expanded
+
+
+def test_everything_in_the_docs_is_logged_and_everything_logged_is_in_the_docs(
+    run: Run, finished: Finished, shelf: Shelf
+) -> None:
+    run("test", *shelf.all, f"--ckpt_path={finished.checkpoint}")
+    tags = [events(folder).Tags() for folder in (finished.folder, version())]
+    assert {name for tag in tags for name in tag["scalars"]} - {"epoch"} == documented("scalar")
+    assert {name for tag in tags for name in tag["histograms"]} == documented("histogram")
+    texts = {f"{name}/text_summary" for name in documented("text")}
+    assert {name for tag in tags for name in tag["tensors"]} == texts
+
+
+def test_completions_are_a_table_with_rewards(finished: Finished) -> None:
+    (first, *_) = events(finished.folder).Tensors("val/completions/text_summary")
+    head, rule, *rows = first.tensor_proto.string_val[0].decode().splitlines()
+    assert head == "| prompt | completion | reward | KL (nats) |"
+    assert len(rows) == 6
+    assert all(row.count("|") == 5 for row in (head, rule, *rows))
+
+
+def test_curves_have_a_point_for_each_step_and_each_validation(finished: Finished) -> None:
+    assert len(scalar(finished.folder, "train/reward")) == 4
+    found = [event.step for event in events(finished.folder).Scalars("val/reward")]
+    assert len(found) == 3
+    assert found == sorted(set(found))
+    assert scalar(finished.folder, "val/kl")[0] == pytest.approx(0, abs=1e-5)
+    assert scalar(finished.folder, "val/kl")[-1] > 1e-5
+
+
+def test_the_objective_is_reward_minus_beta_kl(finished: Finished) -> None:
+    reward, kl, objective = (scalar(finished.folder, f"train/{name}") for name in ("reward", "kl", "objective"))
+    assert objective == pytest.approx([r - 0.01 * k for r, k in zip(reward, kl, strict=True)], abs=1e-6)
+
+
+def test_the_same_command_twice(run: Run, finished: Finished, shelf: Shelf) -> None:
+    for _ in range(2):
+        run("fit", *shelf.all, *OFTEN)
+    for number in range(2):  # the second does not overwrite the first
+        assert_same(weights(checkpoint(version(number))), weights(finished.checkpoint))
+
+
+def test_another_seed(run: Run, finished: Finished, shelf: Shelf) -> None:
+    run("fit", *shelf.all, *OFTEN, "--seed_everything=7")
+    one, two = weights(checkpoint(version())), weights(finished.checkpoint)
+    assert any(not torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_the_last_step_has_a_checkpoint(run: Run, shelf: Shelf) -> None:
+    """Also where the run ends between two validations."""
+    run("fit", *shelf.all, "--trainer.max_steps=3", "--trainer.val_check_interval=2")
+    assert torch.load(checkpoint(version()), weights_only=True)["global_step"] == 3
+
+
+def test_without_validation(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", *shelf.all, "--trainer.limit_val_batches=0")
+    out = capsys.readouterr().out
+    assert "before" not in out
+    assert "model: runs/GradeSTE/version_0/export" in out
+
+
+def test_fast_dev_run_writes_nothing(run: Run, shelf: Shelf) -> None:
+    run("fit", *shelf.all, "--trainer.fast_dev_run=1")
+    assert not list(Path().rglob("export"))
+    assert not list(Path().rglob("*.ckpt"))
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [[], ["--model.policy.lora.r=2"]], ids=["full", "lora"])
+def test_resuming_is_never_having_stopped(lora: list[str], run: Run, shelf: Shelf) -> None:
+    """Six steps, and three more from what lay on the disk after three: within an epoch, and over its end."""
+    keep = [
+        "--trainer.callbacks=ModelCheckpoint",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.every_n_train_steps=3",
+        "--trainer.max_steps=6",
+    ]
+    run("fit", *shelf.all, *lora, *keep)
+    (half,) = version(0).glob("checkpoints/*step=3.ckpt")
+    (whole,) = version(0).glob("checkpoints/*step=6.ckpt")
+    run("fit", *shelf.all, *lora, *keep, f"--ckpt_path={half}")
+    (resumed,) = version(1).glob("checkpoints/*step=6.ckpt")
+    assert_same(weights(resumed), weights(whole))
+    one, two = (torch.load(path, weights_only=True)["optimizer_states"][0]["state"] for path in (resumed, whole))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert_same(one[key], two[key])
+
+
+def test_a_checkpoint_from_a_shorter_run(run: Run, finished: Finished, shelf: Shelf) -> None:
+    run("fit", *shelf.all, *OFTEN, "--trainer.max_steps=2")
+    run("fit", *shelf.all, *OFTEN, f"--ckpt_path={checkpoint(version(0))}")
+    assert_same(weights(checkpoint(version(1))), weights(finished.checkpoint))
+    assert scalar(version(1), "train/reward") == scalar(finished.folder, "train/reward")[2:]
+
+
+def test_a_checkpoint_does_not_override_flags(run: Run, finished: Finished, shelf: Shelf, tmp_path: Path) -> None:
+    """Even one that carries its own settings, which stock Lightning would let win."""
+    content = torch.load(finished.checkpoint, weights_only=False)
+    path = tmp_path / "with_settings.ckpt"
+    settings = {"beta": 7.0, "_class_path": "grade_lightning.methods.SupervisedFineTuning"}
+    torch.save(content | {"hyper_parameters": settings}, path)
+    run("fit", *shelf.all, *OFTEN, "--trainer.max_steps=6", "--model.beta=3", f"--ckpt_path={path}")
+    reward, kl, objective = (scalar(version(), f"train/{name}") for name in ("reward", "kl", "objective"))
+    assert len(reward) == 2
+    assert objective == pytest.approx([r - 3 * k for r, k in zip(reward, kl, strict=True)], abs=1e-5)
+    assert min(kl) > 1e-4
+
+
+# ---- validate, test, predict ----------------------------------------------------------------------------------
+
+
+def test_validate_repeats_the_last_validation_of_the_run(run: Run, finished: Finished, shelf: Shelf) -> None:
+    run("validate", *shelf.all, f"--ckpt_path={finished.checkpoint}")
+    for name in ("val/reward", "val/kl", "val/entropy", "val/perplexity"):
+        assert scalar(version(), name) == [pytest.approx(scalar(finished.folder, name)[-1], rel=1e-5)]
+
+
+def test_test_twice_gives_the_same_numbers(run: Run, finished: Finished, shelf: Shelf) -> None:
+    for _ in range(2):
+        run("test", *shelf.all, f"--ckpt_path={finished.checkpoint}")
+    names = events(version()).Tags()["scalars"]
+    assert "test/reward" in names
+    for name in names:
+        assert scalar(version(0), name) == scalar(version(1), name), name
+
+
+def test_test_without_a_checkpoint_measures_the_start(
+    run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("test", *shelf.all)
+    assert scalar(version(), "test/kl") == [pytest.approx(0, abs=1e-5)]
+    assert "test/reward" in capsys.readouterr().out
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_predict_writes_a_line_for_each_prompt(
+    run: Run, finished: Finished, shelf: Shelf, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = ["--model.judges+=FunctionReward", f"--model.judges.function={own}.at_most_two"]
+    where = ["--output=here/predictions.jsonl", f"--ckpt_path={finished.checkpoint}"]
+    run("predict", *shelf.all, *judge, *where)
+    assert "written: here/predictions.jsonl" in capsys.readouterr().out
+    assert [path.name for path in Path("here").iterdir()] == ["predictions.jsonl"]
+    found = rows(Path("here/predictions.jsonl"))
+    assert len(found) == 8
+    for row in found:
+        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards"}
+        assert len(row["prompt"].split()) == 8
+        assert 0 < row["reward"] < 1
+        assert row["kl"] > 0
+        long = len(row["completion"].split()) > 2
+        assert row["rewards"] == {"classifier": row["reward"], "at_most_two": None if long else 1.0}
+    assert {row["rewards"]["at_most_two"] for row in found} == {None, 1.0}
+
+
+def test_predict_twice_gives_the_same_lines(run: Run, finished: Finished, shelf: Shelf) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        run("predict", *shelf.all, f"--output={name}", f"--ckpt_path={finished.checkpoint}")
+    assert Path("a.jsonl").read_bytes() == Path("b.jsonl").read_bytes()
+
+
+def test_predict_names_its_own_file(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    run("predict", *shelf.all)
+    (written,) = re.findall(r"written: (.+)", capsys.readouterr().out)
+    assert len(rows(Path(written))) == 8
+    assert Path(written).is_relative_to("runs/GradeSTE")
+
+
+# ---- configurations -------------------------------------------------------------------------------------------
+
+
+def test_the_printed_configuration_is_the_run(
+    run: Run, printed_config: Any, finished: Finished, shelf: Shelf, tmp_path: Path
+) -> None:
+    path = tmp_path / "printed.yaml"
+    path.write_text(yaml.safe_dump(printed_config(*shelf.all, *OFTEN)))
+    run("fit", f"--config={path}")
+    assert_same(weights(checkpoint(version())), weights(finished.checkpoint))
+
+
+def test_the_saved_configuration_is_the_run(run: Run, finished: Finished) -> None:
+    run("fit", f"--config={finished.folder / 'config.yaml'}")
+    assert_same(weights(checkpoint(version())), weights(finished.checkpoint))
+
+
+def test_all_commands_read_the_same_configuration(run: Run, finished: Finished) -> None:
+    for command in ("validate", "test", "predict"):
+        run(command, f"--config={finished.folder / 'config.yaml'}", f"--ckpt_path={finished.checkpoint}")
+
+
+CONFIG = "model: {init_args: {beta: 0.5, hops: 4}}\ntrainer: {max_steps: 17}\n"
+
+
+@pytest.mark.parametrize("model", [["--model", "GradeSTE"], ["--model=GradeSTE"]], ids=["two words", "one"])
+@pytest.mark.parametrize("config", [["--config", "c.yaml"], ["-c=c.yaml"]], ids=["--config", "-c"])
+def test_order_of_model_and_config(model: list[str], config: list[str], printed_config: Any) -> None:
+    Path("c.yaml").write_text(CONFIG)
+    for args in itertools.permutations([model, config]):
+        found = printed_config(*itertools.chain(*args))
+        assert found["model"]["class_path"] == "grade_lightning.methods.GradeSTE"
+        assert found["model"]["init_args"]["beta"] == 0.5
+        assert found["model"]["init_args"]["hops"] == 4
+        assert found["trainer"]["max_steps"] == 17
+    for order in ([*model, *config, "--model.beta=0.25"], [*config, *model, "--model.beta=0.25"]):
+        assert printed_config(*order)["model"]["init_args"]["beta"] == 0.25
+
+
+def test_later_configurations_win(printed_config: Any) -> None:
+    Path("c.yaml").write_text(CONFIG)
+    Path("d.yaml").write_text("trainer: {max_steps: 5}\n")
+    found = printed_config("--config=c.yaml", "--model=GradeSTE", "--config=d.yaml")
+    assert found["trainer"]["max_steps"] == 5
+    assert found["model"]["init_args"]["beta"] == 0.5
+
+
+def test_a_configuration_of_another_method_keeps_what_fits(printed_config: Any) -> None:
+    """A recipe without a method is for all of them."""
+    Path("c.yaml").write_text("model: {init_args: {policy: {path: some/model}}}\n")
+    for method in ("GradeSTE", "SupervisedFineTuning"):
+        found = printed_config("--config=c.yaml", f"--model={method}")["model"]
+        assert found["class_path"].endswith(f".{method}")
+        assert found["init_args"]["policy"]["init_args"]["path"] == "some/model"
+
+
+# ---- parts of one's own ---------------------------------------------------------------------------------------
+
+
+def test_model_reward_and_source_of_ones_own(run: Run, own: str, shelf: Shelf) -> None:
+    sizes = [arg for arg in shelf.data if not arg.startswith("--data.source")]
+    args = [arg for arg in shelf.grade if not arg.startswith(("--data.source", "--model=", "--model.reward"))]
+    mine = [
+        f"--model={own}.Mine",
+        "--model.extra=2.5",
+        f"--model.reward={own}.Late",
+        "--model.reward.above=12",
+        f"--data.source={own}.Words",
+        "--data.source.rows=80",
+    ]
+    run("fit", *mine, *args, *sizes, *OFTEN)
+    assert scalar(version(method="Mine"), "train/extra") == [2.5] * 4
+    assert 0 < scalar(version(method="Mine"), "val/rewards/Late")[0] < 1
+    run("test", *mine, *args, *sizes, f"--ckpt_path={checkpoint(version(method='Mine'))}")
+
+
+def test_judges_in_a_file(run: Run, own: str, shelf: Shelf) -> None:
+    Path("judges.yaml").write_text(
+        "model: {init_args: {judges: ["
+        f"{{class_path: FunctionReward, init_args: {{function: {own}.words}}}}, "
+        f"{{class_path: {own}.Late, init_args: {{above: 9}}}}]}}}}\n"
+    )
+    run("fit", "--config=judges.yaml", *shelf.all, *OFTEN)
+    assert 0 < scalar(version(), "val/rewards/words")[0] <= 6
+    assert 0 < scalar(version(), "val/rewards/Late")[0] < 1
+    assert scalar(version(), "val/rewards/classifier") == scalar(version(), "val/reward")
+
+
+def test_optimizer_and_scheduler_by_class_path(run: Run, shelf: Shelf) -> None:
+    chosen = [
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=0.5",
+        "--model.optimizer.momentum=0.25",
+        "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
+        "--model.lr_scheduler.gamma=0.5",
+    ]
+    run("fit", *shelf.all, *OFTEN, *chosen)
+    (state,) = torch.load(checkpoint(version()), weights_only=True)["optimizer_states"]
+    (group,) = state["param_groups"]
+    assert (group["lr"], group["momentum"]) == (0.5**5, 0.25)
+    trained = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(shelf.policy).parameters())
+    assert sum(s["momentum_buffer"].numel() for s in state["state"].values()) == trained
+
+
+def test_callbacks_of_ones_own_are_beside_ours(run: Run, shelf: Shelf) -> None:
+    run("fit", *shelf.all, "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=mine", *OFTEN)
+    assert checkpoint(version()).name == "mine.ckpt"
+    assert (version() / "export").is_dir()
+    assert scalar(version(), "val/reward")
+
+
+def test_nested_parts_of_ours(run: Run, shelf: Shelf) -> None:
+    parts = [
+        "--model.estimator=Gumbel",
+        "--model.estimator.draws=2",
+        "--model.tau=Linear",
+        "--model.tau.start=2.0",
+        "--model.tau.end=1.0",
+        "--model.hops=exact",
+        "--model.kl_prefix=full",
+        "--model.sampler.top_k=5",
+        "--model.reward.output=logit",
+    ]
+    run("fit", *shelf.all, *OFTEN, *parts)
+    assert scalar(version(), "train/tau") == pytest.approx([2.0, 1.75, 1.5, 1.25])
+    assert max(scalar(version(), "train/hop_residual")) == pytest.approx(0, abs=1e-6)
+
+
+def test_lora(run: Run, shelf: Shelf) -> None:
+    lora = ["--model.policy.lora.r=2"]
+    run("fit", *shelf.all, *lora, *OFTEN)
+    saved = weights(checkpoint(version()))
+    assert saved
+    assert all(".lora_" in name for name in saved)
+    exported = AutoModelForCausalLM.from_pretrained(version() / "export").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(shelf.policy).state_dict()
+    assert exported.keys() == start.keys()
+    assert any(not torch.equal(value, start[name]) for name, value in exported.items())
+    run("test", *shelf.all, *lora, f"--ckpt_path={checkpoint(version())}")
+    assert scalar(version(1), "test/kl")[0] > 0
+
+
+# ---- the stages -----------------------------------------------------------------------------------------------
+
+
+def stage(shelf: Shelf, name: str, *args: str) -> list[str]:
+    quiet = [arg for arg in shelf.grade if arg.startswith(("--trainer", "--data"))]
+    return [f"--model={name}", *quiet, *OFTEN, *args]
+
+
+def test_a_reward_model_is_trained_and_used(run: Run, shelf: Shelf) -> None:
+    run("fit", *stage(shelf, "RewardModel", f"--model.backbone={shelf.policy}", "--export.folder=reward"))
+    tags = events(version(method="RewardModel")).Tags()["scalars"]
+    logged = {f"val/{name}" for name in ("loss", "accuracy", "auroc", "calibration_error")}
+    assert {"train/loss"} | logged <= set(tags)
+    run("fit", *shelf.grade, "--model.reward=ClassifierReward", "--model.reward.path=reward")
+    assert 0 < scalar(version(), "val/reward")[-1] < 1
+    trained = checkpoint(version(method="RewardModel"))
+    run("test", *stage(shelf, "RewardModel", f"--model.backbone={shelf.policy}", f"--ckpt_path={trained}"))
+
+
+def test_supervised_fine_tuning_makes_a_policy(run: Run, shelf: Shelf) -> None:
+    sft = stage(shelf, "SupervisedFineTuning", f"--model.policy.path={shelf.policy}")
+    run("fit", *sft)
+    folder = version(method="SupervisedFineTuning")
+    assert {"train/loss", "val/loss", "val/perplexity"} <= set(events(folder).Tags()["scalars"])
+    losses = scalar(folder, "val/loss")
+    assert losses[-1] < losses[0]
+    run("fit", *shelf.all, f"--model.policy.path={folder / 'export'}")
+    assert scalar(version(), "val/kl")[0] == pytest.approx(0, abs=1e-5)
+
+
+# ---- the programs themselves ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_and_version_are_for_people(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run(command, "--help")
+    assert not exit.value.code
+    out = capsys.readouterr().out
+    assert f"grade-{command}" in out
+    assert "--model" in out
+    assert ("--output" in out) == (command == "predict")
+
+
+def test_help_on_a_method(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run("fit", "--model.help", "GradeSTE")
+    assert not exit.value.code
+    assert "--model.kl_prefix" in capsys.readouterr().out
+
+
+def test_main_is_importable_and_takes_arguments(shelf: Shelf) -> None:
+    """What an entry point calls also takes a list, for notebooks and scripts."""
+    fit: Any = load("fit")
+    assert fit([*shelf.all, "--trainer.limit_val_batches=0"]) is None
+    assert (version() / "export" / "config.json").is_file()
+
+
+def test_the_module_is_grade_fit(tmp_path: Path) -> None:
+    """As a process, so that its status is what a shell sees."""
+    command = [sys.executable, "-m", "grade_lightning_cli", "--model", "GradeSTF"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'GradeSTE'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(tmp_path: Path) -> None:
+    """On a fresh machine without network: it trains its own models, aligns, and the measurements say so."""
+    environment = os.environ | {"GRADE_LIGHTNING_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-m", "grade_lightning_cli", "--model", "GradeSTE", "--trainer.accelerator", "cpu"]
+    done = subprocess.run(
+        command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "before (step 0)" in done.stdout
+    assert "after (step 200)" in done.stdout
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"bundled-v1", "bundled-v1.lock"}
+    folder = tmp_path / "work" / version()
+    first, last = ({name: scalar(folder, f"val/{name}")[i] for name in FINAL} for i in (0, -1))
+    assert 0.4 <= first["reward"] <= 0.6
+    assert 0.3 <= first["rewards/grammar_positive"] <= 0.6
+    assert first["kl"] == pytest.approx(0, abs=1e-3)
+    assert last["reward"] >= 0.90
+    assert last["kl"] <= 20
+    assert last["rewards/grammar_positive"] >= 0.85
+
+
+FINAL = ("reward", "kl", "rewards/grammar_positive")

@@ -1,0 +1,146 @@
+"""The recipes and the commands of the documentation are understood. Nothing is loaded."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+import grade_lightning.bundled
+from grade_lightning.data import BundledReviews
+from grade_lightning.rewards import ClassifierReward, FunctionReward
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {
+    "bundled": ["GradeSTE"],
+    "imdb_gpt2": ["GradeSTE"],
+    "imdb_local": ["GradeSTE", "RewardModel", "SupervisedFineTuning"],
+    "imdb_qwen3_4b_lora": ["GradeSTE"],
+    "imdb_reward_gpt2": ["RewardModel"],
+    "small_gpt2": ["GradeSTE"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "0")  # to be restored afterwards
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Let a command read its arguments and print what it understood."""
+
+    def printed(command: str, *args: str) -> dict[str, Any]:
+        (entry,) = entry_points(group="console_scripts", name=command)
+        monkeypatch.setattr(sys, "argv", [command, *args, "--print_config"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            entry.load()()
+        captured = capsys.readouterr()
+        assert not exit.value.code, captured.err
+        config: dict[str, Any] = yaml.safe_load(captured.out)
+        return config
+
+    return printed
+
+
+def stated(recipe: object, config: Any, place: str = "") -> Iterator[str]:
+    """Where a configuration is not what a recipe says."""
+    if isinstance(recipe, dict):
+        if isinstance(config, dict) and "init_args" in config and not {"class_path", "init_args"} & set(recipe):
+            config = config["init_args"]
+        for key, value in recipe.items():
+            yield from stated(value, config.get(key), f"{place}.{key}")
+    elif isinstance(recipe, list):
+        assert len(recipe) == len(config)
+        for i, (one, two) in enumerate(zip(recipe, config, strict=True)):
+            yield from stated(one, two, f"{place}.{i}")
+    elif place.endswith("class_path"):
+        if str(config).rpartition(".")[2] != str(recipe).rpartition(".")[2]:
+            yield f"{place}: {config}"
+    elif recipe != config:
+        yield f"{place}: {config}"
+
+
+def test_every_recipe_is_here() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_does_what_it_says(name: str, printed: Any) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    for method in RECIPES[name]:
+        config = printed("grade-fit", "--model", method, "--config", f"configs/{name}.yaml")
+        assert config["model"]["class_path"] == f"grade_lightning.methods.{method}"
+        assert list(stated(recipe, config)) == []
+
+
+def test_a_recipe_states_only_what_differs(printed: Any) -> None:
+    """Only the bundled one spells out the defaults."""
+    defaults = printed("grade-fit", "--model", "GradeSTE")
+    for name in sorted(set(RECIPES) - {"bundled"}):
+        recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        same = [
+            f"{name}: {part}.{key}"
+            for part in ("trainer", "data")
+            for key, value in recipe.get(part, {}).items()
+            if defaults[part].get(key) == value
+        ]
+        assert same == []
+
+
+def commands() -> list[str]:
+    """Every command of ours in the documentation and in the recipes, in one line each."""
+    found = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
+        text = path.read_text().replace("\\\n# ", "\\\n").replace("\\\n", " ")
+        found += re.findall(
+            r"^(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:fit|validate|test|predict) --.*)$", text, re.MULTILINE
+        )
+    return sorted(set(found))
+
+
+def test_commands_are_found() -> None:
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_documentation_are_understood(command: str, printed: Any) -> None:
+    name, *args = shlex.split(command, comments=True)
+    if any("help" in arg for arg in args):
+        pytest.skip("prints help")
+    printed(name, *[arg for arg in args if arg != "--print_config"])
+
+
+def test_bundled_spells_out_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(grade_lightning.bundled, "prepare", lambda: tmp_path)
+    (entry,) = entry_points(group="console_scripts", name="grade-fit")
+    build = sys.modules[entry.load().__module__].build
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    said = []
+    for extra in ([], ["--config", "configs/bundled.yaml"]):
+        cli = build(["--model", "GradeSTE", *extra, *quiet])
+        model, data = cli.model, cli.datamodule
+        assert type(data.source) is BundledReviews
+        assert type(model.reward) is ClassifierReward
+        assert all(type(judge) is FunctionReward for judge in model.judges)
+        said.append(
+            {
+                "policy": (model.policy.path, model.policy.lora, model.policy.dtype),
+                "reward": (model.reward.path, model.reward.output),
+                "judges": [judge.function for judge in model.judges],
+                "source": vars(data.source),
+                "beta": model.beta,
+                "steps": cli.trainer.max_steps,
+            }
+        )
+    assert said[0] == said[1]
+    assert said[0]["policy"][0] == said[0]["reward"][0] == "bundled"
+    assert len(said[0]["judges"]) == 2

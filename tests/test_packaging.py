@@ -1,0 +1,110 @@
+"""The package: what is in it, and that one fact is in one file."""
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import LightningModule
+
+import grade_lightning.methods
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_every_package_is_listed(setup_cfg: configparser.ConfigParser) -> None:
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "grade_lightning").rglob("__init__.py")
+    } | {"grade_lightning_cli"}
+    listed = setup_cfg["options"]["packages"].split()
+    assert sorted(found) == sorted(listed)
+    folders = {path.parent for path in (ROOT / "grade_lightning").rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= found
+
+
+def test_package_data_is_there(setup_cfg: configparser.ConfigParser) -> None:
+    folders = {"grade_lightning": ROOT / "grade_lightning", "grade_lightning_cli": ROOT / "cli"}
+    for package, names in setup_cfg["options.package_data"].items():
+        assert [name for name in re.split(r"[,\s]+", names) if not (folders[package] / name).is_file()] == []
+
+
+def test_one_fact_one_file(setup_cfg: configparser.ConfigParser) -> None:
+    """Beside `[project]`, dependencies in setup.cfg are dropped with only a warning."""
+    tables = re.findall(r"^\[([^\]]+)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {table.split(".")[1] for table in tables if table.startswith("tool.")} == {"ruff"}
+    assert "install_requires" not in setup_cfg["options"]
+    assert "metadata" not in setup_cfg
+
+
+def links(document: Path) -> Iterator[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    local = [link for link in links(document) if "://" not in link]
+    for link in local:
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), f"{document.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name}: {link}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = {link.partition("#")[0] for link in links(ROOT / "docs" / "index.md")}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= listed
+
+
+def test_every_method_has_its_section() -> None:
+    values = vars(grade_lightning.methods).values()
+    methods = {value.__name__ for value in values if isinstance(value, type) and issubclass(value, LightningModule)}
+    assert methods
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    assert sorted(methods) == sorted(headings)
+    assert [name for name in methods if f"`{name}`" not in (ROOT / "README.md").read_text()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("build") is None, reason="needs the package build")
+def test_the_wheel_holds_two_packages_and_their_data(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("grade_lightning", "cli", "tests", "configs", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"grade_lightning", "grade_lightning_cli"}
+    assert {"grade_lightning/py.typed", "grade_lightning_cli/py.typed", "grade_lightning_cli/defaults.yaml"} <= set(
+        names
+    )
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grade_lightning").rglob("*.py")}
+    sources |= {f"grade_lightning_cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
