@@ -29,6 +29,14 @@ from grade_lightning.policies.loading import BUNDLED
 from .parser import Parser
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Lightning's, which without a logger would write into the current folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class GradeCLI(LightningCLI):
     """LightningCLI without subcommands; `--model` is a bare name of ours or a dotted path."""
 
@@ -45,7 +53,7 @@ class GradeCLI(LightningCLI):
                 "prog": f"grade-{run}",
                 "default_config_files": [str(Path(__file__).with_name("defaults.yaml"))],
             },
-            save_config_callback=SaveConfigCallback if run == "fit" else None,
+            save_config_callback=_SaveConfig if run == "fit" else None,
         )
 
     def init_parser(self, **kwargs: Any) -> Parser:

@@ -19,7 +19,7 @@ from grade_lightning.methods import RewardModel, SupervisedFineTuning
 from grade_lightning.policies import Policy, bundled_folder
 
 CONTEXT = 128
-POLICY_STEPS, REWARD_STEPS = 800, 300
+POLICY_STEPS, REWARD_STEPS = 900, 400
 
 
 def prepare() -> Path:
@@ -106,4 +106,4 @@ def _train(module: LightningModule, source: BundledReviews, steps: int) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=TextDataModule(source, batch_size=32))
+    trainer.fit(module, datamodule=TextDataModule(source))

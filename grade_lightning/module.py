@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import CatMetric
+from torch.optim.lr_scheduler import LinearLR
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
@@ -47,7 +47,8 @@ class TrainableModule(LightningModule):
 
     Args:
         optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
-        lr_scheduler: any torch scheduler; stepped after each optimizer step.
+        lr_scheduler: any torch scheduler; stepped after each optimizer step. By default a straight line to zero over the
+            run, as in transformers and TRL (constant: `torch.optim.lr_scheduler.ConstantLR` with `factor: 1`).
     """
 
     view: ClassVar[Literal["prompts", "labelled", "text"]]
@@ -68,15 +69,26 @@ class TrainableModule(LightningModule):
     def save_pretrained(self, folder: str) -> None:
         """Write what was trained as a Hugging Face folder."""
 
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; 0 where it has no known end."""
+        if self._trainer is None:
+            return 0
+        steps = self.trainer.estimated_stepping_batches
+        return 0 if math.isinf(steps) else max(0, int(steps))
+
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler over the parameters that require grad."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
+        steps = self.total_steps()
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        elif steps > 0:
+            scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+        else:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
-            settings["monitor"] = scheduler.monitor
+            settings |= {"monitor": scheduler.monitor, "strict": False}  # a validation's metric comes later
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -127,7 +139,7 @@ class AlignmentModule(TrainableModule, ABC):
         sampler: how completions are drawn, in training and in evaluation.
         beta: coefficient β of the KL to the reference, in reward per nat.
         optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
-        lr_scheduler: any torch scheduler; stepped after each optimizer step.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
 
     view = "prompts"
@@ -152,7 +164,7 @@ class AlignmentModule(TrainableModule, ABC):
         self.beta = beta
         if self.backpropagates_reward and not self.reward.differentiable:
             self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
-        self._evaluation: dict[str, CatMetric] = {}  # a plain dict: names may hold anything, nothing is saved
+        self._evaluation: dict[str, list[Tensor]] = {}
         self._fresh = True
 
     @abstractmethod
@@ -277,13 +289,6 @@ class AlignmentModule(TrainableModule, ABC):
                 "completions were not sampled from the policy that is trained"
             )
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run; 0 where it has no known end."""
-        if self._trainer is None:
-            return 0
-        steps = self.trainer.estimated_stepping_batches
-        return 0 if math.isinf(steps) else max(0, int(steps))
-
     def _seed(self, stage: Stage, batch_idx: int) -> None:
         """Tie a step's randomness to (seed, stage, step, micro-batch, rank): a resumed run draws the same."""
         key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, self._step(stage), batch_idx, self._rank())
@@ -348,18 +353,16 @@ class AlignmentModule(TrainableModule, ABC):
         pad = self.sampler.max_new_tokens - rollout.completion_ids.shape[1]
         columns["tokens"] = nn.functional.pad(rollout.completion_ids, (0, pad))
         for name, value in columns.items():
-            if name not in self._evaluation:
-                self._evaluation[name] = CatMetric(nan_strategy="disable").to(self.device)
-            self._evaluation[name].update(value)
+            self._evaluation.setdefault(name, []).append(value)
         if batch_idx == 0:
             self.last_evaluation = result
 
     def _finish_evaluation(self, stage: Stage) -> None:
-        table = {name: metric.compute() for name, metric in self._evaluation.items()}
+        table = {name: self._gather(torch.cat(values)) for name, values in self._evaluation.items()}
         self._evaluation.clear()
         if not table:
             return
-        reward, length, tokens = table["reward"], table["length"], table.pop("tokens").long()
+        reward, length, tokens = table["reward"], table["length"], table.pop("tokens")
         answered = reward[~reward.isnan()]
         spread = answered.std() if len(answered) > 1 else answered.new_zeros(())
         within = torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)
@@ -372,11 +375,17 @@ class AlignmentModule(TrainableModule, ABC):
             "entropy": (table["entropy"] * length).sum() / length.sum(),
             "response_length": length.float().mean(),
             "eos_rate": table["ended"].float().mean(),
-            "distinct_2": torch.tensor(sequences.distinct_bigrams(tokens, within)),
+            "distinct_2": reward.new_tensor(sequences.distinct_bigrams(tokens, within)),
             "perplexity": (table["ref_nll"].sum() / length.sum()).exp(),
         }
         values |= {name: value.nanmean() for name, value in table.items() if name.startswith("rewards/")}
         self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes; the sampler gives each the same number."""
+        gathered = self.all_gather(rows)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1) if gathered.dim() > rows.dim() else gathered
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure a batch."""

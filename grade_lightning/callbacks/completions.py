@@ -24,12 +24,15 @@ class Completions(Callback):
             raise InputError(f"completions: every_n_steps = {every_n_steps} and rows = {rows} must be at least 1")
         self.every_n_steps = every_n_steps
         self.rows = rows
+        self._written = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write what was sampled."""
-        if isinstance(pl_module, AlignmentModule) and (trainer.global_step - 1) % self.every_n_steps == 0:
+        due = trainer.global_step != self._written and (trainer.global_step - 1) % self.every_n_steps == 0
+        if isinstance(pl_module, AlignmentModule) and due:
+            self._written = trainer.global_step
             rollout, scores, kl = pl_module.last_rollout
             self._write(trainer, "train", rollout, scores.total, kl)
 

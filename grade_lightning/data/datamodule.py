@@ -95,7 +95,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         source: Source | None = None,
-        batch_size: int = 16,
+        batch_size: int = 32,
         eval_batch_size: int = 64,
         reward_size: int = 5_000,
         prompt_size: int = 10_000,

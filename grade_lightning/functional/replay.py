@@ -30,8 +30,9 @@ class Adjoint(NamedTuple):
     table: Float[Tensor, "v w"]
 
     def __call__(self) -> Float[Tensor, "b t v"]:
-        """The gradient with respect to the one-hot tokens."""
-        return self.gradient @ self.table.mT
+        """The gradient with respect to the one-hot tokens, in float32 or better."""
+        product = self.gradient.to(self.table.dtype) @ self.table.mT
+        return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 class Replay(NamedTuple):
@@ -114,7 +115,7 @@ def replay(
         if source is not None:
             hop = hop + source
         (gradient,) = torch.autograd.grad(logits, inputs, hop.to(logits.dtype), retain_graph=True)
-        arrived = Adjoint(next_input_gradient(gradient, logits.shape[1]).to(table.dtype), table)()
+        arrived = Adjoint(next_input_gradient(gradient, logits.shape[1]), table)()
         previous, adjoint = adjoint, direct_adjoint + arrived
         residual = (adjoint - previous).norm() / previous.norm()
         if tolerance > 0 and residual <= tolerance:

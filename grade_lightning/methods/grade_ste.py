@@ -36,7 +36,7 @@ class GradeSTE(AlignmentModule):
         kl_prefix: how far the KL's gradient goes: `none`, each position's own distribution; `policy`, also that earlier
             tokens moved the policy's later distributions; `full`, also those of the reference: the true gradient.
         optimizer: any torch optimizer by class path.
-        lr_scheduler: any torch scheduler.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
 
     References:
         | GRADE: Replacing Policy Gradients with Backpropagation for LLM Alignment (Nel, 2025),
@@ -56,7 +56,7 @@ class GradeSTE(AlignmentModule):
         hops: int | Literal["exact"] = 2,
         tolerance: float = 0.0,
         tau: Schedule | None = None,
-        beta: float = 0.01,
+        beta: float = 0.003,
         kl_prefix: Literal["none", "policy", "full"] = "none",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,

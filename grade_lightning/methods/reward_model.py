@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.module import TrainableModule
 from grade_lightning.policies import Policy
-from grade_lightning.policies.loading import resolve_model
+from grade_lightning.policies.loading import resolve_model, torch_dtype
 from grade_lightning.rewards import Classifier
 
 
@@ -25,8 +25,9 @@ class RewardModel(TrainableModule):
         backbone: the language model that the policy will be; a folder, a name on the Hub, or `"bundled"`.
         freeze_backbone: train the head alone.
         hidden: width of the head's middle layer.
+        dtype: of the backbone's weights; the head stays in float32. A frozen backbone can be bfloat16.
         optimizer: any torch optimizer by class path.
-        lr_scheduler: any torch scheduler.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
 
     References:
         | GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
@@ -39,6 +40,7 @@ class RewardModel(TrainableModule):
         backbone: str = "bundled",
         freeze_backbone: bool = False,
         hidden: int = 256,
+        dtype: str = "float32",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -46,13 +48,14 @@ class RewardModel(TrainableModule):
         self.source = Policy(backbone)
         self.freeze_backbone = freeze_backbone
         self.hidden = hidden
+        self.dtype_name = dtype
         self.classifier: Classifier | None = None
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": BinaryAccuracy(),
             "auroc": BinaryAUROC(),
             "calibration_error": BinaryCalibrationError(n_bins=15),
         }
-        self.metrics = nn.ModuleDict({s: MetricCollection(dict(metrics), prefix=f"{s}/") for s in ("val", "test")})
+        self.metrics = nn.ModuleDict({s: MetricCollection(metrics).clone(prefix=f"{s}/") for s in ("val", "test")})
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -62,7 +65,9 @@ class RewardModel(TrainableModule):
     def configure_model(self) -> None:
         """Load the backbone under a new head."""
         if self.classifier is None:
-            self.classifier = Classifier.from_backbone(resolve_model(self.source.path, "policy"), self.hidden)
+            self.classifier = Classifier.from_backbone(
+                resolve_model(self.source.path, "policy"), self.hidden, torch_dtype(self.dtype_name)
+            )
             self.classifier.train()
             self.classifier.backbone.requires_grad_(not self.freeze_backbone)
 

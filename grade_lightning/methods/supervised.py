@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.functional import sequences
@@ -20,7 +21,7 @@ class SupervisedFineTuning(TrainableModule):
     Args:
         policy: the language model.
         optimizer: any torch optimizer by class path.
-        lr_scheduler: any torch scheduler.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
 
     view = "text"
@@ -33,6 +34,7 @@ class SupervisedFineTuning(TrainableModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.policy = policy or Policy()
+        self.means = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -67,10 +69,30 @@ class SupervisedFineTuning(TrainableModule):
         self._log("test", batch)
 
     def _log(self, stage: str, batch: dict[str, Any]) -> None:
-        loss = self.loss(batch)
-        size = len(batch["input_ids"])
-        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
-        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True, batch_size=size)
+        loss, tokens = self.loss(batch), batch["attention_mask"][:, 1:].sum()
+        self._mean(stage).update(loss.float(), tokens)
+
+    def _mean(self, stage: str) -> MeanMetric:
+        mean = self.means[stage]
+        assert isinstance(mean, MeanMetric)
+        return mean
+
+    def _finish(self, stage: str) -> None:
+        loss = self._mean(stage).compute()
+        self._mean(stage).reset()
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()})
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all tokens."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all tokens."""
+        self._finish("test")
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The metrics."""
+        return [self.means]
 
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face folder."""

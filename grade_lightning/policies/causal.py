@@ -163,7 +163,8 @@ class Policy(nn.Module):
 
     def reference_table(self) -> Tensor:
         """The same for the reference."""
-        return self.table() if self.reference is None else embedding_table(self.reference)
+        with self.as_reference():
+            return embedding_table(self.base if self.reference is None else self.reference)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the last `length` positions.
@@ -184,8 +185,11 @@ class Policy(nn.Module):
             return _logits(model, inputs, attention_mask, length)
 
     def reference_embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings of `ids` as the reference has them."""
-        return torch.nn.functional.embedding(ids, self.reference_table())
+        """Input embeddings of `ids` as the reference has them, without a graph."""
+        with torch.no_grad(), self.as_reference():
+            model: Any = self.base if self.reference is None else self.reference
+            embeddings: Tensor = model.get_input_embeddings()(ids)
+        return embeddings
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -249,7 +253,7 @@ def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
         if hasattr(module, "get_delta_weight")
     }
     return {
-        name.replace(".base_layer.", "."): value + deltas[name] if name in deltas else value
+        name.replace(".base_layer.", "."): (value + deltas[name]).to(value.dtype) if name in deltas else value
         for name, value in model.state_dict().items()
         if ".lora_" not in name
     }

@@ -86,9 +86,10 @@ def config_without_dropout(path: str) -> PretrainedConfig:
     """Configuration of the model at `path` with every dropout probability set to zero."""
     config = load_pretrained(AutoConfig, path)
     assert isinstance(config, PretrainedConfig)
-    for name, value in config.to_dict().items():
-        if (name.endswith("pdrop") or "dropout" in name) and isinstance(value, (int, float)):
-            setattr(config, name, type(value)(0))
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if (name.endswith("pdrop") or "dropout" in name) and isinstance(value, (int, float)):
+                setattr(part, name, type(value)(0))
     return config
 
 

@@ -11,7 +11,13 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
-from grade_lightning.policies.loading import config_without_dropout, embedding_table, load_pretrained, resolve_model
+from grade_lightning.policies.loading import (
+    config_without_dropout,
+    embedding_table,
+    load_pretrained,
+    resolve_model,
+    torch_dtype,
+)
 
 from .base import DifferentiableReward
 
@@ -54,6 +60,7 @@ class Classifier(nn.Module):
         states = self.backbone(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
         ).last_hidden_state
+        states = states.to(next(self.head.parameters()).dtype)
         keep = mask.unsqueeze(-1).to(states.dtype)
         logits: Tensor = self.head((states * keep).sum(1) / keep.sum(1)).squeeze(-1)
         return logits
@@ -93,7 +100,6 @@ class Classifier(nn.Module):
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: the reward head cannot be read ({reason}); train it again") from error
-        classifier.head.to(dtype)
         return classifier
 
 
@@ -103,10 +109,17 @@ class ClassifierReward(DifferentiableReward):
     Args:
         path: folder written by `RewardModel`, or `"bundled"`.
         output: `probability` in [0, 1] as in the paper, or the unbounded `logit`.
+        dtype: of the backbone's weights; the head stays in float32.
     """
 
-    def __init__(self, path: str = "bundled", output: Literal["probability", "logit"] = "probability") -> None:
+    def __init__(
+        self,
+        path: str = "bundled",
+        output: Literal["probability", "logit"] = "probability",
+        dtype: str = "float32",
+    ) -> None:
         super().__init__()
+        self.dtype = torch_dtype(dtype)
         self.path = path
         self.output = output
         self.classifier: Classifier | None = None
@@ -142,7 +155,7 @@ class ClassifierReward(DifferentiableReward):
                     "train a reward model on the policy's own backbone: grade-fit --model RewardModel "
                     f"--model.backbone {tokenizer.name_or_path or 'POLICY'}"
                 )
-            self.classifier = Classifier.from_pretrained(path).requires_grad_(False).eval()
+            self.classifier = Classifier.from_pretrained(path, self.dtype).requires_grad_(False).eval()
         rows = self._network.backbone.config.get_text_config().vocab_size
         if rows < vocabulary:
             raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")

@@ -118,11 +118,12 @@ def test_exact_hops_equal_the_unrolled_sampler(name: str, lora: bool) -> None:
 
 @pytest.mark.parametrize("kl_prefix", ["none", "policy", "full"])
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_kl_prefix_and_top_k(kl_prefix: KLPrefix, top_k: int | None) -> None:
-    method = make_method(hops="exact", beta=0.3, kl_prefix=kl_prefix, top_k=top_k)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kl_prefix_and_top_k(name: str, kl_prefix: KLPrefix, top_k: int | None) -> None:
+    method = make_method(name, hops="exact", beta=0.3, kl_prefix=kl_prefix, top_k=top_k)
     rollout = roll(method)
     truth = unrolled(method, rollout, kl_prefix=kl_prefix)
-    assert relative(replayed(method, rollout), truth) < 1e-10
+    assert relative(replayed(method, rollout), truth) < (1e-10 if name == "gpt2" else 1e-5)
 
 
 @pytest.mark.parametrize("estimator", [StraightThrough(), ReinMax(), Gumbel(4)], ids=lambda e: type(e).__name__)
