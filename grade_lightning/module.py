@@ -47,8 +47,8 @@ class TrainableModule(LightningModule):
 
     Args:
         optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
-        lr_scheduler: any torch scheduler; stepped after each optimizer step. By default a straight line to zero over the
-            run, as in transformers and TRL (constant: `torch.optim.lr_scheduler.ConstantLR` with `factor: 1`).
+        lr_scheduler: any torch scheduler; stepped after each optimizer step. By default a straight line to zero over
+            the run, as in transformers and TRL (constant: `torch.optim.lr_scheduler.ConstantLR` with `factor: 1`).
     """
 
     view: ClassVar[Literal["prompts", "labelled", "text"]]
