@@ -19,7 +19,7 @@ from grade_lightning.methods import RewardModel, SupervisedFineTuning
 from grade_lightning.policies import Policy, bundled_folder
 
 CONTEXT = 128
-POLICY_STEPS, REWARD_STEPS = 900, 400
+POLICY_STEPS, REWARD_STEPS = 800, 300
 
 
 def prepare() -> Path:
