@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
@@ -83,7 +83,9 @@ class TrainableModule(LightningModule):
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         elif steps > 0:
-            scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+            scheduler = LambdaLR(
+                optimizer, lambda step: max(0.0, 1 - step / steps)
+            )  # a longer resumed run stretches it
         else:
             return optimizer
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.functional import sequences
@@ -34,7 +33,7 @@ class SupervisedFineTuning(TrainableModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.policy = policy or Policy()
-        self.means = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self._seen: list[Tensor] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -62,25 +61,20 @@ class SupervisedFineTuning(TrainableModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch of text."""
-        self._log("val", batch)
+        self._measure(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch of text."""
-        self._log("test", batch)
+        self._measure(batch)
 
-    def _log(self, stage: str, batch: dict[str, Any]) -> None:
-        loss, tokens = self.loss(batch), batch["attention_mask"][:, 1:].sum()
-        self._mean(stage).update(loss.float(), tokens)
-
-    def _mean(self, stage: str) -> MeanMetric:
-        mean = self.means[stage]
-        assert isinstance(mean, MeanMetric)
-        return mean
+    def _measure(self, batch: dict[str, Any]) -> None:
+        tokens = batch["attention_mask"][:, 1:].sum()
+        self._seen.append(torch.stack([self.loss(batch).float() * tokens, tokens.float()]))
 
     def _finish(self, stage: str) -> None:
-        loss = self._mean(stage).compute()
-        self._mean(stage).reset()
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()})
+        nll, tokens = self.all_gather(torch.stack(self._seen)).reshape(-1, 2).sum(0)  # type: ignore[union-attr]
+        self._seen.clear()
+        self.log_dict({f"{stage}/loss": nll / tokens, f"{stage}/perplexity": (nll / tokens).exp()})
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all tokens."""
@@ -89,10 +83,6 @@ class SupervisedFineTuning(TrainableModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over all tokens."""
         self._finish("test")
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """The metrics."""
-        return [self.means]
 
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face folder."""

@@ -127,7 +127,7 @@ def test_unusable_columns(table: dict[str, list[Any]], message: str) -> None:
         ("reviews.parquet", b"PAR1cut off", "cannot be read as parquet .*; write it again"),
         ("reviews.jsonl", b'{"text": "a"}\n{"text": "cut o', "cannot be read as json .*; write it again"),
         ("reviews.csv", b'text,label\n"a', "cannot be read as csv .*; write it again"),
-        ("reviews.csv", b"text\n", "no data"),
+        ("reviews.csv", b"text\n", "no rows"),
         ("reviews.txt", b"\n \n", "no rows"),
         ("reviews.txt", b"\xff\xfe\xfa", "cannot be read as text .*; write it again"),
     ],

@@ -80,6 +80,7 @@ def make(
         "sampler": Sampler(max_new_tokens=6),
         "beta": 0.001,
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
     }
     return method(policy=policy, reward=Toy(), **settings | kwargs)
 

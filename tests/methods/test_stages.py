@@ -23,6 +23,10 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-2)
 
 
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
@@ -174,7 +178,7 @@ def test_a_checkpoint_of_another_stage_is_named(folder: Path, tmp_path: Path) ->
 def test_stages_resume_where_they_stopped(folder: Path, tmp_path: Path) -> None:
     def stage() -> RewardModel:
         torch.manual_seed(0)
-        return RewardModel(str(folder), hidden=8, optimizer=adam)
+        return RewardModel(str(folder), hidden=8, optimizer=adam, lr_scheduler=constant)
 
     whole, half, resumed = stage(), stage(), stage()
     torch.manual_seed(0)
