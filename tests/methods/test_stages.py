@@ -90,7 +90,7 @@ def test_supervised_training_learns_and_its_folder_is_a_policy(lora: bool, folde
     run.fit(module, text(60))
     (after,) = trainer().test(module, text(2), verbose=False)
     assert after["test/loss"] < before["val/loss"] - (0.5 if lora else 1.5)
-    assert after["test/perplexity"] == pytest.approx(math.exp(after["test/loss"]), rel=0.05)
+    assert after["test/perplexity"] == pytest.approx(math.exp(after["test/loss"]), rel=1e-5)
     assert module.policy.reference is None
     assert saved_keys(run, tmp_path / "a.ckpt") == trained_keys(module)
 
@@ -98,6 +98,22 @@ def test_supervised_training_learns_and_its_folder_is_a_policy(lora: bool, folde
     again = SupervisedFineTuning(Policy(str(tmp_path / "policy")))
     (loaded,) = trainer().test(again, text(2), verbose=False)
     assert loaded["test/loss"] == pytest.approx(after["test/loss"], rel=1e-4)
+
+
+def test_perplexity_does_not_depend_on_the_batches(folder: Path) -> None:
+    """It is of all tokens: one batch of unequal rows, and each row by itself."""
+    (batch,) = text(1)
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(8)]
+    one, eight = (
+        trainer().validate(
+            SupervisedFineTuning(Policy(str(folder))),
+            DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
+            verbose=False,
+        )[0]
+        for batches in ([batch], rows)
+    )
+    for name in ("val/loss", "val/perplexity"):
+        assert one[name] == pytest.approx(eight[name], rel=1e-5)
 
 
 def test_supervised_loss_is_that_of_transformers(folder: Path) -> None:
