@@ -516,7 +516,7 @@ def test_the_first_command_of_the_readme(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "before (step 0)" in done.stdout
-    assert "after (step 200)" in done.stdout
+    assert "after (step 300)" in done.stdout
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"bundled-v1", "bundled-v1.lock"}
     folder = tmp_path / "work" / version()
     first, last = ({name: scalar(folder, f"val/{name}")[i] for name in FINAL} for i in (0, -1))
