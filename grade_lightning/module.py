@@ -27,8 +27,16 @@ Stage = Literal["train", "val", "test", "predict"]
 
 
 @dataclass
+class Experience:
+    """Completions and what was made of them before any update. Methods add what they need by subclassing."""
+
+    rollout: Rollout
+    scores: Scores
+
+
+@dataclass
 class StepOutput:
-    """What a method makes of a rollout."""
+    """What a method makes of its experience."""
 
     loss: Tensor
     """The scalar that Lightning differentiates."""
@@ -38,6 +46,8 @@ class StepOutput:
     """(B, T): exact KL to the reference at each position, nats; no graph."""
     entropy: Tensor
     """(B, T): entropy of the policy at each position, nats; no graph."""
+    log_ratio: Tensor
+    """(B, T): log π − log π_ref of each sampled token, at the sampling temperature and untruncated; no graph."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars, logged as `train/{name}`."""
 
@@ -51,7 +61,7 @@ class TrainableModule(LightningModule):
             the run, as in transformers and TRL (constant: `torch.optim.lr_scheduler.ConstantLR` with `factor: 1`).
     """
 
-    view: ClassVar[Literal["prompts", "labelled", "text"]]
+    view: Literal["prompts", "labelled", "text", "pairs"]
     """Which view of the data the module trains on."""
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
@@ -68,6 +78,15 @@ class TrainableModule(LightningModule):
     @abstractmethod
     def save_pretrained(self, folder: str) -> None:
         """Write what was trained as a Hugging Face folder."""
+
+    @property
+    def visits(self) -> int:
+        """How many training steps in a row are given the same batch."""
+        return 1
+
+    def rows_per_batch(self, batch_size: int) -> int:
+        """Rows of the data in a training batch, of which `batch_size` sequences are trained on in each step."""
+        return batch_size
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 where it has no known end."""
@@ -134,6 +153,8 @@ class TrainableModule(LightningModule):
 class AlignmentModule(TrainableModule, ABC):
     """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
 
+    One step samples completions and scores them (:meth:`explore`), then makes a loss of them (:meth:`loss`).
+
     Args:
         policy: the language model; the bundled one by default.
         reward: what is maximised; the bundled classifier by default.
@@ -169,14 +190,16 @@ class AlignmentModule(TrainableModule, ABC):
         self._evaluation: dict[str, list[Tensor]] = {}
         self._fresh = True
 
-    @abstractmethod
-    def loss(self, rollout: Rollout, scores: Scores) -> StepOutput:
-        """The method.
+    def explore(self, batch: dict[str, Any]) -> Experience:
+        """Sample completions and score them; the scores have adjoints if the method backpropagates the reward."""
+        rollout = self.sampler(self.policy, **batch)
+        return Experience(
+            rollout, self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
+        )
 
-        Args:
-            rollout: sampled completions.
-            scores: their rewards, with adjoints if the method backpropagates the reward.
-        """
+    @abstractmethod
+    def loss(self, experience: Experience) -> StepOutput:
+        """The method: one loss of what :meth:`explore` found."""
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -225,19 +248,21 @@ class AlignmentModule(TrainableModule, ABC):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Sample, score, and let the method make the loss."""
         self._seed("train", batch_idx)
-        rollout = self.sampler(self.policy, **batch)
-        scores = self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
-        step = self.loss(rollout, scores)
+        experience = self.explore(batch)
+        return self._finish_step(experience, self.loss(experience))
+
+    def _finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
         if self._trainer is not None:
             if self._fresh:
-                self._check_first_batch(rollout, step)
+                self._check_first_batch(experience.rollout, step)
                 self._fresh = False
-            self._log_step(rollout, scores, step)
+            self._log_step(experience.rollout, experience.scores, step)
         return step.loss
 
     def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
-        kl = sequences.masked_sum(step.kl, rollout.completion_mask)
-        tokens = rollout.completion_mask.sum()
+        mask = rollout.completion_mask
+        kl = sequences.masked_sum(step.kl, mask)
+        tokens = mask.sum()
         answered = scores.total[~scores.total.isnan()]
         values = {
             "train/loss": step.loss,
@@ -246,7 +271,11 @@ class AlignmentModule(TrainableModule, ABC):
             "train/objective": answered.mean() - self.beta * kl.mean(),
             "train/kl": kl.mean(),
             "train/kl_per_token": kl.sum() / tokens,
-            "train/entropy": sequences.masked_sum(step.entropy, rollout.completion_mask).sum() / tokens,
+            **{
+                f"train/kl_{name}": sequences.masked_sum(estimate(step.log_ratio), mask).mean()
+                for name, estimate in divergences.ESTIMATORS.items()
+            },
+            "train/entropy": sequences.masked_sum(step.entropy, mask).sum() / tokens,
             "train/response_length": rollout.lengths.float().mean(),
             "train/eos_rate": rollout.ended.float().mean(),
             **{f"train/{name}": value for name, value in step.metrics.items()},

@@ -1,7 +1,51 @@
-"""KL divergences between the policy and its reference, and their cotangents."""
+"""KL divergences between the policy and its reference: estimates from sampled tokens, exact values, cotangents.
+
+The estimates are of KL(π‖π_ref) from tokens that π sampled, as functions of d = log π(y) − log π_ref(y).
+
+References:
+    | Approximating KL Divergence (Schulman, 2020), http://joschu.net/blog/kl-approx.html
+"""
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
+
+
+def k1(log_ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """d: unbiased, of either sign.
+
+    Example:
+        >>> import torch
+        >>> k1(torch.tensor(0.5).log() - torch.tensor(0.25).log())
+        tensor(0.6931)
+    """
+    return log_ratio
+
+
+def k2(log_ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """d²/2: biased in its value, never negative; its gradient is that of the KL.
+
+    Example:
+        >>> import torch
+        >>> k2(torch.tensor(0.5).log() - torch.tensor(0.25).log())
+        tensor(0.2402)
+    """
+    return log_ratio.square() / 2
+
+
+def k3(log_ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """e^−d − 1 + d: unbiased in its value, never negative; its gradient is that of the forward KL(π_ref‖π).
+
+    Example:
+        >>> import torch
+        >>> k3(torch.tensor(0.5).log() - torch.tensor(0.25).log())
+        tensor(0.1931)
+    """
+    return (-log_ratio).expm1() + log_ratio
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def categorical_kl(logps: Float[Tensor, "*batch v"], ref_logps: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:

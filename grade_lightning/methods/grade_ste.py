@@ -9,10 +9,10 @@ from grade_lightning.errors import InputError
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
-from grade_lightning.module import AlignmentModule, StepOutput
+from grade_lightning.module import AlignmentModule, Experience, StepOutput
 from grade_lightning.policies import Policy
-from grade_lightning.rewards import Reward, Scores
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rewards import Reward
+from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Schedule
 
 
@@ -71,8 +71,9 @@ class GradeSTE(AlignmentModule):
         self.tau = tau or Constant(1.0)
         self.kl_prefix = kl_prefix
 
-    def loss(self, rollout: Rollout, scores: Scores) -> StepOutput:
+    def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
+        rollout, scores = experience.rollout, experience.scores
         tokens, mask, temperature = rollout.completion_ids, rollout.completion_mask, self.sampler.temperature
         length, attention = tokens.shape[1], rollout.mask[:, :-1]
         inputs = self.policy.embed(rollout.ids[:, :-1])
@@ -113,5 +114,6 @@ class GradeSTE(AlignmentModule):
             logps=sequences.token_logps(sampled, tokens),
             kl=kl,
             entropy=sequences.entropy(logps),
+            log_ratio=sequences.token_logps(logps - ref_logps, tokens),
             metrics={"tau": kl.new_tensor(tau), "hop_residual": replayed.residual},
         )

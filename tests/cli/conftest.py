@@ -174,8 +174,8 @@ class Mine(GradeSTE):
         super().__init__(**kwargs)
         self.extra = extra
 
-    def loss(self, rollout, scores):
-        step = super().loss(rollout, scores)
+    def loss(self, experience):
+        step = super().loss(experience)
         step.metrics["extra"] = torch.tensor(self.extra)
         return step
 

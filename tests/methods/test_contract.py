@@ -78,7 +78,6 @@ def make(
     policy = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
     settings: dict[str, Any] = {
         "sampler": Sampler(max_new_tokens=6),
-        "beta": 0.001,
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
     }

@@ -12,6 +12,7 @@ from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEs
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
 from grade_lightning.methods import GradeSTE
+from grade_lightning.module import Experience
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Rollout, Sampler
@@ -59,7 +60,7 @@ def gradients(method: GradeSTE) -> Tensor:
 
 def replayed(method: GradeSTE, rollout: Rollout) -> Tensor:
     torch.manual_seed(3)
-    method.loss(rollout, method.reward.pathwise(rollout)).loss.backward()
+    method.loss(Experience(rollout, method.reward.pathwise(rollout))).loss.backward()
     return gradients(method)
 
 
@@ -150,7 +151,7 @@ def test_gumbel_rao_has_the_mean_of_single_draws_and_less_spread() -> None:
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        method.loss(rollout, scores).loss.backward()
+        method.loss(Experience(rollout, scores)).loss.backward()
         return gradients(method)
 
     singles = torch.stack([draw(seed) for seed in range(150)])
@@ -185,7 +186,7 @@ def test_dropout_is_drawn_once_and_shared_by_all_hops() -> None:
     method.hops = 30
     assert relative(replayed(method, rollout), truth) == 0
     torch.manual_seed(4)
-    method.loss(rollout, method.reward.pathwise(rollout)).loss.backward()
+    method.loss(Experience(rollout, method.reward.pathwise(rollout))).loss.backward()
     assert relative(gradients(method), truth) > 1e-3  # other noise and another mask
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import GradeSTE
+from grade_lightning.module import Experience
 from grade_lightning.policies import LoRA, Policy, bundled_folder, resolve_model
 from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Sampler
@@ -234,7 +235,7 @@ def test_gradient_checkpointing_changes_no_gradient(lora: bool, folder: Path) ->
         torch.manual_seed(6)
         prompts = make_prompts()
         rollout = method.sampler(policy, prompts["input_ids"], prompts["attention_mask"])
-        method.loss(rollout, method.reward.pathwise(rollout)).loss.backward()
+        method.loss(Experience(rollout, method.reward.pathwise(rollout))).loss.backward()
         found.append({key: p.grad for key, p in policy.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() == {key for key, p in policy.named_parameters() if p.requires_grad}
     for key, gradient in found[0].items():
