@@ -5,9 +5,9 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +23,7 @@ from grade_lightning.policies import Policy
 from grade_lightning.rewards import ClassifierReward, Reward, Scores, unique_name
 from grade_lightning.rollouts import Rollout, Sampler
 
+View = Literal["prompts", "labelled", "text", "pairs"]
 Stage = Literal["train", "val", "test", "predict"]
 
 
@@ -32,6 +33,28 @@ class Experience:
 
     rollout: Rollout
     scores: Scores
+
+
+@dataclass
+class Measured:
+    """What one forward pass says about a rollout; each (B, T)."""
+
+    logps: Tensor
+    """log π of the sampled tokens, of the distribution that was sampled."""
+    log_ratio: Tensor
+    """log π − log π_ref of the sampled tokens, at the sampling temperature and untruncated."""
+    kl: Tensor
+    """Exact KL(π‖π_ref), nats."""
+    entropy: Tensor
+    """Entropy, nats; no graph."""
+    values: Tensor | None = None
+    """Expected return, from a value head."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Measured":
+        """The same with `function` done to each tensor."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in found.items()}
+        return Measured(**mapped)
 
 
 @dataclass
@@ -49,7 +72,7 @@ class StepOutput:
     log_ratio: Tensor
     """(B, T): log π − log π_ref of each sampled token, at the sampling temperature and untruncated; no graph."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Further scalars, logged as `train/{name}`."""
+    """Further scalars, logged as `train/{name}`, or as they are called where they say what they belong to."""
 
 
 class TrainableModule(LightningModule):
@@ -61,7 +84,7 @@ class TrainableModule(LightningModule):
             the run, as in transformers and TRL (constant: `torch.optim.lr_scheduler.ConstantLR` with `factor: 1`).
     """
 
-    view: Literal["prompts", "labelled", "text", "pairs"]
+    view: View
     """Which view of the data the module trains on."""
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
@@ -98,19 +121,20 @@ class TrainableModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler over the parameters that require grad."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        steps = self.total_steps()
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
-        elif steps > 0:
-            scheduler = LambdaLR(
-                optimizer, lambda step: max(0.0, 1 - step / steps)
-            )  # a longer resumed run stretches it
         else:
-            return optimizer
+            scheduler = LambdaLR(optimizer, lambda step: self._remaining(step))  # a longer resumed run stretches it
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"monitor": scheduler.monitor, "strict": False}  # a validation's metric comes later
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _remaining(self, step: int) -> float:
+        """The part of the run that is left; all of it where it has no known end."""
+        # asked for the total before it has restored its loops, Lightning makes the loader and never moves it to its place
+        steps = self.total_steps() if step > 0 else 0
+        return max(0.0, 1 - step / steps) if steps > 0 else 1.0
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained; frozen weights come from where they came from before."""
@@ -165,7 +189,7 @@ class AlignmentModule(TrainableModule, ABC):
         lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
 
-    view = "prompts"
+    view: View = "prompts"
     backpropagates_reward: ClassVar[bool] = False
     """Whether the method needs a differentiable reward."""
 
@@ -187,8 +211,11 @@ class AlignmentModule(TrainableModule, ABC):
         self.beta = beta
         if self.backpropagates_reward and not self.reward.differentiable:
             self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
+        self.epochs = 1
         self._evaluation: dict[str, list[Tensor]] = {}
         self._fresh = True
+        self._began: float | None = None
+        self._tokens = 0
 
     def explore(self, batch: dict[str, Any]) -> Experience:
         """Sample completions and score them; the scores have adjoints if the method backpropagates the reward."""
@@ -278,7 +305,7 @@ class AlignmentModule(TrainableModule, ABC):
             "train/entropy": sequences.masked_sum(step.entropy, mask).sum() / tokens,
             "train/response_length": rollout.lengths.float().mean(),
             "train/eos_rate": rollout.ended.float().mean(),
-            **{f"train/{name}": value for name, value in step.metrics.items()},
+            **{name if "/" in name else f"train/{name}": value for name, value in step.metrics.items()},
             **{f"rewards/{name}": value.nanmean() for name, value in scores.parts.items()},
         }
         packed = torch.stack([value.detach().float() for value in values.values()])
@@ -290,14 +317,21 @@ class AlignmentModule(TrainableModule, ABC):
         self.last_rollout = rollout, scores, kl.detach()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
+        """Start the clock, when the batch is a new one."""
+        if batch_idx % self.visits == 0 or self._began is None:
+            self._began, self._tokens = time.perf_counter(), 0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the speed of the whole step: sampling, reward, both passes and the optimizer."""
+        """Log the speed of the whole step: sampling, reward, both passes and the optimizer.
+
+        A batch that is trained on several times counts as sampled once, over the time of all of them.
+        """
         rollout, _, _ = self.last_rollout
-        tokens = int(rollout.completion_mask.sum()) * self.trainer.world_size
-        speed = tokens / (time.perf_counter() - self._began)
+        self._tokens += int(rollout.completion_mask.sum()) * self.trainer.world_size
+        if (batch_idx + 1) % self.visits or self._began is None:
+            return
+        speed = self._tokens / self.epochs / (time.perf_counter() - self._began)
+        self._began = None
         self.log("train/tokens_per_second", speed, batch_size=len(rollout.lengths))
         self.log("tok/s", speed, prog_bar=True, logger=False, batch_size=len(rollout.lengths))
 
@@ -361,6 +395,33 @@ class AlignmentModule(TrainableModule, ABC):
             "ref_nll": -sequences.masked_sum(sequences.token_logps(ref_logps, rollout.completion_ids), mask),
             "parts": parts,
         }
+
+    def measure(self, rollout: Rollout, known: Measured | None = None, exact_graph: bool = False) -> Measured:
+        """One teacher-forced pass of the policy and, unless it is `known`, of its reference.
+
+        Args:
+            rollout: completions, the policy's own or others.
+            known: earlier measurements, of which all but `logps` (and `values`) are taken over.
+            exact_graph: keep the graph of the exact KL.
+        """
+        inputs, length = self.policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
+        return self._measured(rollout, self.policy(inputs, rollout.mask[:, :-1], length), known, exact_graph)
+
+    def _measured(self, rollout: Rollout, logits: Tensor, known: Measured | None, exact_graph: bool) -> Measured:
+        tokens, length = rollout.completion_ids, rollout.completion_ids.shape[1]
+        sampled = self.sampler.logits(logits, rollout.eos_ids, tokens).log_softmax(-1)
+        logps = sequences.token_logps(sampled, tokens)
+        if known is not None:
+            return replace(known, logps=logps)
+        with torch.no_grad():
+            inputs = self.policy.reference_embed(rollout.ids[:, :-1])
+            ref_logits = self.policy.reference_logits(inputs, rollout.mask[:, :-1], length)
+            ref_logps = self.sampler.log_distribution(ref_logits)
+        dist = self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
+        log_ratio = sequences.token_logps(dist, tokens) - sequences.token_logps(ref_logps, tokens)
+        with nullcontext() if exact_graph else torch.no_grad():
+            kl = divergences.categorical_kl(dist, ref_logps)
+        return Measured(logps, log_ratio, kl, sequences.entropy(dist.detach()))
 
     def log_distributions(self, rollout: Rollout, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of policy and reference at the sampling temperature, each (B, T, V), untruncated."""
@@ -458,6 +519,18 @@ def hash_seed(*key: int | str) -> int:
         True
     """
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def repeat_prompts(batch: dict[str, Any], times: int) -> dict[str, Any]:
+    """Each row of a batch of prompts `times` times in a row.
+
+    Example:
+        >>> repeat_prompts({"input_ids": torch.tensor([[1], [2]]), "columns": {"label": [0, 1]}}, 2)["columns"]
+        {'label': [0, 0, 1, 1]}
+    """
+    columns = {name: [v for v in values for _ in range(times)] for name, values in batch.get("columns", {}).items()}
+    tensors = {name: x.repeat_interleave(times, 0) for name, x in batch.items() if isinstance(x, Tensor)}
+    return tensors | {"columns": columns}
 
 
 def _keys(root: nn.Module, module: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """Data: sources of rows, the bundled reviews, and the DataModule that splits and batches them."""
 
 from grade_lightning.data.batches import LabelledBatch as LabelledBatch
+from grade_lightning.data.batches import PairBatch as PairBatch
 from grade_lightning.data.batches import PromptBatch as PromptBatch
 from grade_lightning.data.batches import TextBatch as TextBatch
 from grade_lightning.data.datamodule import TextDataModule as TextDataModule

@@ -37,6 +37,21 @@ class TextBatch(TypedDict):
     attention_mask: Tensor
 
 
+class PairBatch(TypedDict):
+    """Prompts, padded on the left (`[B, P]`), and two completions of each, padded on the right (`[B, C]`, `[B, R]`).
+
+    `columns` has the rows' other columns, "prompt" among them.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    chosen_ids: Tensor
+    chosen_mask: Tensor
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    columns: dict[str, list[Any]]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Tokenise all of a text, after one BOS if the tokenizer has it, or a conversation by chat template."""
     ids: list[int]
@@ -53,6 +68,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         )
     if not ids:
         raise InputError(f"the tokenizer makes no token of {prompt!r}; drop the row or use another tokenizer")
+    return ids
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: list[int], completion: str
+) -> list[int]:
+    """Tokenise what follows a prompt, without EOS: the prompt's tokens and these are those of both texts together.
+
+    Where a token would reach over the end of the prompt, the completion is tokenised alone instead, since sampled
+    completions follow the prompt's own tokens.
+    """
+    # alone, tokenizers after SentencePiece's fashion would put a space in front
+    both = encode(tokenizer, prompt + completion) if isinstance(prompt, str) else []
+    if both[: len(prompt_ids)] == prompt_ids:
+        return both[len(prompt_ids) :]
+    ids: list[int] = tokenizer.encode(completion, add_special_tokens=False, verbose=False)
     return ids
 
 
@@ -114,3 +145,43 @@ class CollateLabelled:
         """Tokenise and pad."""
         labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
         return {**self.texts(rows), "labels": labels}
+
+
+@dataclass
+class CollatePairs:
+    """Make a `PairBatch`: each `prompt` as it stands, completions cut to `max_tokens`, with EOS where it fits."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def __call__(self, rows: Sequence[Row]) -> PairBatch:
+        """Tokenise and pad."""
+        ids = [encode(self.tokenizer, row["prompt"]) for row in rows]
+        tokens, mask = _pad(ids, self.tokenizer, left=True)
+        chosen, chosen_mask = self._complete(rows, ids, "chosen")
+        rejected, rejected_mask = self._complete(rows, ids, "rejected")
+        names = [name for name in rows[0] if name not in ("text", "chosen", "rejected")]
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "chosen_ids": chosen,
+            "chosen_mask": chosen_mask,
+            "rejected_ids": rejected,
+            "rejected_mask": rejected_mask,
+            "columns": {name: [row[name] for row in rows] for name in names},
+        }
+
+    def _complete(self, rows: Sequence[Row], prompts: Sequence[list[int]], column: str) -> tuple[Tensor, Tensor]:
+        eos = self.tokenizer.eos_token_id
+        completions = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = encode_completion(self.tokenizer, row["prompt"], prompt, row[column])
+            if eos is not None and ids[-1:] != [eos]:  # the text may end with it
+                ids.append(eos)
+            if not ids:
+                raise InputError(
+                    f"column '{column}': the tokenizer makes no token of {row[column]!r} and has no eos_token; drop "
+                    "the row or set the tokenizer's eos_token"
+                )
+            completions.append(ids[: self.max_tokens])
+        return _pad(completions, self.tokenizer)

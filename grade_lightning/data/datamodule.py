@@ -1,6 +1,7 @@
-"""The DataModule: one set of splits that share nothing, read in three ways."""
+"""The DataModule: one set of splits that share nothing, read in four ways."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -10,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.batches import CollateLabelled, CollatePrompts, CollateTexts, encode
+from grade_lightning.data.batches import CollateLabelled, CollatePairs, CollatePrompts, CollateTexts, encode
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
 from grade_lightning.errors import InputError
 
-View = Literal["prompts", "labelled", "text"]
+View = Literal["prompts", "labelled", "text", "pairs"]
 Split = Literal["reward", "prompts", "validation", "test"]
 
 
@@ -39,14 +40,25 @@ class EpochSampler(RandomSampler):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose place within the epoch goes into Lightning's checkpoints."""
+    """A loader that gives out each batch `repeats` times in a row, and whose place goes into Lightning's checkpoints.
+
+    Its length and its place count the batches given out.
+    """
 
     _skip = 0
     _given = 0
 
+    def __init__(self, dataset: Dataset, repeats: int = 1, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.repeats = repeats  # Lightning looks for this name when it builds the loader anew for its own sampler
+
+    def __len__(self) -> int:
+        return super().__len__() * self.repeats
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
-        for self._given, batch in enumerate(super().__iter__(), 1):
+        given = (batch for batch in super().__iter__() for _ in range(self.repeats))
+        for self._given, batch in enumerate(given, 1):
             if self._given > skip:
                 yield batch
 
@@ -69,11 +81,14 @@ class TextDataModule(LightningDataModule):
 
     How the rows are read is the `view` of the LightningModule: "prompts" gives `PromptBatch`es and trains
     on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives `TextBatch`es and
-    trains on `prompts`. All validate on `validation` and test on `test`. The module also has the `tokenizer`.
+    trains on `prompts`; "pairs" trains on `PairBatch`es of `prompts` and else gives `PromptBatch`es. All validate on
+    `validation` and test on `test`. The module also has the `tokenizer`; it may have `rows_per_batch`, which says
+    how many rows make up a training batch for a `batch_size`, and `visits`, how many steps in a row are given the same.
 
     Args:
         source: Where the rows come from; `None` for the bundled reviews.
-        batch_size: Rows in a training batch, on each device.
+        batch_size: Sequences in a training step, on each device; a method that samples several completions for
+            each prompt draws fewer prompts.
         eval_batch_size: Rows in a batch to validate, test or predict.
         reward_size: Rows in the split `reward`; taken as 0 where rows have no label.
         prompt_size: Rows in the split `prompts`.
@@ -81,7 +96,7 @@ class TextDataModule(LightningDataModule):
         test_size: Rows in the split `test`; `None` for all test rows, or `val_size` if the source has none.
         max_prompt_chars: Of a `text`, the prompt is the first sentence, or the first two where they fit.
         max_prompt_tokens: Where to cut such a prompt. A column `prompt` is not cut: a longer one is an error.
-        max_text_tokens: Where to cut a whole text.
+        max_text_tokens: Where to cut a whole text, or a chosen or rejected completion.
         num_workers: Processes that prepare batches.
         seed: Of the splits and the shuffling.
 
@@ -136,15 +151,26 @@ class TextDataModule(LightningDataModule):
         self.dropped: dict[str, int] = {}
         self._loaded: DatasetDict | None = None
         self._reading: tuple[PreTrainedTokenizerBase, View] | None = None
+        self._rows_per_batch: Callable[[int], int] | None = None
+        self._visits = 1
 
-    def attach(self, tokenizer: PreTrainedTokenizerBase, view: View) -> None:
-        """Choose how rows are read; `setup` takes both from the trainer's LightningModule.
+    def attach(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        view: View,
+        rows_per_batch: Callable[[int], int] | None = None,
+        visits: int = 1,
+    ) -> None:
+        """Choose how rows are read; `setup` takes all of it from the trainer's LightningModule.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
-            view: "prompts", "labelled" or "text".
+            view: "prompts", "labelled", "text" or "pairs".
+            rows_per_batch: Rows in a training batch, given `batch_size`; `None` for as many.
+            visits: How many times in a row each training batch is given out.
         """
         self._reading = tokenizer, view
+        self._rows_per_batch, self._visits = rows_per_batch, visits
 
     def prepare_data(self) -> None:
         """Download or parse the source, once on each machine."""
@@ -158,11 +184,12 @@ class TextDataModule(LightningDataModule):
         """
         if self.trainer is not None:
             module = cast(Any, self.trainer.lightning_module)
-            self.attach(module.tokenizer, module.view)
+            rows_per_batch, visits = getattr(module, "rows_per_batch", None), getattr(module, "visits", 1)
+            self.attach(module.tokenizer, module.view, rows_per_batch, visits)
         if not self.splits:
             self._split(self._loaded or self.source.load())
             self._loaded = None
-        if self._reading is not None and self._reading[1] == "prompts":
+        if self._reading is not None and self._reading[1] in ("prompts", "pairs"):
             self._check_prompts(self._reading[0])
 
     def _split(self, data: DatasetDict) -> None:
@@ -209,16 +236,35 @@ class TextDataModule(LightningDataModule):
                         f"--data.max_prompt_tokens (now {self.max_prompt_tokens}) or drop the row"
                     )
 
+    def _check_pairs(self) -> None:
+        rows = self.splits["prompts"]
+        if missing := [name for name in ("prompt", "chosen", "rejected") if name not in rows.column_names]:
+            raise InputError(
+                f"data.source: no column {' or '.join(map(repr, missing))} to train on preferences; add a text "
+                "'prompt' and two completions of it, 'chosen' and 'rejected'"
+            )
+        for name in ("chosen", "rejected"):
+            for number, value in zip(self._numbers["prompts"], rows[name], strict=True):
+                if not isinstance(value, str):
+                    raise InputError(
+                        f"column '{name}', row {number} (split 'prompts'): {value!r:.60} is no text; write the "
+                        "completion as text or drop the row"
+                    )
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of `reward` (labelled view) or of `prompts`, in another order each epoch."""
         _, view = self._read()
         split: Split = "reward" if view == "labelled" else "prompts"
-        if 0 < len(self.splits[split]) < self.batch_size:
+        if view == "pairs":
+            self._check_pairs()
+        rows = self._rows_per_batch(self.batch_size) if self._rows_per_batch else self.batch_size
+        if 0 < len(self.splits[split]) < rows:
+            takes = f", which takes {rows} rows a batch" if rows != self.batch_size else ""
             raise InputError(
-                f"data.batch_size: {self.batch_size}, but the split '{split}' has "
+                f"data.batch_size: {self.batch_size}{takes}, but the split '{split}' has "
                 f"{len(self.splits[split])} rows; lower it or raise data.{_OPTIONS[split]}"
             )
-        return self._loader(split, train=True)
+        return self._loader(split, train_rows=rows)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of `validation`."""
@@ -237,22 +283,24 @@ class TextDataModule(LightningDataModule):
             raise RuntimeError("call attach(tokenizer, view) first, or let a Trainer call setup()")
         return self._reading
 
-    def _loader(self, split: Split, train: bool = False) -> DataLoader[Any]:
+    def _loader(self, split: Split, train_rows: int | None = None) -> DataLoader[Any]:
         tokenizer, view = self._read()
-        rows = self.splits[split]
+        rows, train = self.splits[split], train_rows is not None
         texts = CollateTexts(tokenizer, self.max_text_tokens)
-        collate: CollatePrompts | CollateTexts | CollateLabelled = texts
+        collate: CollatePrompts | CollateTexts | CollateLabelled | CollatePairs = texts
         if view == "labelled":
             if "label" not in rows.column_names:
                 raise InputError("data.source: no column 'label' to train a reward model on; add it (0 or 1)")
             collate = CollateLabelled(texts)
-        elif view == "prompts":
+        elif view == "pairs" and train:
+            collate = CollatePairs(tokenizer, self.max_text_tokens)
+        elif view in ("prompts", "pairs"):
             collate = CollatePrompts(tokenizer, self.max_prompt_chars, self.max_prompt_tokens)
         if not len(rows):
             raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
-        return (ResumableLoader if train else DataLoader)(
+        return (partial(ResumableLoader, repeats=self._visits) if train else DataLoader)(
             rows,
-            batch_size=self.batch_size if train else self.eval_batch_size,
+            batch_size=train_rows if train else self.eval_batch_size,
             sampler=EpochSampler(rows, self.seed) if train else None,
             drop_last=train,
             collate_fn=collate,

@@ -188,6 +188,8 @@ def normalise(rows: Dataset, name: str) -> Dataset:
     """
     columns = rows.column_names
     if not {"text", "prompt"} & set(columns):
+        if {"chosen", "rejected"} <= set(columns):
+            raise InputError(f"{name}: no column 'prompt'; move what 'chosen' and 'rejected' both begin with into it")
         raise InputError(f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}")
     if not len(rows):
         raise InputError(f"{name}: no rows; give a file with at least one")

@@ -88,3 +88,14 @@ def kl_reference_cotangent(
         tensor([-0.2500,  0.2500])
     """
     return ref_logps.exp() - logps.exp()
+
+
+def later(values: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """Sum of what follows each position, without the position itself.
+
+    Example:
+        >>> import torch
+        >>> later(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[5., 3., 0.]])
+    """
+    return values.flip(-1).cumsum(-1).flip(-1) - values

@@ -1,5 +1,19 @@
 """The methods: one LightningModule in each file, none of which imports another."""
 
+from .cispo import CISPO as CISPO
+from .dapo import DAPO as DAPO
+from .dpo import DPO as DPO
+from .dr_grpo import DrGRPO as DrGRPO
+from .gppo import GPPO as GPPO
+from .grade import Grade as Grade
 from .grade_ste import GradeSTE as GradeSTE
+from .grpo import GRPO as GRPO
+from .gspo import GSPO as GSPO
+from .ipo import IPO as IPO
+from .ppo import PPO as PPO
+from .reinforce import Reinforce as Reinforce
+from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus
 from .reward_model import RewardModel as RewardModel
+from .rloo import RLOO as RLOO
+from .sapo import SAPO as SAPO
 from .supervised import SupervisedFineTuning as SupervisedFineTuning

@@ -140,6 +140,12 @@ class Policy(nn.Module):
         return model
 
     @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        width: int = self.base.config.get_text_config().hidden_size
+        return width
+
+    @property
     def context_length(self) -> int | None:
         """The longest sequence that the model takes, where its configuration says so."""
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
@@ -178,6 +184,11 @@ class Policy(nn.Module):
             Logits, (b, length, vocabulary).
         """
         return _logits(self.model, inputs, attention_mask, length)
+
+    def with_hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and the hidden states that the logits are made of, (b, length, width)."""
+        output = _run(self.model, inputs, attention_mask, length, output_hidden_states=True)
+        return output.logits, output.hidden_states[-1][:, -length:]
 
     def reference_logits(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the frozen reference, in evaluation mode; as :meth:`forward`."""
@@ -228,6 +239,27 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
+class ValueHead(nn.Linear):
+    """The value of each position, from its hidden state; 0 everywhere at first.
+
+    Args:
+        width: of the hidden states.
+
+    Example:
+        >>> ValueHead(4)(torch.ones(2, 3, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values, float32; (…, width) → (…)."""
+        return super().forward(hidden.to(self.weight.dtype)).squeeze(-1).float()
+
+
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     try:
         import peft
@@ -260,11 +292,16 @@ def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _logits(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    logits: Tensor = model(
+    logits: Tensor = _run(model, inputs, attention_mask, length).logits
+    return logits
+
+
+def _run(model: Any, inputs: Tensor, attention_mask: Tensor, length: int, **kwargs: Any) -> Any:
+    return model(
         inputs_embeds=inputs,
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
         logits_to_keep=length,
         use_cache=False,
-    ).logits
-    return logits
+        **kwargs,
+    )

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.replay import Adjoint
-from grade_lightning.rollouts import Rollout
+from grade_lightning.rollouts import RelaxedRollout, Rollout
 
 
 @dataclass
@@ -23,6 +23,16 @@ class Scores:
     """Each named reward's own value, (B,)."""
     adjoints: list[Adjoint] = field(default_factory=list)
     """Gradient of `total.sum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
+
+    def select(self, rows: Tensor) -> "Scores":
+        """Those of some of the sequences; without adjoints."""
+        return Scores(self.total[rows], {name: value[rows] for name, value in self.parts.items()})
+
+    @classmethod
+    def join(cls, scores: "list[Scores]") -> "Scores":
+        """Those of several rollouts; without adjoints."""
+        parts = {name: torch.cat([score.parts[name] for score in scores]) for name in scores[0].parts}
+        return cls(torch.cat([score.total for score in scores]), parts)
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
@@ -66,6 +76,14 @@ class Reward(nn.Module, ABC):
             total = self(rollout)
         return Scores(total, {self.name: total})
 
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """Scores of the soft tokens, with their graph.
+
+        Raises:
+            InputError: the reward is not differentiable.
+        """
+        return self.pathwise(rollout)  # says what to do instead
+
     def pathwise(self, rollout: Rollout) -> Scores:
         """Scores with the gradient at the tokens.
 
@@ -104,6 +122,13 @@ class DifferentiableReward(Reward):
             (gradient,) = torch.autograd.grad(total.sum(), completion)
         total = total.detach()
         return Scores(total, {self.name: total}, [Adjoint(gradient, table)])
+
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """Scores of the prompt's tokens and the completion's soft ones."""
+        table = self.table()
+        embeddings = torch.cat([table[rollout.prompt_ids], rollout.embed(table)], dim=1)
+        total = self.score_embeddings(embeddings, rollout.mask)
+        return Scores(total, {self.name: total})
 
 
 class WeightedSum(Reward):
@@ -151,6 +176,10 @@ class WeightedSum(Reward):
             if not reward.differentiable:
                 reward.pathwise(rollout)  # says what to do instead
         return self._add([reward.pathwise(rollout) for reward in self.parts])
+
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """The weighted sum and each part, with their graphs."""
+        return self._add([reward.relaxed(rollout) for reward in self.parts])
 
     def _add(self, scores: list[Scores]) -> Scores:
         weighted = torch.stack([w * s.total for w, s in zip(self.weights, scores, strict=True)])

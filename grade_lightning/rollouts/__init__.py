@@ -2,3 +2,5 @@
 
 from .discrete import Rollout as Rollout
 from .discrete import Sampler as Sampler
+from .relaxed import RelaxedRollout as RelaxedRollout
+from .relaxed import RelaxedSampler as RelaxedSampler

@@ -1,11 +1,12 @@
 """Ordinary sampling: prompts in, completions and their log-probabilities out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
@@ -66,6 +67,31 @@ class Rollout:
         """Text of the completions."""
         return self._decode(self.completion_ids, self.completion_mask)
 
+    def select(self, rows: Tensor) -> "Rollout":
+        """Some of the sequences.
+
+        Args:
+            rows: their numbers, (b,).
+        """
+        tensors = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logps")
+        columns = {name: [values[i] for i in rows.tolist()] for name, values in self.columns.items()}
+        return replace(self, columns=columns, **{name: getattr(self, name)[rows] for name in tensors})
+
+    @classmethod
+    def join(cls, rollouts: "list[Rollout]") -> "Rollout":
+        """All sequences of several rollouts, of prompts that are padded to the same width."""
+        first, longest = rollouts[0], max(r.completion_ids.shape[1] for r in rollouts)
+        fill = {"completion_ids": first.tokenizer.pad_token_id, "completion_mask": False, "logps": 0.0}
+        tensors: dict[str, Any] = {
+            name: torch.cat(
+                [pad(getattr(r, name), (0, longest - r.completion_ids.shape[1]), value=value) for r in rollouts]
+            )
+            for name, value in fill.items()
+        }
+        tensors |= {name: torch.cat([getattr(r, name) for r in rollouts]) for name in ("prompt_ids", "prompt_mask")}
+        columns = {name: [v for r in rollouts for v in r.columns[name]] for name in first.columns}
+        return replace(first, columns=columns, **tensors)
+
     def _decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         rows = [row[keep.bool()] for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -111,6 +137,11 @@ class Sampler:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
+
+    @property
+    def restricts(self) -> bool:
+        """Whether some tokens are never sampled."""
+        return self.top_k is not None or self.top_p < 1 or self.min_new_tokens > 0
 
     def log_distribution(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the sampling temperature with nothing masked: what KL and entropy are taken of.

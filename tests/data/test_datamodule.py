@@ -1,31 +1,36 @@
 import logging
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from lightning.fabric.utilities.data import _replace_dunder_methods
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.data import _update_dataloader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from grade_lightning.data import (
     BundledReviews,
     LabelledBatch,
     LocalFiles,
+    PairBatch,
     PromptBatch,
     Source,
     TextBatch,
     TextDataModule,
     opening,
 )
+from grade_lightning.data.datamodule import ResumableLoader
 from grade_lightning.errors import InputError
 
-View = Literal["prompts", "labelled", "text"]
+View = Literal["prompts", "labelled", "text", "pairs"]
 SMALL: dict[str, Any] = {
     "batch_size": 4,
     "eval_batch_size": 8,
@@ -85,9 +90,9 @@ def ready(
     return data
 
 
-def real(batch: Any) -> list[list[int]]:
+def real(batch: Any, ids: str = "input_ids", mask: str = "attention_mask") -> list[list[int]]:
     """The ids that the mask lets through."""
-    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    pairs = zip(batch[ids], batch[mask], strict=True)
     return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
 
@@ -320,6 +325,162 @@ def test_text_view_trains_on_the_prompts_split() -> None:
     assert len(rows) == 28
 
 
+def preferences(n: int, each: int = 1) -> dict[str, list[Any]]:
+    """Pairs, `each` of them to a prompt."""
+    return {
+        "prompt": [f"Say {i // each}:" for i in range(n)],
+        "chosen": [f" yes {i}{'!' * (i % 5)}" for i in range(n)],
+        "rejected": [f" no {i}" for i in range(n)],
+        "stars": list(range(n)),
+    }
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_pair_batches(bos: bool) -> None:
+    table = preferences(80)
+    data = ready(Rows(table), "pairs", letters(bos))
+    batches: list[PairBatch] = list(data.train_dataloader())
+    assert len(batches) == 30 // 4
+    for batch in batches:
+        assert list(batch) == [
+            "input_ids",
+            "attention_mask",
+            "chosen_ids",
+            "chosen_mask",
+            "rejected_ids",
+            "rejected_mask",
+            "columns",
+        ]
+        assert set(batch["columns"]) == {"prompt", "stars"}
+        stars = batch["columns"]["stars"]
+        assert batch["columns"]["prompt"] == [table["prompt"][star] for star in stars]
+        prompts = real(batch)
+        assert [letters().decode(row) for row in prompts] == ["<bos>" * bos + table["prompt"][star] for star in stars]
+        assert batch["attention_mask"][:, -1].all()
+        for name in ("chosen", "rejected"):
+            ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]  # type: ignore[literal-required]
+            assert ids.dtype == mask.dtype == torch.int64
+            assert ids.shape == mask.shape == (4, max(len(table[name][star]) for star in stars) + 1)
+            assert (mask.diff(dim=1) <= 0).all()
+            assert (ids[mask == 0] == PAD).all()
+            completions = [letters().decode(row) for row in real(batch, f"{name}_ids", f"{name}_mask")]
+            assert completions == [table[name][star] + "<eos>" for star in stars]
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    assert any((batch["chosen_mask"] == 0).any() for batch in batches)
+
+
+def completions(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], **options: Any) -> list[list[int]]:
+    """The chosen and rejected tokens of one pair."""
+    table = preferences(80)
+    for name, value in row.items():
+        table[name] = [value if name != "prompt" else f"{value}{i}" for i in range(80)]
+    batch = next(iter(ready(Rows(table), "pairs", tokenizer, **options).train_dataloader()))
+    return [real(batch, f"{name}_ids", f"{name}_mask")[0] for name in ("chosen", "rejected")]
+
+
+def test_long_completions_are_cut_and_have_no_eos() -> None:
+    tokenizer = letters()
+    chosen, rejected = completions(tokenizer, {"chosen": " abcdef", "rejected": " abc"}, max_text_tokens=5)
+    assert tokenizer.decode(chosen) == " abcd"
+    assert tokenizer.decode(rejected) == " abc<eos>"
+
+
+def test_eos_of_completions() -> None:
+    tokenizer = letters()
+    chosen, rejected = completions(tokenizer, {"chosen": "a<eos>", "rejected": ""})
+    assert tokenizer.decode(chosen) == "a<eos>"
+    assert rejected == [EOS]
+    tokenizer.eos_token = None
+    assert [tokenizer.decode(ids) for ids in completions(tokenizer, {"chosen": "a", "rejected": "b"})] == ["a", "b"]
+    with pytest.raises(InputError, match=r"column 'rejected': .* no token of '' and has no eos_token; drop the row or"):
+        completions(tokenizer, {"rejected": ""})
+
+
+def test_prompt_and_completion_have_the_tokens_of_both_together() -> None:
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", "▁", *"Say:0123456789no", "▁n"])}
+    inner = Tokenizer(models.BPE(vocabulary, [("▁", "n")], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    assert tokenizer.tokenize("no") == ["▁n", "o"]  # what a completion must not become
+    table = preferences(80) | {"chosen": ["no"] * 80, "rejected": [" no"] * 80}
+    batch: PairBatch = next(iter(ready(Rows(table), "pairs", tokenizer).train_dataloader()))
+    assert tokenizer.convert_ids_to_tokens(real(batch, "chosen_ids", "chosen_mask")[0]) == ["n", "o", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(real(batch, "rejected_ids", "rejected_mask")[0]) == ["▁n", "o", "<eos>"]
+
+
+def test_token_over_the_end_of_the_prompt() -> None:
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *"Say :0123456789no", ":n"])}
+    inner = Tokenizer(models.BPE(vocabulary, [(":", "n")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    table = preferences(80) | {"chosen": ["no"] * 80, "rejected": [" no"] * 80}
+    batch: PairBatch = next(iter(ready(Rows(table), "pairs", tokenizer).train_dataloader()))
+    assert tokenizer.convert_ids_to_tokens(real(batch)[0])[-1] == ":"
+    assert tokenizer.convert_ids_to_tokens(real(batch, "chosen_ids", "chosen_mask")[0]) == ["n", "o", "<eos>"]
+
+
+def test_pairs_of_conversations() -> None:
+    table = preferences(80)
+    table["prompt"] = [[{"role": "user", "content": prompt}] for prompt in table["prompt"]]
+    data = ready(Rows(table), "pairs", letters(chat=True))
+    batch: PairBatch = next(iter(data.train_dataloader()))
+    star = batch["columns"]["stars"][0]
+    assert letters().decode(real(batch)[0]) == f"<bos>user:Say {star}:bot:"
+    assert letters().decode(real(batch, "chosen_ids", "chosen_mask")[0]) == table["chosen"][star] + "<eos>"
+
+
+def test_pairs_are_evaluated_as_prompts() -> None:
+    data = ready(Rows(preferences(80)), "pairs")
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        batch: PromptBatch = next(iter(loader))
+        assert set(batch) == {"input_ids", "attention_mask", "columns"}
+        assert set(batch["columns"]) == {"prompt", "chosen", "rejected", "stars"}  # as in the view "prompts"
+        assert [letters().decode(row[1:]) for row in real(batch)] == batch["columns"]["prompt"]
+
+
+def test_splits_of_pairs_share_no_prompt() -> None:
+    table = {name: values + values[:7] for name, values in preferences(400, each=4).items()}
+    data = ready(Rows(table), "pairs")
+    prompts = [set(rows["prompt"]) for rows in data.splits.values()]
+    assert [len(rows) for rows in data.splits.values()] == [10, 10, 30, 0]
+    assert sum(map(len, prompts)) == len(set().union(*prompts))
+    assert len(set(data.splits["prompts"]["prompt"])) < 30  # several pairs of a prompt may be in a split
+    assert data.dropped["duplicate"] == 7
+    assert data.dropped["same_prompt"] > 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["chosen"], r"data.source: no column 'chosen' to train on preferences; add a text 'prompt' and two"),
+        (["chosen", "rejected"], r"data.source: no column 'chosen' or 'rejected' to train"),
+    ],
+)
+def test_pairs_without_their_columns(missing: list[str], message: str) -> None:
+    table = {name: values for name, values in preferences(80).items() if name not in missing}
+    data = ready(Rows(table), "pairs")
+    assert len(list(data.val_dataloader())) == 2
+    with pytest.raises(InputError, match=message):
+        data.train_dataloader()
+    with pytest.raises(InputError, match="no column 'prompt' or 'chosen' or 'rejected'"):
+        ready(Rows(labelled(100)), "pairs").train_dataloader()
+
+
+@pytest.mark.parametrize("value", [None, [{"role": "assistant", "content": "yes"}]])
+def test_completion_that_is_no_text(value: Any) -> None:
+    table = preferences(60)
+    table["rejected"] = [value if value or i == 13 else "no" for i in range(60)]
+    data = ready(Rows(table), "pairs", prompt_size=40, batch_size=1)
+    row = 13 if value is None else data._numbers["prompts"][0]
+    assert row in data._numbers["prompts"]
+    with pytest.raises(InputError, match=rf"^column 'rejected', row {row} \(split 'prompts'\): .* is no text; write"):
+        data.train_dataloader()
+
+
+def test_long_prompt_of_a_pair() -> None:
+    with pytest.raises(InputError, match=r"column 'prompt', row \d+ .*8 tokens; raise --data.max_prompt_tokens"):
+        ready(Rows(preferences(80)), "pairs", max_prompt_tokens=6)
+
+
 def order(loader: DataLoader[Any]) -> list[int]:
     return [star for batch in loader for star in batch["columns"]["stars"]]
 
@@ -354,16 +515,72 @@ def test_collating_can_move_to_workers() -> None:
     assert order(data.train_dataloader()) == order(ready(Rows(labelled(100))).train_dataloader())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_given_out_several_times(workers: int) -> None:
+    data = ready(Rows(labelled(100)), num_workers=workers)
+    once = [batch["columns"]["stars"] for batch in data.train_dataloader()]
+    data.attach(letters(), "prompts", visits=3)
+    loader = data.train_dataloader()
+    assert len(loader) == 3 * len(once) == 21
+    assert [batch["columns"]["stars"] for batch in loader] == [stars for stars in once for _ in range(3)]
+    assert len(data.val_dataloader()) == 2
+
+
+@pytest.mark.parametrize("given", [0, 4, 6, 7, 14])
+def test_loader_continues_between_the_repeats(given: int) -> None:
+    loader = ResumableLoader(range(14), repeats=2, batch_size=2)
+    whole = [batch.tolist() for batch in loader]
+    batches = iter(loader)
+    for _ in range(given):
+        next(batches)
+    state = loader.state_dict() if given else {"given": 0}
+    assert state == {"given": given}
+    again = ResumableLoader(range(14), repeats=2, batch_size=2)
+    again.load_state_dict(state)
+    assert [batch.tolist() for batch in again] == whole[given % 14 :]
+    assert [batch.tolist() for batch in again] == whole
+
+
+@pytest.mark.parametrize("inside_trainer", [True, False])
+def test_repeats_survive_a_distributed_sampler(inside_trainer: bool) -> None:
+    data = ready(Rows(labelled(100)))
+    data.attach(letters(), "prompts", visits=3)
+    # inside the hooks that make loaders, a Trainer keeps the arguments; elsewhere it looks for attributes
+    with _replace_dunder_methods(DataLoader, "dataset") if inside_trainer else nullcontext():
+        loader = data.train_dataloader()
+    sampler: DistributedSampler[Any] = DistributedSampler(data.splits["prompts"], num_replicas=2, rank=0)
+    other = _update_dataloader(loader, sampler)
+    assert isinstance(other, ResumableLoader)
+    assert other.sampler is sampler
+    assert (len(other), other.repeats) == (3 * (15 // 4), 3)
+    seen = order(other)
+    assert seen[:4] == seen[4:8] == seen[8:12] != seen[12:16]
+
+
+def test_rows_of_a_batch_are_the_methods_to_say() -> None:
+    data = ready(Rows(labelled(100)), batch_size=32)
+    data.attach(letters(), "prompts", lambda batch_size: batch_size // 8)
+    assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 4
+    assert next(iter(data.val_dataloader()))["input_ids"].shape[0] == 8
+    data.attach(letters(), "prompts", lambda batch_size: batch_size * 2)
+    with pytest.raises(InputError, match=r"data.batch_size: 32, which takes 64 rows a batch, but .* 30 rows; lower it"):
+        data.train_dataloader()
+
+
 class Reader(LightningModule):
     """Only remembers what it was given."""
 
     view = "prompts"
 
-    def __init__(self) -> None:
+    def __init__(self, visits: int = 1) -> None:
         super().__init__()
+        self.visits = visits
         self.tokenizer = letters()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[list[int]] = []
+
+    def rows_per_batch(self, batch_size: int) -> int:
+        return 4 * batch_size if self.visits == 4 else batch_size
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         self.seen.append(batch["columns"]["stars"])
@@ -401,16 +618,26 @@ def test_trainer_attaches_its_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("steps", [3, 7, 10, 14])
-def test_resumed_training_sees_the_batches_that_were_left(tmp_path: Path, steps: int) -> None:
+def test_trainer_asks_its_module_for_rows_and_visits(tmp_path: Path) -> None:
+    module = Reader(visits=4)
+    trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, datamodule=TextDataModule(Rows(labelled(100)), **SMALL))
+    assert [len(stars) for stars in module.seen] == [16] * 4
+    assert module.seen[0] == module.seen[3]
+    assert trainer.estimated_stepping_batches == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("visits", "steps"), [(1, 3), (1, 7), (1, 10), (1, 14), (3, 3), (3, 8), (3, 21), (3, 22)])
+def test_resumed_training_sees_the_batches_that_were_left(tmp_path: Path, visits: int, steps: int) -> None:
     source = Rows(labelled(100))
-    whole, rest = Reader(), Reader()
+    whole, rest = Reader(visits), Reader(visits)
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(tmp_path, max_epochs=3, callbacks=save)
     trainer.fit(whole, datamodule=TextDataModule(source, **SMALL))
     trainer = make_trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
     trainer.fit(rest, datamodule=TextDataModule(source, **SMALL), ckpt_path=tmp_path / f"step={steps}.ckpt")
-    assert len(whole.seen) == 21
+    assert len(whole.seen) == 21 * visits
     assert rest.seen == whole.seen[steps:]
 
 

@@ -1,0 +1,149 @@
+"""The KL to the reference as an object: which estimate of it, where it acts, how strongly, and whose it is."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional import divergences
+
+Estimator = Literal["k1", "k2", "k3", "full"]
+Placement = Literal["reward", "loss", "both"]
+Clock = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class KL:
+    """How a policy gradient is held to the reference. Which choices are unbiased: docs/methods.md.
+
+    Args:
+        beta: coefficient β; in the reward, reward per nat. 0: no KL in the objective (it is logged all the same).
+        estimator: `k1`, `k2`, `k3` of the sampled tokens, or `full`: the exact KL of each position's distribution.
+        placement: in the `reward`, without a gradient of its own; in the `loss`, differentiated; or in `both`.
+        clock: `token`: in the reward each token answers for the KL from itself on, in the loss each position for its
+            own. `sequence`: in the reward all tokens answer for the whole sum; in the loss the estimate is of the
+            whole sequence, with all of its gradient (`full`: the score term of the KL that follows is added).
+        target: make β adaptive: it moves until the KL is this many nats per sequence.
+        horizon: how slowly, in completions.
+
+    References:
+        | adaptive β: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019),
+          https://arxiv.org/abs/1909.08593
+        | placements: A Comedy of Estimators (Shah et al., 2025), https://arxiv.org/abs/2512.21852
+        | the score term: On a few pitfalls in KL divergence gradient estimation for RL (Tang & Munos, 2025),
+          https://arxiv.org/abs/2506.09477
+
+    Example:
+        >>> KL(0.1).in_reward, KL(0.1).in_loss
+        (True, False)
+    """
+
+    beta: float = 0.0
+    estimator: Estimator = "k1"
+    placement: Placement = "reward"
+    clock: Clock = "token"
+    target: float | None = None
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Check the numbers and name a choice whose gradient is not the KL's."""
+        if self.beta < 0 or not math.isfinite(self.beta):
+            raise InputError(f"kl.beta = {self.beta}: must be 0 or more")
+        if self.target is not None and (self.target <= 0 or self.beta == 0):
+            raise InputError("kl.target: must be above 0, with a kl.beta above 0 to start from")
+        if self.horizon < 1:
+            raise InputError(f"kl.horizon = {self.horizon}: must be 1 or more")
+        if self.fault is not None:
+            rank_zero_warn(f"kl: {self.fault}")
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether the reward is lowered by it."""
+        return self.beta > 0 and self.placement != "loss"
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term of it."""
+        return self.beta > 0 and self.placement != "reward"
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with this choice, where its gradient does not hold the policy to the reference."""
+        if self.beta == 0:
+            return None
+        if self.estimator == "k1" and self.placement == "loss":
+            return (
+                "k1 in the loss has an expected gradient of 0: it adds noise and restrains nothing; "
+                "put it in the reward, or use k2 or full"
+            )
+        if self.estimator != "k1" and self.placement == "reward":
+            return (
+                f"{self.estimator} in the reward alone leaves out its own gradient, and what is left is far from the "
+                "KL's (near the reference it all but vanishes); use k1 there, or placement loss or both"
+            )
+        return None
+
+    def estimates(self, log_ratio: Tensor, exact: Tensor) -> Tensor:
+        """The estimate at each position.
+
+        Args:
+            log_ratio: log π − log π_ref of the sampled tokens, (B, T).
+            exact: KL of the distributions, (B, T).
+
+        Returns:
+            (B, T), nats.
+        """
+        return exact if self.estimator == "full" else divergences.ESTIMATORS[self.estimator](log_ratio)
+
+    def penalty(self, log_ratio: Tensor, exact: Tensor, mask: Tensor) -> Tensor:
+        """What β multiplies in the reward of each token, without a graph; (B, T).
+
+        By `sequence` the whole of it stands at the last token, to be counted to the completion's reward.
+        """
+        log_ratio, exact = (x.detach().masked_fill(~mask, 0) for x in (log_ratio, exact))
+        if self.clock == "token":
+            return self.estimates(log_ratio, exact)
+        whole = self.estimates(log_ratio.sum(-1), exact.sum(-1))
+        return torch.where(last_token(mask), whole.unsqueeze(-1), 0)
+
+    def loss(self, logps: Tensor, log_ratio: Tensor, exact: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        """What β multiplies in the loss.
+
+        Args:
+            logps: log π of the sampled tokens, (B, T), with its graph.
+            log_ratio: log π − log π_ref, (B, T), with its graph.
+            exact: KL of the distributions, (B, T), with its graph if the estimator is `full`.
+            mask: which tokens are the completion's, (B, T).
+            weights: of each token, (B, T), constant within a sequence.
+
+        Returns:
+            A scalar.
+        """
+        log_ratio, exact = (x.masked_fill(~mask, 0) for x in (log_ratio, exact))
+        if self.estimator == "full" and self.clock == "sequence" and self.placement == "loss":
+            score = divergences.later(exact.detach()) * logps.masked_fill(~mask, 0)
+            return (weights * (exact + score)).sum()  # the value is not the KL's; the gradient is
+        if self.clock == "token":
+            return (weights * self.estimates(log_ratio, exact)).sum()
+        return (weights.amax(-1) * self.estimates(log_ratio.sum(-1), exact.sum(-1))).sum()
+
+    def adapted(self, beta: float, kl: float, completions: int) -> float:
+        """The next β, after `completions` with a mean KL of `kl` nats per sequence.
+
+        Example:
+            >>> round(KL(0.1, target=5.0, horizon=100).adapted(0.1, kl=10.0, completions=10), 4)
+            0.102
+        """
+        if self.target is None:
+            return beta
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return beta * (1 + error * min(1.0, completions / self.horizon))
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """True at each completion's last token, (B, T)."""
+    return torch.arange(mask.shape[1], device=mask.device) == (mask.sum(-1, keepdim=True) - 1)

@@ -1,0 +1,101 @@
+"""GRADE: the reward's gradient flows through soft tokens, and so does the reward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from grade_lightning.functional import divergences, sequences
+from grade_lightning.module import AlignmentModule, Experience, StepOutput
+from grade_lightning.policies import Policy
+from grade_lightning.rewards import Reward, Scores
+from grade_lightning.rollouts import RelaxedRollout, RelaxedSampler, Sampler
+from grade_lightning.schedules import Linear, Schedule
+
+
+@dataclass(kw_only=True)
+class RelaxedExperience(Experience):
+    """Soft completions and their scores. `rollout` and `scores` have no graph, so that what is logged holds none."""
+
+    relaxed: RelaxedRollout
+    reward: Tensor
+    """(B,), with graph."""
+
+
+class Grade(AlignmentModule):
+    r"""Maximise reward − β KL(π‖π_ref) by backpropagation through Gumbel-softmax tokens.
+
+    In training the policy, the reward and the reference all read soft tokens, and the gradient is the true one of this
+    relaxed objective: through every later step (:mod:`grade_lightning.rollouts.relaxed`), through the policy's
+    distributions and through the inputs of both networks. `train/reward` and `train/kl` are those of the soft tokens;
+    validation and test sample ordinary ones.
+
+    Args:
+        policy: the language model.
+        reward: a differentiable reward of the policy's vocabulary.
+        judges: further rewards that are logged and never trained on.
+        sampler: how tokens are drawn; its top-k is the support of the soft tokens (the paper's 256 by default; without
+            one the whole vocabulary).
+        tau: temperature τ of the soft tokens, a schedule over the run; the paper's line from 2.0 to 0.5 by default.
+        beta: coefficient β of the exact KL, in reward per nat.
+        block: sampling steps whose activations are in memory at a time; fewer need less memory. All of them
+            (`sampler.max_new_tokens`) are fastest: no step is computed twice.
+        optimizer: any torch optimizer by class path.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
+
+    References:
+        | GRADE: Replacing Policy Gradients with Backpropagation for LLM Alignment (Nel, 2025),
+          https://arxiv.org/abs/2601.11574. Departures: a key-value cache; completions end at their end-of-sequence
+          token; the KL is part of the loss, of aligned positions, and carries its whole gradient.
+    """
+
+    backpropagates_reward = True
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        reward: Reward | None = None,
+        judges: list[Reward] | None = None,
+        sampler: Sampler | None = None,
+        tau: Schedule | None = None,
+        beta: float = 0.002,
+        block: int = 8,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(policy, reward, judges, sampler or Sampler(top_k=256), beta, optimizer, lr_scheduler)
+        self.relaxed_sampler = RelaxedSampler(self.sampler, block)
+        self.tau = tau or Linear(2.0, 0.5)
+
+    def explore(self, batch: dict[str, Any]) -> RelaxedExperience:
+        """Unroll the policy on its own soft tokens, and score these."""
+        relaxed = self.relaxed_sampler(self.policy, **batch, tau=self.tau(self.global_step, self.total_steps()))
+        scores = self.reward.relaxed(relaxed)
+        detached = Scores(scores.total.detach(), {name: value.detach() for name, value in scores.parts.items()})
+        return RelaxedExperience(relaxed.discrete(), detached, relaxed=relaxed, reward=scores.total)
+
+    def loss(self, experience: Experience) -> StepOutput:
+        """One pass of the reference over the same soft tokens."""
+        assert isinstance(experience, RelaxedExperience)
+        rollout, reward = experience.relaxed, experience.reward
+        tokens, mask = rollout.completion_ids, rollout.completion_mask
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):
+            soft = rollout.embed(self.policy.reference_table())[:, :-1]
+            inputs = torch.cat([self.policy.reference_embed(rollout.prompt_ids), soft], dim=1)
+            reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], tokens.shape[1])
+            logps, ref_logps = (self.sampler.log_distribution(x) for x in (rollout.logits, reference))
+            kl = divergences.categorical_kl(logps, ref_logps)
+        objective = reward.mean() - self.beta * sequences.masked_sum(kl, mask).mean()
+        logps, ref_logps, kl = logps.detach(), ref_logps.detach(), kl.detach()
+        weights = rollout.weights.detach()
+        gap = sequences.masked_sum(1 - weights.amax(-1), mask).sum() / mask.sum()
+        return StepOutput(
+            loss=-objective,
+            logps=rollout.logps,
+            kl=kl,
+            entropy=sequences.entropy(logps),
+            log_ratio=sequences.token_logps(logps, tokens) - sequences.token_logps(ref_logps, tokens),
+            metrics={"tau": kl.new_tensor(rollout.tau), "soft_gap": gap},
+        )
