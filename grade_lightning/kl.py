@@ -26,7 +26,8 @@ class KL:
         placement: in the `reward`, without a gradient of its own; in the `loss`, differentiated; or in `both`.
         clock: `token`: in the reward each token answers for the KL from itself on, in the loss each position for its
             own. `sequence`: in the reward all tokens answer for the whole sum; in the loss the estimate is of the
-            whole sequence, with all of its gradient (`full`: the score term of the KL that follows is added).
+            whole sequence, with all of its gradient (`full`: the score term of the KL that follows is added, which in
+            `both` is the reward's).
         target: make β adaptive: it moves until the KL is this many nats per sequence.
         horizon: how slowly, in completions.
 

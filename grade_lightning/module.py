@@ -132,7 +132,7 @@ class TrainableModule(LightningModule):
 
     def _remaining(self, step: int) -> float:
         """The part of the run that is left; all of it where it has no known end."""
-        # asked for the total before it has restored its loops, Lightning makes the loader and never moves it to its place
+        # asked for the total before it has restored its loops, Lightning makes a loader that never finds its place
         steps = self.total_steps() if step > 0 else 0
         return max(0.0, 1 - step / steps) if steps > 0 else 1.0
 
@@ -244,13 +244,17 @@ class AlignmentModule(TrainableModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Check that prompt and completion fit into the context."""
-        longest = getattr(getattr(self._trainer, "datamodule", None), "max_prompt_tokens", None)
+        data = getattr(self._trainer, "datamodule", None)
+        longest = getattr(data, "max_prompt_tokens", None)
+        completions, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
+        if self.view == "pairs" and data is not None and data.max_text_tokens > completions:
+            completions, flag = data.max_text_tokens, "--data.max_text_tokens"
         self.policy.load()
         room = self.policy.context_length
-        if longest is not None and room is not None and longest + self.sampler.max_new_tokens > room:
+        if longest is not None and room is not None and longest + completions > room:
             raise InputError(
                 f"the model's context is {room} tokens, but prompts may have {longest} (--data.max_prompt_tokens) and "
-                f"completions {self.sampler.max_new_tokens} (--model.sampler.max_new_tokens); lower one of them"
+                f"completions {completions} ({flag}); lower one of them"
             )
 
     def _rewards(self) -> list[Reward]:

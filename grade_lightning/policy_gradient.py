@@ -30,6 +30,8 @@ class PolicyExperience(Experience):
     """(B, T)"""
     returns: Tensor | None = None
     """(B, T): what a value head is to predict."""
+    uniform_groups: Tensor | None = None
+    """Share of the window's groups in which all rewards are equal."""
 
     def select(self, rows: Tensor, totals: Totals) -> "PolicyExperience":
         """Some of the completions."""
@@ -40,6 +42,7 @@ class PolicyExperience(Experience):
             self.old.map(lambda x: x[rows]) if self.old is not None else None,
             self.advantages[rows] if self.advantages is not None else None,
             self.returns[rows] if self.returns is not None else None,
+            self.uniform_groups,
         )
 
     @property
@@ -167,6 +170,9 @@ class PolicyGradientModule(AlignmentModule):
         rollout, scores = self.sample(batch)
         tokens = self._mean(rollout.completion_mask.sum().float())
         experience = PolicyExperience(rollout, scores, Totals(float(tokens), len(rollout.ids)))
+        if self.num_generations > 1:
+            differ = advantages.differ(scores.total.unflatten(0, (-1, self.num_generations)))
+            experience.uniform_groups = 1 - differ.float().mean()
         if self.visits == 1:
             return experience  # the training pass measures
         with torch.no_grad(), self.policy.evaluating():
@@ -289,6 +295,8 @@ class PolicyGradientModule(AlignmentModule):
         ratio = policy.importance_ratio(now.logps, old.logps, mask, self.level)
         gated = (self.gate(ratio, experience.advantages) != ratio) & mask & (experience.advantages != 0)
         metrics = {"clip_fraction": gated.sum() / mask.sum(), "beta": loss.new_tensor(self.beta)}
+        if experience.uniform_groups is not None:
+            metrics["uniform_groups"] = experience.uniform_groups
         return loss, metrics
 
 
@@ -325,6 +333,7 @@ def _pack(window: PolicyExperience) -> dict[str, Any]:
         "old": {f.name: x.cpu() for f in fields(Measured) if (x := getattr(old, f.name, None)) is not None},
         "advantages": None if window.advantages is None else window.advantages.cpu(),
         "returns": None if window.returns is None else window.returns.cpu(),
+        "uniform_groups": None if window.uniform_groups is None else window.uniform_groups.cpu(),
     }
 
 
@@ -337,4 +346,5 @@ def _unpack(packed: dict[str, Any], policy: Policy, device: torch.device) -> Pol
         Measured(**packed["old"]),
         packed["advantages"],
         packed["returns"],
+        packed["uniform_groups"],
     )

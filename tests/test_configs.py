@@ -12,16 +12,24 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import grade_lightning.bundled
+import grade_lightning.methods
 from grade_lightning.data import BundledReviews
+from grade_lightning.module import AlignmentModule
 from grade_lightning.rewards import ClassifierReward, FunctionReward
 
 ROOT = Path(__file__).parents[1]
+ALIGNMENT = [
+    name
+    for name, value in vars(grade_lightning.methods).items()
+    if isinstance(value, type) and issubclass(value, AlignmentModule)
+]
 RECIPES = {
-    "bundled": ["GradeSTE"],
-    "imdb_gpt2": ["GradeSTE"],
-    "imdb_local": ["GradeSTE", "RewardModel", "SupervisedFineTuning"],
-    "imdb_qwen3_4b_lora": ["GradeSTE"],
+    "bundled": ALIGNMENT,
+    "imdb_gpt2": ALIGNMENT,
+    "imdb_local": [*ALIGNMENT, "RewardModel", "SupervisedFineTuning"],
+    "imdb_qwen3_4b_lora": ALIGNMENT,
     "imdb_reward_gpt2": ["RewardModel"],
+    "paper_estimator": ["GradeSTE"],
     "small_gpt2": ["GradeSTE"],
 }
 

@@ -41,6 +41,16 @@ def group_centred(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
     return (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
 
 
+def differ(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
+    """Whether a group has different rewards; not by way of its mean, which is rounded.
+
+    Example:
+        >>> differ(torch.tensor([[0.1] * 8, [0.1] * 7 + [0.2], [0.1] * 7 + [torch.nan], [torch.nan] * 8]))
+        tensor([False,  True, False, False])
+    """
+    return rewards.nan_to_num(nan=-torch.inf).amax(-1) > rewards.nan_to_num(nan=torch.inf).amin(-1)
+
+
 def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
     """R − the mean of the group's other rewards, which is g / (g − 1) times the centred one; unbiased.
 

@@ -66,7 +66,7 @@ class DAPO(PolicyGradientModule):
         while len(rollouts) <= self.max_retries and informative.sum() < needed:
             missing = needed - int(informative.sum())
             rollout, score = super().sample(slice_rows(batch, len(informative), missing))
-            differs = _differ(score.total.unflatten(0, (-1, size)))
+            differs = advantages.differ(score.total.unflatten(0, (-1, size)))
             informative = torch.cat([informative, differs.cpu()])
             rollouts, scores = [*rollouts, rollout], [*scores, score]
         groups = (~informative).long().argsort(stable=True)[:needed]
@@ -92,8 +92,3 @@ class DAPO(PolicyGradientModule):
     def aggregate(self, mask: Tensor, totals: Totals) -> Tensor:
         """Mean over all tokens."""
         return policy.token_mean(mask, totals)
-
-
-def _differ(rewards: Tensor) -> Tensor:
-    """Whether a group, (P, G), has different rewards; not by way of its mean, which is rounded."""
-    return rewards.nan_to_num(nan=-torch.inf).amax(-1) > rewards.nan_to_num(nan=torch.inf).amin(-1)

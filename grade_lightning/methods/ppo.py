@@ -23,7 +23,7 @@ class PPO(PolicyGradientModule):
         vf_coef: weight of the value loss.
         gamma: discount.
         lam: λ of the generalised advantage estimates.
-        trunk: `detached`: the value loss trains the value head alone; `shared`: the policy's network, too.
+        trunk: `shared`: the value loss trains the policy's network, too; `detached`: the value head alone.
         epochs: how often the completions of a window are used.
         kl: the KL to the reference.
         **kwargs: those of :class:`~grade_lightning.policy_gradient.PolicyGradientModule`.
@@ -40,7 +40,7 @@ class PPO(PolicyGradientModule):
         vf_coef: float = 0.1,
         gamma: float = 1.0,
         lam: float = 0.95,
-        trunk: Literal["detached", "shared"] = "detached",
+        trunk: Literal["shared", "detached"] = "shared",
         epochs: int = 4,
         kl: KL = KL(0.05),
         **kwargs: Any,

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def make(
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
     }
-    if "tau" in inspect.signature(method).parameters:
+    parameters = inspect.signature(method).parameters
+    if "kl" in parameters:
+        settings["kl"] = replace(parameters["kl"].default, beta=0.1 * parameters["kl"].default.beta)  # a tiny reward
+    if "tau" in parameters:
         settings["tau"] = Constant(1.0)  # a schedule over the run would see that a resumed run is a longer one
     return method(policy=policy, reward=Toy(), **settings | kwargs)
 

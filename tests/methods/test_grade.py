@@ -219,7 +219,11 @@ def test_defaults_are_the_papers() -> None:
     assert (method.relaxed_sampler.block, make_method(block=3).relaxed_sampler.block) == (8, 3)
 
 
-def test_the_schedule_reaches_the_tokens() -> None:
+def test_the_schedule_reaches_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grade, "global_step", 5)
+    monkeypatch.setattr(Grade, "total_steps", lambda self: 10)
+    assert float(step(make_method(tau=Linear(2.0, 0.5)), 0)[1].metrics["tau"]) == 1.25
+
     method = make_method(tau=Constant(2.0))
     hot, _, _ = step(method, 0)
     method.tau = Constant(0.1)

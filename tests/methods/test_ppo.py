@@ -11,6 +11,7 @@ from torch import Tensor
 from grade_lightning.kl import KL
 from grade_lightning.methods import PPO
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.rewards import FunctionReward
 from grade_lightning.rollouts import Rollout
 from tests.conftest import make_model, make_tokenizer
 from tests.methods.test_contract import Toy, fit, make
@@ -154,25 +155,32 @@ def test_the_value_head_is_zero_at_first_and_stays_what_it_is_when_the_model_is_
     assert module.value_head is head
 
 
-def test_values_learn() -> None:
-    """The rewards of fixed completions: next to nothing of their variance is explained at first, most in the end."""
+def long_prompts(prompts: list[str], **_: Any) -> list[float | None]:
+    return [float(len(prompt.split()) - 4) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("trunk", "share"), [("detached", 0.35), ("shared", 0.7)])
+def test_values_learn(trunk: str, share: float) -> None:
+    """A reward that the prompt decides: at first nothing of its variance is explained, soon most of it."""
     module = build(
         PPO,
         torch.float32,
+        reward=FunctionReward(long_prompts),
         num_generations=4,
         kl=KL(),
         lam=1.0,
         epsilon_value=10.0,
         vf_coef=1.0,
-        trunk="shared",
+        trunk=trunk,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
     )
-    watch = run(module, *[prompts(4)] * 25)
-    explained = [line["value/explained_variance"] for line in watch.logged[:: module.epochs]]
+    watch = run(module, *[prompts(6)] * 7)
+    explained, losses = (
+        [line[f"value/{name}"] for line in watch.logged[:: module.epochs]] for name in ("explained_variance", "loss")
+    )
     assert explained[0] == pytest.approx(0, abs=1e-6)  # all values are 0
-    assert explained[-1] > 0.6
-    losses = [line["value/loss"] for line in watch.logged[:: module.epochs]]
-    assert losses[-1] < losses[0] / 3
+    assert explained[-1] > share
+    assert losses[-1] < (1 - share) * losses[0]
 
 
 @both_trunks

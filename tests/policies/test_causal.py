@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grade_lightning.errors import InputError
 from grade_lightning.methods import GradeSTE
 from grade_lightning.module import Experience
-from grade_lightning.policies import LoRA, Policy, bundled_folder, resolve_model
+from grade_lightning.policies import LoRA, Policy, ValueHead, bundled_folder, resolve_model
 from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Sampler
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
@@ -74,6 +74,41 @@ def test_logits_are_those_of_transformers_without_padding(name: str, lora: bool)
             truth = plain(input_ids=ids[mask.bool()].unsqueeze(0)).logits[0, -3:]
         torch.testing.assert_close(found[row], truth, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(reference[row], truth, rtol=1e-4, atol=1e-4)
+
+
+@every_architecture
+@with_and_without_lora
+def test_hidden_states_are_what_the_logits_are_made_of(name: str, lora: bool) -> None:
+    """After the last norm, of the same positions as the logits, with the same logits and gradients as without."""
+    policy, prompts = make_policy(name, lora), make_prompts()
+    change(policy)
+    inputs, mask = policy.embed(prompts["input_ids"]), prompts["attention_mask"]
+    found, hidden = policy.with_hidden(inputs, mask, 3)
+    assert hidden.shape == (3, 3, policy.width)
+    torch.testing.assert_close(found, policy(inputs, mask, 3))
+    head: Any = policy.base.get_output_embeddings()
+    torch.testing.assert_close(head(hidden), found)
+    torch.testing.assert_close(policy.with_hidden(inputs, mask, 5)[1][:, -3:], hidden)
+    hidden.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_value_head_takes_the_hidden_states_of_any_policy(dtype: torch.dtype) -> None:
+    """Zero at first; then its weights times the hidden state plus its bias, in its own precision."""
+    torch.manual_seed(0)
+    head, hidden = ValueHead(4), torch.randn(2, 3, 4).to(dtype)
+    assert not head(hidden).any()
+    torch.nn.init.normal_(head.weight)
+    torch.nn.init.constant_(head.bias, 0.5)
+    values = head(hidden)
+    assert values.dtype == torch.float32
+    assert values.shape == (2, 3)
+    torch.testing.assert_close(values, (hidden.float() * head.weight[0]).sum(-1) + 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(hidden).dtype == torch.float32
+    values.sum().backward()
+    assert head.bias.grad == 6
 
 
 @every_architecture

@@ -141,6 +141,29 @@ def test_names_that_hold_a_hyphen_are_all_kept() -> None:
     assert sorted(float(value[0]) for value in parts.values()) == [1, 2]
 
 
+def test_scores_are_taken_apart_and_joined_with_all_their_parts() -> None:
+    scores = WeightedSum([constant(1, None, 3), constant(2, None, 4, name="other")]).score(make_rollout())
+    part = scores.select(torch.tensor([2, 1]))
+    assert part.total[0] == 7
+    assert part.total[1].isnan()
+    assert {name: value[0].item() for name, value in part.parts.items()} == {"rule": 3, "other": 4}
+    assert all(value[1].isnan() for value in part.parts.values())
+    assert scores.total.shape == (3,)
+
+    joined = Scores.join([part, scores])
+    torch.testing.assert_close(joined.total, torch.tensor([7, torch.nan, 3, torch.nan, 7]), equal_nan=True)
+    assert joined.parts.keys() == scores.parts.keys()
+    torch.testing.assert_close(joined.parts["rule"], torch.tensor([3, torch.nan, 1, torch.nan, 3]), equal_nan=True)
+
+
+def test_parts_of_scores_have_no_adjoints() -> None:
+    """They are of all rows: a method that sends gradients through the reward trains on whole rollouts."""
+    scores = ClassifierReward.from_classifier(make_classifier()).pathwise(make_rollout())
+    assert len(scores.adjoints) == 1
+    assert scores.select(torch.tensor([0])).adjoints == []
+    assert Scores.join([scores, scores]).adjoints == []
+
+
 def test_a_sum_is_differentiable_when_all_parts_are() -> None:
     classifier = ClassifierReward.from_classifier(make_classifier())
     assert WeightedSum([classifier]).differentiable

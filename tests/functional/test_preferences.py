@@ -1,0 +1,81 @@
+"""Preference losses: their values by hand, their gradients, and what they do far from where they want to be."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from grade_lightning.functional.preferences import dpo, ipo
+from grade_lightning.methods import DPO, IPO
+
+MARGINS = [-30.0, -2.0, -0.1, 0.0, 0.1, 2.0, 30.0]
+
+
+def pair(margin: float) -> tuple[Tensor, Tensor]:
+    """Log-ratios of a preferred and another completion, this much apart."""
+    chosen = torch.tensor([0.7 + margin], dtype=torch.float64, requires_grad=True)
+    return chosen, torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_dpo_is_a_cross_entropy(margin: float, label_smoothing: float) -> None:
+    """Between the label, right with 1 − ε, and the probability σ(βΔ) that the policy gives it."""
+    beta = 0.3
+    chosen, rejected = pair(margin)
+    loss = dpo(chosen, rejected, beta, label_smoothing)
+    p = 1 / (1 + math.exp(-beta * margin))
+    truth = -(1 - label_smoothing) * math.log(p) - label_smoothing * math.log(1 - p)
+    assert loss.item() == pytest.approx(truth, abs=1e-12)
+    up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    assert up.item() == pytest.approx(beta * (p - (1 - label_smoothing)), abs=1e-12)
+    assert down.item() == -up.item()
+
+
+def test_dpo_where_policy_and_reference_are_the_same() -> None:
+    """At the first step: log 2, and a gradient of ∓β/2."""
+    chosen, rejected = pair(0.0)
+    loss = dpo(chosen, rejected, beta=0.1)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert torch.autograd.grad(loss.sum(), chosen)[0].item() == pytest.approx(-0.05, abs=1e-15)
+
+
+def test_smoothed_dpo_is_least_at_a_finite_margin() -> None:
+    """At log((1 − ε) / ε) / β: a label that may be wrong is not worth any confidence."""
+    chosen, rejected = pair(math.log(0.8 / 0.2) / 0.1)
+    (slope,) = torch.autograd.grad(dpo(chosen, rejected, 0.1, label_smoothing=0.2).sum(), chosen)
+    assert slope.item() == pytest.approx(0, abs=1e-15)
+
+
+def test_dpo_of_huge_margins_is_finite_in_float32() -> None:
+    """A straight line of slope β on the wrong side, 0 on the right one; nothing overflows."""
+    chosen = torch.tensor([-1e5, 1e5], requires_grad=True)
+    loss = dpo(chosen, torch.zeros(2), beta=0.1)
+    torch.testing.assert_close(loss, torch.tensor([1e4, 0.0]))
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), chosen)[0], torch.tensor([-0.1, 0.0]))
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_ipo_is_a_square_around_a_finite_margin(margin: float) -> None:
+    """(Δ − 1 / 2β)²; it pulls back a margin that is too large."""
+    beta = 0.25
+    chosen, rejected = pair(margin)
+    loss = ipo(chosen, rejected, beta)
+    assert loss.item() == pytest.approx((margin - 2.0) ** 2, abs=1e-12)
+    up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    assert up.item() == pytest.approx(2 * (margin - 2.0), abs=1e-12)
+    assert down.item() == -up.item()
+
+
+def test_the_methods_sum_or_average_over_tokens() -> None:
+    """DPO compares sums of a completion's log-ratios, IPO means over its own number of tokens."""
+    mask = (torch.arange(4) < torch.tensor([[4], [2]]), torch.arange(4) < torch.tensor([[1], [3]]))
+    chosen, rejected = (torch.randn(2, 4, generator=torch.Generator().manual_seed(i)) * m for i, m in enumerate(mask))
+    sums, means = [], []
+    for b, (length, other) in enumerate(((4, 1), (2, 3))):
+        up, down = float(chosen[b, :length].sum()), float(rejected[b, :other].sum())
+        sums.append(math.log1p(math.exp(-0.3 * (up - down))))
+        means.append((up / length - down / other - 1 / 0.6) ** 2)
+    torch.testing.assert_close(DPO(beta=0.3).pair_loss(chosen, rejected, mask), torch.tensor(sums))
+    torch.testing.assert_close(IPO(beta=0.3).pair_loss(chosen, rejected, mask), torch.tensor(means))
