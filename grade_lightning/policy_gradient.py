@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -71,6 +71,9 @@ class PolicyGradientModule(AlignmentModule):
         optimizer: any torch optimizer by class path.
         lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
+
+    clips: ClassVar[bool] = True
+    """Whether the gate cuts ratios off, so that the share of those is worth logging."""
 
     def __init__(
         self,
@@ -292,9 +295,11 @@ class PolicyGradientModule(AlignmentModule):
         loss = policy.policy_loss(now.logps, old.logps, experience.advantages, mask, weights, self.gate, self.level)
         if self.kl.in_loss:
             loss = loss + self.beta * self.kl.loss(now.logps, now.log_ratio, now.kl, mask, weights)
-        ratio = policy.importance_ratio(now.logps, old.logps, mask, self.level)
-        gated = (self.gate(ratio, experience.advantages) != ratio) & mask & (experience.advantages != 0)
-        metrics = {"clip_fraction": gated.sum() / mask.sum(), "beta": loss.new_tensor(self.beta)}
+        metrics = {"beta": loss.new_tensor(self.beta)}
+        if self.clips:
+            ratio = policy.importance_ratio(now.logps, old.logps, mask, self.level)
+            gated = (self.gate(ratio, experience.advantages) != ratio) & mask & (experience.advantages != 0)
+            metrics["clip_fraction"] = gated.sum() / mask.sum()
         if experience.uniform_groups is not None:
             metrics["uniform_groups"] = experience.uniform_groups
         return loss, metrics

@@ -31,16 +31,6 @@ def ema(baseline: Float[Tensor, ""], mean: Float[Tensor, ""], decay: float) -> F
     return torch.where(mean.isnan(), baseline, moved)
 
 
-def group_centred(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
-    """R − the group's mean.
-
-    Example:
-        >>> group_centred(torch.tensor([[0.0, 1.0, torch.nan]]))
-        tensor([[-0.5000,  0.5000,  0.0000]])
-    """
-    return (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
-
-
 def differ(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
     """Whether a group has different rewards; not by way of its mean, which is rounded.
 
@@ -49,6 +39,18 @@ def differ(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
         tensor([False,  True, False, False])
     """
     return rewards.nan_to_num(nan=-torch.inf).amax(-1) > rewards.nan_to_num(nan=torch.inf).amin(-1)
+
+
+def group_centred(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
+    """R − the group's mean; exactly 0 in a group of equal rewards.
+
+    Example:
+        >>> group_centred(torch.tensor([[0.0, 1.0, torch.nan], [0.1, 0.1, 0.1]]))
+        tensor([[-0.5000,  0.5000,  0.0000],
+                [ 0.0000,  0.0000,  0.0000]])
+    """
+    centred = (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
+    return centred.masked_fill(~differ(rewards).unsqueeze(-1), 0)
 
 
 def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:

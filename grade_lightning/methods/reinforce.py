@@ -23,6 +23,8 @@ class Reinforce(PolicyGradientModule):
         | Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning (Williams, 1992)
     """
 
+    clips = False
+
     def __init__(self, decay: float = 0.9, kl: KL = KL(0.01), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
         self.decay = decay

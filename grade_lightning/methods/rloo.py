@@ -23,6 +23,8 @@ class RLOO(PolicyGradientModule):
           (Ahmadian et al., 2024), https://arxiv.org/abs/2402.14740
     """
 
+    clips = False
+
     def __init__(self, num_generations: int = 4, kl: KL = KL(0.05, clock="sequence"), **kwargs: Any) -> None:
         super().__init__(num_generations=num_generations, kl=kl, **kwargs)
 

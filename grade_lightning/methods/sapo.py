@@ -25,6 +25,8 @@ class SAPO(PolicyGradientModule):
         | Soft Adaptive Policy Optimization (Gao et al., 2025), https://arxiv.org/abs/2511.20347
     """
 
+    clips = False
+
     def __init__(
         self,
         tau_pos: float = 1.0,

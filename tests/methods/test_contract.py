@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import grade_lightning.methods
 from grade_lightning.errors import InputError
 from grade_lightning.module import AlignmentModule
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import DifferentiableReward, FunctionReward
 from grade_lightning.rollouts import Rollout, Sampler
 from grade_lightning.schedules import Constant
@@ -152,6 +154,24 @@ def test_every_trained_parameter_gets_a_gradient_and_the_reward_rises(
     assert sum(last) / len(last) > rewards[0] + 0.1
     assert run.steps[-1]["train/kl"] > 0.1
     assert abs(run.steps[0]["train/kl"]) < 1e-3
+
+
+@every_method
+def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule]) -> None:
+    """And no more than that, where docs/metrics.md says who logs what."""
+    module = make(method)
+    called = {method.__name__}
+    if isinstance(module, PolicyGradientModule):
+        called |= {"policy gradients"} | ({"policy gradients that clip"} if module.clips else set())
+        called |= {"policy gradients with groups"} if module.num_generations > 1 else set()
+    documented = set()
+    for line in (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().splitlines():
+        if line.startswith("| `"):
+            names, unit, _, *who = (cell.strip() for cell in line.strip("|").split("|"))
+            if unit not in ("text", "histogram") and (not who or called & set(who[0].split(", "))):
+                documented |= set(re.findall(r"`([^`]+)`", names))
+    expected = {name.replace("{stage}", "train").replace("{name}", "Toy") for name in documented if "{val" not in name}
+    assert set(fit(module, 5).steps[-1]) - {"reward", "kl", "tok/s"} == expected
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
