@@ -74,6 +74,8 @@ class PolicyGradientModule(AlignmentModule):
 
     clips: ClassVar[bool] = True
     """Whether the gate cuts ratios off, so that the share of those is worth logging."""
+    decay: float | None = None
+    """Of a moving average of the rewards, where a method wants one."""
 
     def __init__(
         self,
@@ -251,7 +253,7 @@ class PolicyGradientModule(AlignmentModule):
         return self._finish_step(experience, step)
 
     def after_window(self, window: PolicyExperience, kl: Tensor) -> None:
-        """Move what runs from window to window: here, an adaptive β.
+        """Move what runs from window to window: an adaptive β, the average of the rewards.
 
         Args:
             window: what was sampled.
@@ -260,6 +262,21 @@ class PolicyGradientModule(AlignmentModule):
         if self.kl.target is not None:
             completions = len(kl) * (1 if self._trainer is None else self.trainer.world_size)
             self.beta = self.running["beta"] = self.kl.adapted(self.beta, float(self._mean(kl.mean())), completions)
+        if self.decay is not None:
+            baseline = torch.tensor(self.running.get("baseline", torch.nan), dtype=torch.float64)
+            moved = advantages.ema(baseline, self._mean_reward(window.scores.total).double().cpu(), self.decay)
+            if not moved.isnan():
+                self.running["baseline"] = float(moved)
+
+    def baseline(self, rewards: Tensor) -> Tensor:
+        """Moving average of the rewards of earlier windows; in the first one, the mean of `rewards` themselves."""
+        baseline = self.running.get("baseline")
+        return self._mean_reward(rewards) if baseline is None else rewards.new_tensor(baseline)
+
+    def _mean_reward(self, rewards: Tensor) -> Tensor:
+        """Of all completions that have one, on all processes; NaN if there are none."""
+        sums = self._total(torch.stack([rewards.nansum(), (~rewards.isnan()).sum().to(rewards.dtype)]))
+        return sums[0] / sums[1]
 
     def _appraise(self, experience: PolicyExperience, old: Measured) -> PolicyExperience:
         """Add the advantages, from what was measured when the completions were sampled."""

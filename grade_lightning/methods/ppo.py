@@ -23,6 +23,8 @@ class PPO(PolicyGradientModule):
         vf_coef: weight of the value loss.
         gamma: discount.
         lam: λ of the generalised advantage estimates.
+        decay: of the moving average of the rewards that is taken off each reward, so that a value of 0 is right at
+            first. Without it the first updates would reward ending early.
         trunk: `shared`: the value loss trains the policy's network, too; `detached`: the value head alone.
         epochs: how often the completions of a window are used.
         kl: the KL to the reference.
@@ -40,6 +42,7 @@ class PPO(PolicyGradientModule):
         vf_coef: float = 0.1,
         gamma: float = 1.0,
         lam: float = 0.95,
+        decay: float = 0.9,
         trunk: Literal["shared", "detached"] = "shared",
         epochs: int = 4,
         kl: KL = KL(0.05),
@@ -51,6 +54,7 @@ class PPO(PolicyGradientModule):
         self.vf_coef = vf_coef
         self.gamma = gamma
         self.lam = lam
+        self.decay = decay
         self.trunk = trunk
         self.value_head: ValueHead | None = None
 
@@ -71,8 +75,10 @@ class PPO(PolicyGradientModule):
         """Generalised advantage estimates, whitened, and the returns that the values are to predict."""
         assert experience.old is not None
         assert experience.old.values is not None
-        mask, values = experience.mask, experience.old.values
-        estimates = advantages.gae(self.token_rewards(experience), values, mask, self.gamma, self.lam)
+        mask, values, scores = experience.mask, experience.old.values, experience.scores
+        centred = replace(scores, total=scores.total - self.baseline(scores.total))
+        rewards = self.token_rewards(replace(experience, scores=centred))
+        estimates = advantages.gae(rewards, values, mask, self.gamma, self.lam)
         white = advantages.whiten(estimates, mask, self._total)
         return replace(experience, advantages=white, returns=estimates + values)
 

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from grade_lightning.functional import advantages, policy
+from grade_lightning.functional import policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
-from grade_lightning.policy_gradient import PolicyExperience, PolicyGradientModule
+from grade_lightning.policy_gradient import PolicyGradientModule
 
 
 class Reinforce(PolicyGradientModule):
@@ -31,21 +30,7 @@ class Reinforce(PolicyGradientModule):
 
     def group_advantages(self, rewards: Tensor) -> Tensor:
         """R − the average of the past; at the very first step, of the batch itself."""
-        baseline = self.running.get("baseline")
-        return rewards - (self._mean_reward(rewards) if baseline is None else baseline)
-
-    def after_window(self, window: PolicyExperience, kl: Tensor) -> None:
-        """Move the baseline."""
-        super().after_window(window, kl)
-        baseline = torch.tensor(self.running.get("baseline", torch.nan), dtype=torch.float64)
-        moved = advantages.ema(baseline, self._mean_reward(window.scores.total).double().cpu(), self.decay)
-        if not moved.isnan():
-            self.running["baseline"] = float(moved)
-
-    def _mean_reward(self, rewards: Tensor) -> Tensor:
-        """Of all completions that have one, on all processes; NaN if there are none."""
-        sums = self._total(torch.stack([rewards.nansum(), (~rewards.isnan()).sum().to(rewards.dtype)]))
-        return sums[0] / sums[1]
+        return rewards - self.baseline(rewards)
 
     def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         """None: the completions are the policy's own."""

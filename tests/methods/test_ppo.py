@@ -90,7 +90,7 @@ def test_everything_against_plain_loops(trunk: Literal["detached", "shared"]) ->
     for row, (logp, ref, value) in enumerate(zip(old, reference, old_values, strict=True)):
         length = len(logp)
         rewards = [-beta * float(logp[t] - ref[t]) for t in range(length)]
-        rewards[-1] += float(scores[row])
+        rewards[-1] += float(scores[row]) - watch.logged[0]["train/reward"]  # the mean of the first window
         after = [*value.tolist()[1:], 0.0]
         errors = [r + gamma * v2 - v for r, v2, v in zip(rewards, after, value.tolist(), strict=True)]
         estimates.append([sum((gamma * lam) ** (u - t) * errors[u] for u in range(t, length)) for t in range(length)])
@@ -124,6 +124,15 @@ def test_everything_against_plain_loops(trunk: Literal["detached", "shared"]) ->
     assert watch.logged[3]["value/explained_variance"] == pytest.approx(explained, rel=1e-3)
 
 
+def test_a_reward_that_is_always_the_same_teaches_nothing() -> None:
+    """Nor that the end comes early, although a new value head expects 0 everywhere."""
+    module = make_ppo(begun=False, reward=FunctionReward(lambda completions, **_: [0.75] * len(completions)), kl=KL())
+    watch = run(module, prompts(4), callbacks=[keep := Keep()])
+    assert keep.window.advantages is not None
+    assert keep.window.advantages.abs().max() < 1e-5
+    assert all(g.abs().max() < 1e-5 for name, g in watch.gradients[0].items() if name.startswith("policy."))
+
+
 @both_trunks
 def test_a_detached_trunk_has_no_gradient_of_the_values(trunk: Literal["detached", "shared"]) -> None:
     """A hundredfold weight of the value loss: the same gradient of the policy where it is detached, else another."""
@@ -149,7 +158,8 @@ def test_the_value_head_is_zero_at_first_and_stays_what_it_is_when_the_model_is_
     assert experience.returns is not None
     assert not experience.old.values.any()
     last = experience.rollout.lengths.unsqueeze(1) - 1
-    torch.testing.assert_close(experience.returns.gather(1, last).squeeze(1).float(), experience.scores.total)
+    scores = experience.scores.total
+    torch.testing.assert_close(experience.returns.gather(1, last).squeeze(1).float(), scores - scores.mean())
     head = module.value_head
     module.configure_model()
     assert module.value_head is head
