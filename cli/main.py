@@ -144,6 +144,8 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
         args: arguments instead of those of the command line.
         command: `fit`, `validate`, `test` or `predict`.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for rewards and sources of the user's own
     cli = GradeCLI(args, command)
     ckpt_path = cli.config.ckpt_path
     if ckpt_path is not None:

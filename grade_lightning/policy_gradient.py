@@ -1,13 +1,16 @@
 """What all policy gradients share: a window of completions, several optimizer steps on it, and one loss line."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy, sequences
@@ -74,6 +77,8 @@ class PolicyGradientModule(AlignmentModule):
 
     clips: ClassVar[bool] = True
     """Whether the gate cuts ratios off, so that the share of those is worth logging."""
+    least_generations: ClassVar[int] = 1
+    """Completions of a prompt that the advantages need."""
     decay: float | None = None
     """Of a moving average of the rewards, where a method wants one."""
 
@@ -95,6 +100,11 @@ class PolicyGradientModule(AlignmentModule):
         for name, value in (("num_generations", num_generations), ("epochs", epochs), ("minibatches", minibatches)):
             if value < 1:
                 raise InputError(f"{name} = {value}: must be 1 or more")
+        if num_generations < self.least_generations:
+            raise InputError(
+                f"num_generations = {num_generations}: {type(self).__name__} compares the completions of a prompt with "
+                f"each other; give {self.least_generations} or more"
+            )
         self.num_generations = num_generations
         self.epochs = epochs
         self.minibatches = minibatches
@@ -103,6 +113,32 @@ class PolicyGradientModule(AlignmentModule):
         self._window: PolicyExperience | None = None
         self._plan: list[tuple[Tensor, Totals]] = []
         self._packed: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Load policy and rewards. LoRA's dropout is switched off: a ratio compares the policy with itself."""
+        super().configure_model()
+        if not self.policy.dropout:
+            for module in self.policy.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+    def on_train_start(self) -> None:
+        """Check that windows stay whole.
+
+        Raises:
+            InputError: the number of micro-batches in a step is to change during the run.
+        """
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError(
+                "GradientAccumulationScheduler: completions are sampled for a fixed number of micro-batches; "
+                "set --trainer.accumulate_grad_batches instead"
+            )
+        batches = self.trainer.num_training_batches
+        if not math.isinf(batches) and batches % self.visits:
+            rank_zero_warn(
+                f"an epoch has {batches} batches, no multiple of the {self.visits} that are trained on each window of "
+                "completions: the last window of each epoch is cut short"
+            )
 
     # ---- what a method says -------------------------------------------------------------------------------------
 
@@ -168,7 +204,10 @@ class PolicyGradientModule(AlignmentModule):
         return rollout, self._score(rollout)
 
     def _score(self, rollout: Rollout) -> Scores:
-        return Scores.join([self.reward.score(rollout.select(rows)) for rows in self._parts(len(rollout.ids))])
+        size = self.num_generations  # a group is scored together
+        parts = self._parts(len(rollout.ids) // size)
+        rows = [(groups.unsqueeze(1) * size + torch.arange(size)).flatten() for groups in parts]
+        return Scores.join([self.reward.score(rollout.select(part)) for part in rows])
 
     def explore(self, batch: dict[str, Any]) -> PolicyExperience:
         """Sample a window and, if it is going to be used several times, measure it first."""
@@ -264,7 +303,7 @@ class PolicyGradientModule(AlignmentModule):
             self.beta = self.running["beta"] = self.kl.adapted(self.beta, float(self._mean(kl.mean())), completions)
         if self.decay is not None:
             baseline = torch.tensor(self.running.get("baseline", torch.nan), dtype=torch.float64)
-            moved = advantages.ema(baseline, self._mean_reward(window.scores.total).double().cpu(), self.decay)
+            moved = advantages.ema(baseline, self._mean_reward(window.scores.total).cpu().double(), self.decay)
             if not moved.isnan():
                 self.running["baseline"] = float(moved)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from grade_lightning.errors import InputError
 from grade_lightning.module import AlignmentModule, Experience, StepOutput, repeat_prompts
 from grade_lightning.policies import Policy
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Rollout, Sampler
 
 
@@ -20,7 +20,8 @@ class PreferenceModule(AlignmentModule):
 
     Args:
         policy: the language model; the bundled one by default.
-        reward: ranks the rollouts, and is measured in evaluation; the bundled classifier by default.
+        reward: ranks the rollouts, and is measured in evaluation; by default the bundled classifier, with pairs from
+            data none.
         judges: further rewards that are logged and never trained on.
         sampler: how completions are drawn. Its temperature is that of the log-probabilities, too.
         beta: how strongly the policy is held to its reference.
@@ -40,9 +41,11 @@ class PreferenceModule(AlignmentModule):
         beta: float = 0.1,
         pairs: Literal["rollouts", "data"] = "rollouts",
         num_generations: int = 4,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        if pairs == "data" and reward is None:
+            reward = NoReward()
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         if beta <= 0:
             raise InputError(f"beta = {beta}: must be above 0")
@@ -85,7 +88,7 @@ class PreferenceModule(AlignmentModule):
         return Experience(rollout.select(rows), scores.select(rows))
 
     def loss(self, experience: Experience) -> StepOutput:
-        """Mean loss of the pairs in which one completion is better than the other."""
+        """Mean loss over the pairs; 0 for those of which neither completion is better."""
         rollout = experience.rollout
         now = self.measure(rollout)
         ratio = now.log_ratio.masked_fill(~rollout.completion_mask, 0)
@@ -99,7 +102,7 @@ class PreferenceModule(AlignmentModule):
         margin = (chosen.sum(-1) - rejected.sum(-1)).detach()
         count = decided.sum().clamp(min=1)
         return StepOutput(
-            loss=losses.masked_fill(~decided, 0).sum() / count,
+            loss=losses.masked_fill(~decided, 0).mean(),
             logps=now.logps.detach(),
             kl=now.kl.detach(),
             entropy=now.entropy,

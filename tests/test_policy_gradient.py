@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import token_logps
 from grade_lightning.kl import KL
 from grade_lightning.methods import DAPO, GRPO, GSPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
-from grade_lightning.policies import Policy
+from grade_lightning.policies import LoRA, Policy
 from grade_lightning.policy_gradient import PolicyExperience, PolicyGradientModule
 from grade_lightning.rewards import FunctionReward, Reward
 from grade_lightning.rollouts import Rollout, Sampler
@@ -706,7 +706,7 @@ def test_what_does_not_fit_is_one_line(
 
 
 def test_a_window_must_divide_evenly() -> None:
-    module = build(GRPO, num_generations=1, minibatches=4)
+    module = build(ReinforcePlusPlus, minibatches=4)
     with pytest.raises(InputError, match="6 completions cannot be divided evenly into 4 parts"):
         run(module, prompts(6, 1))
 
@@ -715,3 +715,33 @@ def test_a_window_must_divide_evenly() -> None:
 def test_numbers_below_one_are_named(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} = 0"):
         build(RLOO, torch.float64, 0.1, **{name: 0})
+
+
+def test_dropout_of_adapters_leaves_the_ratio_alone() -> None:
+    """The completions are measured without dropout, and so they are trained."""
+    policy = Policy.from_model(make_model("gpt2"), make_tokenizer(), LoRA(r=4, dropout=0.5))
+    module = GSPO(policy=policy, reward=Toy(), sampler=Sampler(max_new_tokens=6), minibatches=1)
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    module.train()
+    rollout = module.sample(make_prompts())[0]
+    torch.testing.assert_close(module.measure(rollout).logps, module.measure(rollout).logps)
+    with module.policy.evaluating():
+        still = module.measure(rollout).logps
+    torch.testing.assert_close(module.measure(rollout).logps, still)
+
+
+def test_groups_of_one_are_refused() -> None:
+    for method in (RLOO, GRPO, GSPO):
+        with pytest.raises(InputError, match="compares the completions of a prompt"):
+            method(num_generations=1)
+
+
+def test_a_window_must_not_change_its_size() -> None:
+    module = build(PPO)
+    callback = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(InputError, match="accumulate_grad_batches"):
+        trainer(callbacks=[callback]).fit(module, loader(prompts(4)))

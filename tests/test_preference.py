@@ -17,7 +17,7 @@ from grade_lightning.errors import InputError
 from grade_lightning.methods import DPO, IPO
 from grade_lightning.policies import Policy
 from grade_lightning.preference import PreferenceModule, pairs_rollout
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Rollout, Sampler
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 from tests.methods.test_contract import Toy, trainer
@@ -149,12 +149,12 @@ def test_the_best_and_the_worst_completion_of_each_prompt_are_a_pair(method: typ
 
 @both_methods
 def test_prompts_without_a_better_completion_are_left_out(method: type[PreferenceModule]) -> None:
-    """Ties, one reward alone, none at all: loss and gradient are the mean over the others, before and after a step."""
+    """Ties, one reward alone, none at all: they add nothing to a mean over all pairs, before and after a step."""
     module, batch = make(method, reward=Given(), beta=0.2), rewarded()
     watch = run(module, batch, batch)
     for step in range(2):
         model, ratios = log_ratios(watch.before[step], pairs_of(batch, DECIDED), temperature=1.0)
-        loss = loss_by_hand(method, ratios, beta=0.2)
+        loss = loss_by_hand(method, ratios, beta=0.2) * len(DECIDED) / 6
         loss.backward()
         logged = watch.logged[step]
         assert logged["train/loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -341,3 +341,8 @@ def test_pairs_are_a_rollout_that_nobody_sampled() -> None:
     assert rollout.columns == {"prompt": ["w5", "w6 w7"] * 2}
     assert rollout.logps.isnan().all()
     assert rollout.completion_ids.max() < VOCABULARY
+
+
+def test_pairs_from_data_need_no_reward() -> None:
+    module = DPO(policy=Policy.from_model(make_model("gpt2"), make_tokenizer()), pairs="data")
+    assert isinstance(module.reward, NoReward)

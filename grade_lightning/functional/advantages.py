@@ -186,7 +186,8 @@ def _answered(rewards: Tensor) -> Tensor:
 
 def _mean_and_variance(values: Tensor, mask: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     """Of what the mask shows on all processes; the variance is the unbiased one. In float64: it is a difference."""
-    shown = values.detach().masked_fill(~mask, 0).double()
-    count, first, second = total(torch.stack([mask.sum().double(), shown.sum(), shown.square().sum()])).unbind()
+    exact = torch.float32 if values.device.type == "mps" else torch.float64  # which knows no float64
+    shown = values.detach().masked_fill(~mask, 0).to(exact)
+    count, first, second = total(torch.stack([mask.sum().to(exact), shown.sum(), shown.square().sum()])).unbind()
     mean = first / count.clamp(min=1)
     return mean, ((second - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)

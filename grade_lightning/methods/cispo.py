@@ -28,6 +28,8 @@ class CISPO(PolicyGradientModule):
           https://arxiv.org/abs/2510.13786
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         low: float = 0.0,

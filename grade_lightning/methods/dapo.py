@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -36,6 +37,8 @@ class DAPO(PolicyGradientModule):
           https://arxiv.org/abs/2503.14476
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         epsilon_low: float = 0.2,
@@ -48,6 +51,8 @@ class DAPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
+        if max_retries < 0 or (overlong_buffer or 0) < 0:
+            raise InputError(f"max_retries = {max_retries}, overlong_buffer = {overlong_buffer}: must be 0 or more")
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
         self.max_retries = max_retries
@@ -59,7 +64,7 @@ class DAPO(PolicyGradientModule):
 
     def sample(self, batch: dict[str, Any]) -> tuple[Rollout, Scores]:
         """Groups with different rewards, as far as the prompts last."""
-        needed, size = len(batch["input_ids"]) // (1 + self.max_retries), self.num_generations
+        needed, size = max(1, len(batch["input_ids"]) // (1 + self.max_retries)), self.num_generations
         rollouts: list[Rollout] = []
         scores: list[Scores] = []
         informative = torch.zeros(0, dtype=torch.bool)

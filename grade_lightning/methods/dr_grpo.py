@@ -24,6 +24,8 @@ class DrGRPO(PolicyGradientModule):
           https://arxiv.org/abs/2503.20783
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         epsilon: float = 0.2,

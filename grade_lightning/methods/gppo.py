@@ -30,6 +30,8 @@ class GPPO(PolicyGradientModule):
         | the scales: CE-GPPO (2025), https://arxiv.org/abs/2509.20712
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         epsilon_low: float = 0.2,

@@ -1,5 +1,6 @@
 """GRADE: the reward's gradient flows through soft tokens, and so does the reward."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,8 @@ class Grade(AlignmentModule):
         policy: the language model.
         reward: a differentiable reward of the policy's vocabulary.
         judges: further rewards that are logged and never trained on.
-        sampler: how tokens are drawn; its top-k is the support of the soft tokens (the paper's 256 by default; without
-            one the whole vocabulary).
+        sampler: how tokens are drawn; its top-k, if it has one, is the support of the soft tokens.
+        top_k: the support otherwise, in training and evaluation; None: the whole vocabulary.
         tau: temperature τ of the soft tokens, a schedule over the run; the paper's line from 2.0 to 0.5 by default.
         beta: coefficient β of the exact KL, in reward per nat.
         block: sampling steps whose activations are in memory at a time; fewer need less memory. All of them
@@ -59,13 +60,16 @@ class Grade(AlignmentModule):
         reward: Reward | None = None,
         judges: list[Reward] | None = None,
         sampler: Sampler | None = None,
+        top_k: int | None = 256,
         tau: Schedule | None = None,
         beta: float = 0.002,
         block: int = 8,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, reward, judges, sampler or Sampler(top_k=256), beta, optimizer, lr_scheduler)
+        sampler = copy.copy(sampler or Sampler())
+        sampler.top_k = sampler.top_k or top_k
+        super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         self.relaxed_sampler = RelaxedSampler(self.sampler, block)
         self.tau = tau or Linear(2.0, 0.5)
 

@@ -25,6 +25,8 @@ class GRPO(PolicyGradientModule):
           https://arxiv.org/abs/2402.03300
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         epsilon: float = 0.2,

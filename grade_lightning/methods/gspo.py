@@ -25,6 +25,8 @@ class GSPO(PolicyGradientModule):
         | Group Sequence Policy Optimization (Zheng et al., 2025), https://arxiv.org/abs/2507.18071
     """
 
+    least_generations = 2
+
     def __init__(
         self,
         epsilon_low: float = 3e-4,

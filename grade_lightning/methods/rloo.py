@@ -24,6 +24,7 @@ class RLOO(PolicyGradientModule):
     """
 
     clips = False
+    least_generations = 2
 
     def __init__(self, num_generations: int = 4, kl: KL = KL(0.05, clock="sequence"), **kwargs: Any) -> None:
         super().__init__(num_generations=num_generations, kl=kl, **kwargs)

@@ -26,6 +26,7 @@ class SAPO(PolicyGradientModule):
     """
 
     clips = False
+    least_generations = 2
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """From completions to scalars, differentiable or not."""
 
 from .base import DifferentiableReward as DifferentiableReward
+from .base import NoReward as NoReward
 from .base import Reward as Reward
 from .base import Scores as Scores
 from .base import WeightedSum as WeightedSum

@@ -96,6 +96,18 @@ class Reward(nn.Module, ABC):
         )
 
 
+class NoReward(Reward):
+    """Abstains always: for learning from preferences alone."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """NaN."""
+        return torch.full((len(rollout.ids),), torch.nan, device=rollout.ids.device)
+
+    def score(self, rollout: Rollout) -> Scores:
+        """NaN, of no parts."""
+        return Scores(self(rollout), {})
+
+
 class DifferentiableReward(Reward):
     """A reward that reads token embeddings, so that its gradient reaches the tokens."""
 

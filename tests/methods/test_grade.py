@@ -45,7 +45,7 @@ def make_method(
         for layer in classifier.head.parameters():
             layer.mul_(3)
     settings = {"max_new_tokens": LENGTH} | ({"top_k": 5, "temperature": 0.9} if sampler is None else sampler)
-    defaults: dict[str, Any] = {"tau": Constant(0.8), "beta": 0.3, "sampler": Sampler(**settings)}
+    defaults: dict[str, Any] = {"tau": Constant(0.8), "beta": 0.3, "sampler": Sampler(**settings), "top_k": None}
     return Grade(policy, ClassifierReward.from_classifier(classifier), **defaults | kwargs)
 
 
