@@ -224,7 +224,7 @@ def test_one_minibatch_is_not_shuffled(accumulate: int) -> None:
 def test_the_epoch_of_the_data_ends_with_a_whole_window() -> None:
     """Four windows of twelve prompts in the 48 rows, six visits each: the fifth rollout is of the second epoch."""
     sampler = Numbered(max_new_tokens=4)
-    module = build(GRPO, torch.float32, sampler=sampler, num_generations=1, epochs=3, minibatches=2)
+    module = build(ReinforcePlusPlus, torch.float32, sampler=sampler, epochs=3, minibatches=2)
     fitted = trainer(max_epochs=2, callbacks=[watch := Watch()], limit_val_batches=0)
     fitted.fit(module, datamodule=data(batch_size=6))
     assert fitted.global_step == len(watch.rows) == 2 * 4 * 6
