@@ -152,6 +152,25 @@ def rows(comparison: Comparison, methods: list[str], seeds: list[int], jobs: int
             yield f"| {m} | " + " | ".join(cells) + " |"
 
 
+def draw(out: Path, methods: list[str], path: Path) -> None:
+    """Validation reward against KL at the end of every run, larger with the learning rate."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for method in methods:
+        runs = [
+            (float(f.parent.name.removeprefix(f"{method}-").rsplit("-", 1)[0]), json.loads(f.read_text()))
+            for f in sorted(out.glob(f"{method}-*/fit.json"))
+        ]
+        sizes = [20 + 60 * GRID.index(lr) for lr, _ in runs]
+        axes.scatter([run["kl"] for _, run in runs], [run["reward"] for _, run in runs], sizes, label=method, alpha=0.7)
+    axes.set(xlabel="KL to the reference, nats per sequence", ylabel="reward (validation)")
+    axes.legend(title="dot size: learning rate", fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,11 +181,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
-    options = parser.parse_args()
-    o = options
+    parser.add_argument("--figure", type=Path, help="where to draw reward against KL")
+    o = parser.parse_args()
     comparison = Comparison(o.out, o.policy, o.reward, o.train, o.test, o.threads)
-    for row in rows(comparison, options.methods, options.seeds, options.jobs):
+    for row in rows(comparison, o.methods, o.seeds, o.jobs):
         print(row, flush=True)
+    if o.figure:
+        draw(o.out, o.methods, o.figure)
 
 
 if __name__ == "__main__":
