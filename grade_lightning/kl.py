@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grade_lightning.errors import InputError
-from grade_lightning.functional import divergences
+from grade_lightning.functional import divergences, sequences
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 Placement = Literal["reward", "loss", "both"]
@@ -109,7 +109,7 @@ class KL:
         if self.clock == "token":
             return self.estimates(log_ratio, exact)
         whole = self.estimates(log_ratio.sum(-1), exact.sum(-1))
-        return torch.where(last_token(mask), whole.unsqueeze(-1), 0)
+        return torch.where(sequences.last_token(mask), whole.unsqueeze(-1), 0)
 
     def loss(self, logps: Tensor, log_ratio: Tensor, exact: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         """What β multiplies in the loss.
@@ -143,8 +143,3 @@ class KL:
             return beta
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return beta * (1 + error * min(1.0, completions / self.horizon))
-
-
-def last_token(mask: Tensor) -> Tensor:
-    """True at each completion's last token, (B, T)."""
-    return torch.arange(mask.shape[1], device=mask.device) == (mask.sum(-1, keepdim=True) - 1)

@@ -383,7 +383,9 @@ class AlignmentModule(TrainableModule, ABC):
         with self._fixed_noise(stage, batch_idx):
             rollout = self.sampler(self.policy, **batch)
         with self.policy.evaluating():
-            logps, ref_logps = self.log_distributions(rollout, self.policy.embed(rollout.ids[:, :-1]))
+            inputs, length = self.policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
+            logps = self.sampler.log_distribution(self.policy(inputs, rollout.mask[:, :-1], length))
+            ref_logps = self._reference_log_distribution(rollout)
         mask = rollout.completion_mask
         scores = [reward.score(rollout) for reward in self._rewards()]
         parts: dict[str, Tensor] = {}
@@ -412,27 +414,23 @@ class AlignmentModule(TrainableModule, ABC):
         return self._measured(rollout, self.policy(inputs, rollout.mask[:, :-1], length), known, exact_graph)
 
     def _measured(self, rollout: Rollout, logits: Tensor, known: Measured | None, exact_graph: bool) -> Measured:
-        tokens, length = rollout.completion_ids, rollout.completion_ids.shape[1]
+        tokens = rollout.completion_ids
         sampled = self.sampler.logits(logits, rollout.eos_ids, tokens).log_softmax(-1)
         logps = sequences.token_logps(sampled, tokens)
         if known is not None:
             return replace(known, logps=logps)
-        with torch.no_grad():
-            inputs = self.policy.reference_embed(rollout.ids[:, :-1])
-            ref_logits = self.policy.reference_logits(inputs, rollout.mask[:, :-1], length)
-            ref_logps = self.sampler.log_distribution(ref_logits)
+        ref_logps = self._reference_log_distribution(rollout)
         dist = self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
         log_ratio = sequences.token_logps(dist, tokens) - sequences.token_logps(ref_logps, tokens)
         with nullcontext() if exact_graph else torch.no_grad():
             kl = divergences.categorical_kl(dist, ref_logps)
         return Measured(logps, log_ratio, kl, sequences.entropy(dist.detach()))
 
-    def log_distributions(self, rollout: Rollout, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of policy and reference at the sampling temperature, each (B, T, V), untruncated."""
-        length, mask = rollout.completion_ids.shape[1], rollout.mask[:, :-1]
-        policy = self.policy(inputs, mask, length)
-        reference = self.policy.reference_logits(self.policy.reference_embed(rollout.ids[:, :-1]), mask, length)
-        return self.sampler.log_distribution(policy), self.sampler.log_distribution(reference)
+    @torch.no_grad()
+    def _reference_log_distribution(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the reference at the sampling temperature, (B, T, V), untruncated."""
+        inputs, length = self.policy.reference_embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
+        return self.sampler.log_distribution(self.policy.reference_logits(inputs, rollout.mask[:, :-1], length))
 
     @contextmanager
     def _fixed_noise(self, stage: Stage, batch_idx: int) -> Iterator[None]:

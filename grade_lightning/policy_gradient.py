@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy, sequences
 from grade_lightning.functional.policy import Totals
-from grade_lightning.kl import KL, last_token
+from grade_lightning.kl import KL
 from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput, repeat_prompts
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import Reward, Scores
@@ -162,7 +162,7 @@ class PolicyGradientModule(AlignmentModule):
 
     def token_rewards(self, experience: PolicyExperience) -> Tensor:
         """Reward of each token, (B, T): the KL's part of each, and the completion's reward at its last token."""
-        end = last_token(experience.rollout.completion_mask)
+        end = sequences.last_token(experience.rollout.completion_mask)
         total = experience.scores.total.nan_to_num(nan=0.0).unsqueeze(1)
         return self._kl_rewards(experience) + end * total
 
@@ -229,7 +229,7 @@ class PolicyGradientModule(AlignmentModule):
     def _plan_steps(self, mask: Tensor) -> list[tuple[Tensor, Totals]]:
         """Which rows each visit trains on, and what its means are taken over: all rows of its optimizer step."""
         accumulation, rows = self._accumulation(), len(mask)
-        parts = self.minibatches * accumulation
+        parts = self.visits // self.epochs
         if rows % parts:
             raise InputError(f"{rows} completions cannot be divided evenly into {parts} parts; change data.batch_size")
         orders = [torch.randperm(rows) if self.minibatches > 1 else torch.arange(rows) for _ in range(self.epochs)]
@@ -281,7 +281,7 @@ class PolicyGradientModule(AlignmentModule):
             self._packed = None
         if visit == 0 or self._window is None:
             self._window = self.explore(batch)
-            self._plan = self._plan_steps(self._window.rollout.completion_mask)
+            self._plan = self._plan_steps(self._window.rollout.completion_mask) if self.visits > 1 else []
         window = self._window
         experience = window if self.visits == 1 else window.select(*self._plan[visit])
         step = self.loss(experience)

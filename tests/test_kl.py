@@ -12,7 +12,7 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.policy import Totals
-from grade_lightning.kl import KL, Clock, Estimator, Placement, last_token
+from grade_lightning.kl import KL, Clock, Estimator, Placement
 from grade_lightning.methods import Reinforce
 from grade_lightning.module import Measured
 from grade_lightning.policy_gradient import PolicyExperience
@@ -118,11 +118,6 @@ def test_the_penalty_is_the_estimate_of_a_token_or_of_the_whole(
     found = make(BETA, estimator, placement, clock).penalty(log_ratio, exact, mask)
     assert not found.requires_grad
     torch.testing.assert_close(found, truth)
-
-
-def test_the_last_token() -> None:
-    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, False, False]])
-    assert last_token(mask).int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
 # ---- its gradient, over all completions -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -745,3 +746,11 @@ def test_a_window_must_not_change_its_size() -> None:
     callback = GradientAccumulationScheduler({0: 1, 1: 2})
     with pytest.raises(InputError, match="accumulate_grad_batches"):
         trainer(callbacks=[callback]).fit(module, loader(prompts(4)))
+
+
+def test_a_window_that_is_cut_short_is_named() -> None:
+    with pytest.warns(UserWarning, match="no multiple of the 2 that are trained on each window"):
+        trainer(limit_train_batches=3).fit(build(PPO, epochs=2), loader(prompts(4), prompts(4), visits=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no multiple of.*")
+        trainer().fit(build(PPO, epochs=2), loader(prompts(4), prompts(4), visits=2))

@@ -19,7 +19,7 @@ from grade_lightning.policies import Policy
 from grade_lightning.preference import PreferenceModule, pairs_rollout
 from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Rollout, Sampler
-from tests.conftest import VOCABULARY, make_model, make_tokenizer
+from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer
 from tests.methods.test_contract import Toy, trainer
 from tests.test_policy_gradient import Prescribed, Watch, constant, distance, flat, loader, prompts
 
@@ -344,5 +344,15 @@ def test_pairs_are_a_rollout_that_nobody_sampled() -> None:
 
 
 def test_pairs_from_data_need_no_reward() -> None:
-    module = DPO(policy=Policy.from_model(make_model("gpt2"), make_tokenizer()), pairs="data")
+    """Training goes on, and evaluation measures all but a reward."""
+    module = DPO(policy=Policy.from_model(make_model("gpt2"), make_tokenizer()), pairs="data", sampler=Sampler(4))
     assert isinstance(module.reward, NoReward)
+    batch = make_prompts((2, 2))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    pairs = {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": ids.flip(1), "rejected_mask": mask}
+    before = flat({name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad})
+    trainer().fit(module, loader(batch | pairs | {"columns": {}}))
+    assert not torch.equal(flat({n: p.detach() for n, p in module.named_parameters() if p.requires_grad}), before)
+    (found,) = trainer().validate(module, loader(batch | {"columns": {}}), verbose=False)
+    assert torch.tensor(found["val/reward"]).isnan()
+    assert found["val/kl"] > 0

@@ -15,8 +15,8 @@ from grade_lightning.data.batches import CollateLabelled, CollatePairs, CollateP
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
 from grade_lightning.errors import InputError
+from grade_lightning.module import View
 
-View = Literal["prompts", "labelled", "text", "pairs"]
 Split = Literal["reward", "prompts", "validation", "test"]
 
 

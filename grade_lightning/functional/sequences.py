@@ -19,6 +19,17 @@ def completion_mask(tokens: Int[Tensor, "b t"], eos_ids: Sequence[int]) -> Bool[
     return (ended.cumsum(-1) - ended.long()) == 0
 
 
+def last_token(mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """True at each completion's last token alone.
+
+    Example:
+        >>> last_token(torch.tensor([[True, True, False], [True, True, True]])).int()
+        tensor([[0, 1, 0],
+                [0, 0, 1]], dtype=torch.int32)
+    """
+    return torch.arange(mask.shape[1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
+
+
 def position_ids(attention_mask: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
     """Positions that count real tokens only, so that left padding does not shift them.
 

@@ -11,6 +11,7 @@ from grade_lightning.functional.sequences import (
     completion_mask,
     distinct_bigrams,
     entropy,
+    last_token,
     masked_sum,
     position_ids,
     token_logps,
@@ -108,3 +109,8 @@ def test_token_logps_pick_by_index() -> None:
     for b in range(2):
         for t in range(3):
             assert found[b, t] == logps[b, t, tokens[b, t]]
+
+
+def test_the_last_token() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, False, False]])
+    assert last_token(mask).int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]

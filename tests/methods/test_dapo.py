@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grade_lightning.errors import InputError
 from grade_lightning.methods import DAPO
 from grade_lightning.policy_gradient import slice_rows
 from grade_lightning.rewards import Reward
@@ -182,3 +183,13 @@ def test_the_length_alone_does_not_make_a_group_informative() -> None:
     assert sampler.calls == 2
     assert rollout.columns["kind"] == [TOLD] * 32
     assert scores.parts["overlong"].unique().numel() > 2
+
+
+@pytest.mark.parametrize("name", ["max_retries", "overlong_buffer"])
+def test_negative_numbers_are_named(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} = -1"):
+        build(DAPO, torch.float64, 0.1, **{name: -1})
+
+
+def test_fewer_prompts_than_rounds_make_one_group() -> None:
+    assert len(build(DAPO, num_generations=4, minibatches=1).sample(prompts(1))[0].ids) == 4

@@ -247,3 +247,12 @@ def test_the_reward_is_raised_by_its_own_gradient() -> None:
     assert start == len(gradient)
     _, after, _ = step(method, seed)
     assert (before.loss - after.loss).item() == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_the_support_is_the_papers_unless_the_sampler_has_its_own() -> None:
+    """Also when another field of the sampler is set; the sampler that was given stays as it is."""
+    policy, reward, sampler = make_method().policy, make_method().reward, Sampler(max_new_tokens=4)
+    assert Grade(policy, reward, sampler=sampler).sampler.top_k == 256
+    assert sampler.top_k is None
+    assert Grade(policy, reward, sampler=Sampler(top_k=7)).sampler.top_k == 7
+    assert Grade(policy, reward, top_k=None).sampler.top_k is None
