@@ -228,6 +228,13 @@ class AlignmentModule(TrainableModule, ABC):
     def loss(self, experience: Experience) -> StepOutput:
         """The method: one loss of what :meth:`explore` found."""
 
+    def draw_loss(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of one independent estimate of the gradient: samples anew, logs nothing, moves no statistic.
+
+        For measuring the gradient. Its noise is that of the generators as they are; :meth:`training_step` seeds them.
+        """
+        return self.loss(self.explore(batch)).loss
+
     # ---- setting up -------------------------------------------------------------------------------------------
 
     @property
