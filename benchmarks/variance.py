@@ -25,9 +25,8 @@ from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough
 from grade_lightning.functional.moments import Alignment, alignment, gram, jackknife, ratio_interval
 from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE, Reinforce
-from grade_lightning.module import AlignmentModule, hash_seed, repeat_prompts
+from grade_lightning.module import AlignmentModule, hash_seed, repeat_prompts, slice_rows
 from grade_lightning.policies import Policy
-from grade_lightning.policy_gradient import slice_rows
 from grade_lightning.rewards import ClassifierReward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant

@@ -361,18 +361,6 @@ class PolicyGradientModule(AlignmentModule):
         return loss, metrics
 
 
-def slice_rows(batch: dict[str, Any], start: int, count: int) -> dict[str, Any]:
-    """Some rows of a batch of prompts.
-
-    Example:
-        >>> slice_rows({"input_ids": torch.tensor([[1], [2]]), "columns": {"label": [0, 1]}}, 1, 1)
-        {'input_ids': tensor([[2]]), 'columns': {'label': [1]}}
-    """
-    rows = slice(start, start + count)
-    columns = {name: values[rows] for name, values in batch.get("columns", {}).items()}
-    return {name: x[rows] for name, x in batch.items() if isinstance(x, Tensor)} | {"columns": columns}
-
-
 def _join(parts: list[Measured]) -> Measured:
     found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Measured)}
     whole: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in found.items()}

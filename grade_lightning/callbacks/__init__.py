@@ -3,6 +3,7 @@
 from .checkpoint import Checkpoint as Checkpoint
 from .completions import Completions as Completions
 from .export import Export as Export
+from .gradient_variance import GradientVariance as GradientVariance
 from .predictions import PredictionWriter as PredictionWriter
 from .progress import Progress as Progress
 from .summary import Summary as Summary

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from grade_lightning.kl import KL
 from grade_lightning.methods import DAPO, GRPO, PPO, Reinforce, ReinforcePlusPlus
-from grade_lightning.policy_gradient import PolicyGradientModule, slice_rows
+from grade_lightning.module import slice_rows
+from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Rollout
 from tests.cli.conftest import Shelf, assert_same, checkpoint, scalar, version

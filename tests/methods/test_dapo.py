@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import DAPO
-from grade_lightning.policy_gradient import slice_rows
+from grade_lightning.module import slice_rows
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Rollout
 from tests.methods.test_contract import trainer
