@@ -168,6 +168,38 @@ class Bench:
         }
 
 
+def draw(folders: list[Path], path: Path) -> None:
+    """Noise, bias and the published figure of every estimator; one colour for each folder."""
+    import matplotlib.pyplot as plt
+
+    found = [{name: file_of(folder, name) for name in estimators(1)} for folder in folders]
+    names = [name for name in estimators(1) if all(files[name].is_file() for files in found)][::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 0.28 * len(names) + 1.5), sharey=True, layout="constrained")
+    for index, (folder, files) in enumerate(zip(folders, found, strict=True)):
+        runs = [json.loads(files[name].read_text()) for name in names]
+        rows = torch.arange(len(names)) + 0.18 * (1 - 2 * index)
+        style = {"color": ("#0072B2", "#E69F00", "#009E73")[index % 3], "label": folder.name}
+        for axis, quantity in zip(axes, ("relative_std", "cosine"), strict=False):
+            middle, low, high = torch.tensor([run[quantity] for run in runs], dtype=torch.float64).T
+            top = high.where(high.isfinite(), 3 * middle)
+            axis.hlines(rows, low.clamp(min=1e-2 if quantity == "relative_std" else 0), top, alpha=0.6, **style)
+            axis.plot(middle, rows, "o", markersize=4, color=style["color"])
+        axes[2].plot([run["across_tensor_std"] for run in runs], rows, "o", markersize=4, **style)
+    axes[0].set(xscale="log", xlabel="noise √tr Σ / |G| of one estimate", yticks=range(len(names)), yticklabels=names)
+    axes[1].set(xlim=(0, 1.15), xlabel="cosine of its mean to the true gradient")
+    axes[1].axvline(1, color="black", linewidth=0.5)
+    axes[2].set(xscale="log", xlabel="published: std of norms across tensors")
+    axes[2].legend(loc="lower right")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where the figures of an estimator are kept."""
+    return folder / f"{name.replace(' ', '').replace('=', '')}.json"
+
+
 def note(text: str) -> None:
     """Say how far it is."""
     print(text, file=sys.stderr, flush=True)
@@ -196,6 +228,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=6, help="independent parts of the reference")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="estimators whose names contain this")
+    parser.add_argument("--figure", type=Path, help="where to draw the results")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="further OUT folders to draw")
     o = parser.parse_args()
     bench = Bench(o)
     references = bench.references()
@@ -204,7 +238,7 @@ def main() -> None:
     for name, (make, settings) in estimators(o.completions).items():
         if o.only not in name:
             continue
-        file = bench.out / f"{name.replace(' ', '').replace('=', '')}.json"
+        file = file_of(bench.out, name)
         if not file.is_file():
             draws = 3 if settings.get("hops") == "exact" else 3 * o.draws if "num_generations" in settings else o.draws
             file.write_text(json.dumps(bench.measure(make, settings, references, draws)))
@@ -212,6 +246,8 @@ def main() -> None:
         cells = [f"{x:.3g} ({low:.3g} … {high:.3g})" for x, low, high in (found[q] for q in COLUMNS)]
         cells += [f"{found['across_tensor_std']:.3g}", f"{found['seconds']:.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    if o.figure:
+        draw([o.out, *o.beside], o.figure)
 
 
 if __name__ == "__main__":

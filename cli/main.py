@@ -20,7 +20,15 @@ from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 # imported whole, so that bare class names are known
 import grade_lightning.methods
 from grade_lightning import bundled
-from grade_lightning.callbacks import Checkpoint, Completions, Export, PredictionWriter, Progress, Summary
+from grade_lightning.callbacks import (
+    Checkpoint,
+    Completions,
+    Export,
+    GradientVariance,
+    PredictionWriter,
+    Progress,
+    Summary,
+)
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError
 from grade_lightning.module import AlignmentModule, TrainableModule
@@ -73,6 +81,7 @@ class GradeCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to start from.")
         parser.add_lightning_class_args(Completions, "completions")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(GradientVariance, "gradient_variance")
         if self.command == "predict":
             parser.add_argument("--output", type=str | None, default=None, help="File of JSON lines to write.")
 

@@ -2,11 +2,13 @@
 
 import math
 from collections import deque
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -91,12 +93,19 @@ class GradientVariance(Callback):
         """Check that there are gradients to see.
 
         Raises:
-            InputError: the module optimizes by hand.
+            InputError: the module optimizes by hand, or no process has whole gradients to probe.
         """
         if not pl_module.automatic_optimization:
             raise InputError(
                 f"GradientVariance: {type(pl_module).__name__} sets automatic_optimization = False, so nobody but "
                 "itself knows when a gradient is complete; leave the callback out"
+            )
+        if self.probe_every_n_steps and isinstance(
+            trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        ):
+            raise InputError(
+                f"gradient_variance.probe_every_n_steps = {self.probe_every_n_steps}: the probe needs whole gradients, "
+                f"which {type(trainer.strategy).__name__} spreads over the processes; set 0, or use ddp"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -288,13 +297,20 @@ def draw_noise(
     """
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
     steps, middle, low, high = (torch.tensor(column, dtype=torch.float64) for column in zip(*history, strict=True))
-    top = torch.cat([middle, high[high.isfinite()]]).nan_to_num(nan=1.0).max()
-    below, above = (middle - low).clamp(min=0), (high.clamp(max=float(top)) - middle).clamp(min=0)
-    left.errorbar(steps, middle, [below.tolist(), above.tolist()], marker="o", markersize=4, capsize=2)
+    shown = torch.cat([x[x.isfinite() & (x > 0)] for x in (middle, low, high)])
+    floor, ceiling = (0.7 * float(shown.min()), 1.4 * float(shown.max())) if len(shown) else (0.1, 10.0)
+    left.vlines(steps, low.clamp(min=floor), high.clamp(max=ceiling), alpha=0.5)
+    left.plot(steps, middle, marker="o", markersize=4)
+    left.plot(steps[high.isinf()], torch.full_like(steps, ceiling)[high.isinf()], "^", color="C0", label="no upper end")
     left.set(xlabel="optimizer step", ylabel="√variance / |G| of a step's gradient", yscale="log")
     left.set_title("noise, with 95 % interval")
     left.grid(alpha=0.3)
-    names = list(shares)[::-1]
+    if high.isinf().any():
+        left.legend()
+    parts = [name.split(".") for name in shares]
+    common = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
+    names = [".".join(part[min(common, len(part) - 1) :]) for part in parts][::-1]
+    shares = dict(zip(names, reversed(shares.values()), strict=True))
     start = torch.zeros(len(names))
     for index, (label, colour) in enumerate((("sampling", "#0072B2"), ("prompts", "#E69F00"))):
         values = torch.tensor([shares[name][index] for name in names]).nan_to_num().clamp(min=0)
