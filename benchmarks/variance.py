@@ -140,7 +140,7 @@ class Bench:
             drawn = [self.draw(module, rows) for _ in range(draws)]
             gradients = torch.stack([gradient for gradient, _ in drawn])
             spread += [torch.stack([norms.std(unbiased=False), norms.mean()]) for _, norms in drawn]
-            parts.append(alignment(gram(gradients), (gradients @ reference.mT).double(), gram(reference)))
+            parts.append(alignment(gram(gradients), gradients.double() @ reference.double().mT, gram(reference)))
         found = Alignment(*(torch.stack([getattr(part, name) for part in parts]) for name in Alignment._fields))
 
         def statistics(rows: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Alignment(NamedTuple):
     @property
     def cosine(self) -> Tensor:
         """Cosine of the estimator's mean to the true gradient, corrected for the noise of both."""
-        return self.product.mean() / _root(self.squared_norm.mean() * self.reference.mean())
+        return self.product.mean() / (_root(self.squared_norm.mean()) * _root(self.reference.mean()))
 
     @property
     def squared_bias(self) -> Tensor:
@@ -183,8 +183,8 @@ def alignment(
     """
     own, other = moments(products), moments(reference)
     lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    projection = (cross.mean(-1) / lengths).nan_to_num(nan=0.0).mean(-1)  # a gradient of zero goes nowhere
-    return Alignment(own.squared_norm, own.trace, cross.mean((-2, -1)), other.squared_norm, projection)
+    directed = torch.where(lengths == 0, 0.0, cross.mean(-1) / lengths)  # a gradient of zero goes nowhere
+    return Alignment(own.squared_norm, own.trace, cross.mean((-2, -1)), other.squared_norm, directed.mean(-1))
 
 
 # ---- how sure -----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def student_quantile(level: float, freedom: int) -> float:
 
 
 def jackknife(statistic: Callable[[Tensor], Tensor], units: int, level: float = 0.95) -> Interval:
-    """Interval of a smooth function of averages, by leaving out one unit at a time.
+    """Interval of a smooth function of averages, by leaving out one unit at a time; around the plain estimate.
 
     Args:
         statistic: maps the indices of the units to count (at least n − 1 of them) to a tensor of any shape.
@@ -267,7 +267,7 @@ def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], level
 
     The set of all θ for which mean(above − θ below) is not significantly different from 0. Where the mean of `below`
     is not significantly above 0, it has no upper end: infinity. Where that mean is not even positive, the
-    estimate is NaN.
+    estimate is NaN. The ends are not below 0, the estimate may be.
 
     Args:
         above: observations of the numerator, one for each independent unit; pseudo-values count as such.
@@ -300,7 +300,11 @@ def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], level
         elif lead < 0 and discriminant > 0:  # all but what lies between two values
             first, second = sorted((middle + sign * math.sqrt(discriminant)) / lead for sign in (-1, 1))
             low = second if first < 0 else 0.0
-    ends = (a / b if b > 0 else math.nan, low if math.isnan(low) else max(low, 0.0), high)
+    ends = (
+        a / b if b > 0 else math.nan,
+        low if math.isnan(low) else max(low, 0.0),
+        high if math.isnan(high) else max(high, 0.0),
+    )
     return Interval(*(torch.tensor(x, dtype=torch.float64) for x in ends))
 
 
@@ -336,7 +340,7 @@ def welford(seen: Running | None, vector: Float[Tensor, " d"]) -> Running:
         >>> seen.mean, seen.trace, seen.squared_norm
         (tensor([2.]), tensor(2.), tensor(3.))
     """
-    one = Running(1, vector, torch.zeros_like(vector))
+    one = Running(1, vector.detach().clone(), torch.zeros_like(vector))
     return one if seen is None else merge(seen, one)
 
 
@@ -364,7 +368,7 @@ def count_sketch(
     """A few numbers whose inner products are, on average over seeds, those of the vectors.
 
     Each component is added to a random bucket with a random sign. Linear; a relative standard deviation of about
-    √(2 / buckets). The same seed gives the same buckets and signs on every process of the same kind of device.
+    √(2 / buckets). The same seed and chunk give the same buckets and signs on every process of the same kind of device.
 
     Args:
         vector: what to sketch, in any floating type; the sketch is float32 or better.
