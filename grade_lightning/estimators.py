@@ -14,20 +14,25 @@ class TokenEstimator(ABC):
     """Chooses the linear map from a token's adjoint to a cotangent on the logits."""
 
     @abstractmethod
-    def linearise(self, logps: Tensor, tokens: Tensor, tau: float) -> Callable[[Tensor], Tensor]:
-        """Draw what noise there is and return the map, which every hop then shares.
+    def linearise(
+        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """Draw what noise there is and return the map.
 
         Args:
-            logps: normalised log-probabilities of the sampled distribution, (B, T, V), float32 or better, no graph.
-            tokens: the sampled tokens, (B, T).
+            logps: normalised log-probabilities of the sampled distribution, (…, V), float32 or better, no graph.
+            tokens: the sampled tokens, (…).
             tau: temperature of the relaxation.
+            generator: of the noise; each hop starts it anew, so that all share the same.
         """
 
 
 class StraightThrough(TokenEstimator):
     """The token is treated as its softmax: no further noise. See :func:`~.functional.estimators.straight_through`."""
 
-    def linearise(self, logps: Tensor, tokens: Tensor, tau: float) -> Callable[[Tensor], Tensor]:
+    def linearise(
+        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """Softmax at temperature τ."""
         return lambda adjoint: estimators.straight_through(logps, adjoint, tau)
 
@@ -44,11 +49,15 @@ class Gumbel(TokenEstimator):
             raise InputError(f"estimator.draws = {draws}: must be at least 1")
         self.draws = draws
 
-    def linearise(self, logps: Tensor, tokens: Tensor, tau: float) -> Callable[[Tensor], Tensor]:
+    def linearise(
+        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """Relaxed tokens at the restored noise."""
         relaxed = torch.stack(
             [
-                gumbel.relaxed_tokens(gumbel.posterior_scores(logps, tokens, gumbel.exponential_noise(logps)), tau)
+                gumbel.relaxed_tokens(
+                    gumbel.posterior_scores(logps, tokens, gumbel.exponential_noise(logps, generator)), tau
+                )
                 for _ in range(self.draws)
             ]
         )
@@ -58,6 +67,8 @@ class Gumbel(TokenEstimator):
 class ReinMax(TokenEstimator):
     """Second-order straight-through. See :func:`~.functional.estimators.reinmax`."""
 
-    def linearise(self, logps: Tensor, tokens: Tensor, tau: float) -> Callable[[Tensor], Tensor]:
+    def linearise(
+        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """Heun's midpoint at temperature τ."""
         return lambda adjoint: estimators.reinmax(logps, tokens, adjoint, tau)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import ClassifierReward, Reward, Scores, unique_name
 from grade_lightning.rollouts import Rollout, Sampler
@@ -47,6 +48,8 @@ class Measured:
     """Exact KL(π‖π_ref), nats."""
     entropy: Tensor
     """Entropy, nats; no graph."""
+    ref_logps: Tensor
+    """log π_ref of the sampled tokens, at the sampling temperature and untruncated; no graph."""
     values: Tensor | None = None
     """Expected return, from a value head."""
 
@@ -390,9 +393,7 @@ class AlignmentModule(TrainableModule, ABC):
         with self._fixed_noise(stage, batch_idx):
             rollout = self.sampler(self.policy, **batch)
         with self.policy.evaluating():
-            inputs, length = self.policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
-            logps = self.sampler.log_distribution(self.policy(inputs, rollout.mask[:, :-1], length))
-            ref_logps = self._reference_log_distribution(rollout)
+            found = self.measure(rollout)
         mask = rollout.completion_mask
         scores = [reward.score(rollout) for reward in self._rewards()]
         parts: dict[str, Tensor] = {}
@@ -401,11 +402,11 @@ class AlignmentModule(TrainableModule, ABC):
         return {
             "rollout": rollout,
             "reward": scores[0].total,
-            "kl": sequences.masked_sum(divergences.categorical_kl(logps, ref_logps), mask),
-            "entropy": sequences.masked_sum(sequences.entropy(logps), mask) / rollout.lengths,
+            "kl": sequences.masked_sum(found.kl, mask),
+            "entropy": sequences.masked_sum(found.entropy, mask) / rollout.lengths,
             "length": rollout.lengths,
             "ended": rollout.ended,
-            "ref_nll": -sequences.masked_sum(sequences.token_logps(ref_logps, rollout.completion_ids), mask),
+            "ref_nll": -sequences.masked_sum(found.ref_logps, mask),
             "parts": parts,
         }
 
@@ -418,26 +419,50 @@ class AlignmentModule(TrainableModule, ABC):
             exact_graph: keep the graph of the exact KL.
         """
         inputs, length = self.policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
-        return self._measured(rollout, self.policy(inputs, rollout.mask[:, :-1], length), known, exact_graph)
+        return self._measured(rollout, self.policy.hidden(inputs, rollout.mask[:, :-1], length), known, exact_graph)
 
-    def _measured(self, rollout: Rollout, logits: Tensor, known: Measured | None, exact_graph: bool) -> Measured:
-        tokens = rollout.completion_ids
-        sampled = self.sampler.logits(logits, rollout.eos_ids, tokens).log_softmax(-1)
-        logps = sequences.token_logps(sampled, tokens)
+    def _measured(self, rollout: Rollout, hidden: Tensor, known: Measured | None, exact_graph: bool) -> Measured:
+        vocabulary = self.policy.vocabulary(rollout.packed(hidden))
         if known is not None:
-            return replace(known, logps=logps)
-        ref_logps = self._reference_log_distribution(rollout)
-        dist = self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
-        log_ratio = sequences.token_logps(dist, tokens) - sequences.token_logps(ref_logps, tokens)
-        with nullcontext() if exact_graph else torch.no_grad():
-            kl = divergences.categorical_kl(dist, ref_logps)
-        return Measured(logps, log_ratio, kl, sequences.entropy(dist.detach()))
+            logps = vocabulary.map(lambda logits, rows: self._token_logps(rollout, logits, rows).unsqueeze(-1))
+            return replace(known, logps=rollout.unpacked(logps).squeeze(-1))
+        names = [f.name for f in fields(Measured) if f.name != "values"]
+        columns = vocabulary.map(self._figures(rollout, self._reference(rollout), exact_graph))
+        return Measured(**dict(zip(names, rollout.unpacked(columns).unbind(-1), strict=True)))
+
+    def _distribution(self, rollout: Rollout, logits: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities of what was sampled at some of the valid positions, (n, V)."""
+        positions = rollout.valid[rows] % rollout.completion_ids.shape[1]
+        return self.sampler.logits(logits, rollout.eos_ids, rollout.tokens[rows], positions).log_softmax(-1)
+
+    def _token_logps(self, rollout: Rollout, logits: Tensor, rows: slice) -> Tensor:
+        return sequences.token_logps(self._distribution(rollout, logits, rows), rollout.tokens[rows])
+
+    def _figures(
+        self, rollout: Rollout, reference: Vocabulary, exact_graph: bool = False
+    ) -> Callable[[Tensor, slice], Tensor]:
+        """Makes all of :class:`Measured` of the logits of some valid positions, (n, 5)."""
+
+        def figures(logits: Tensor, rows: slice) -> Tensor:
+            tokens = rollout.tokens[rows]
+            sampled = self._distribution(rollout, logits, rows)
+            dist = self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
+            ref_dist = self.sampler.log_distribution(reference.at(rows))
+            ref_logps = sequences.token_logps(ref_dist, tokens)
+            log_ratio = sequences.token_logps(dist, tokens) - ref_logps
+            with nullcontext() if exact_graph else torch.no_grad():
+                kl = divergences.categorical_kl(dist, ref_dist)
+            entropy = sequences.entropy(dist.detach())
+            return torch.stack([sequences.token_logps(sampled, tokens), log_ratio, kl, entropy, ref_logps], -1)
+
+        return figures
 
     @torch.no_grad()
-    def _reference_log_distribution(self, rollout: Rollout) -> Tensor:
-        """Log-probabilities of the reference at the sampling temperature, (B, T, V), untruncated."""
+    def _reference(self, rollout: Rollout) -> Vocabulary:
+        """The reference's logits at the valid positions."""
         inputs, length = self.policy.reference_embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
-        return self.sampler.log_distribution(self.policy.reference_logits(inputs, rollout.mask[:, :-1], length))
+        hidden = self.policy.reference_hidden(inputs, rollout.mask[:, :-1], length)
+        return self.policy.reference_vocabulary(rollout.packed(hidden))
 
     @contextmanager
     def _fixed_noise(self, stage: Stage, batch_idx: int) -> Iterator[None]:

@@ -273,7 +273,11 @@ class Enumerated(Reinforce):
 
     def measure(self, rollout: Rollout, known: Measured | None = None, exact_graph: bool = False) -> Measured:
         found = self.problem.measure(self.table)
-        return found if exact_graph else Measured(found.logps, found.log_ratio, found.kl.detach(), found.entropy)
+        return (
+            found
+            if exact_graph
+            else Measured(found.logps, found.log_ratio, found.kl.detach(), found.entropy, found.ref_logps)
+        )
 
     def aggregate(self, mask: Tensor, totals: Totals) -> Tensor:
         return super().aggregate(mask, totals) * self.problem.probs(self.problem.logits).unsqueeze(1)

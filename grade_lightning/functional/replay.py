@@ -18,28 +18,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grade_lightning.functional.vocabulary import Vocabulary
+
 
 class Adjoint(NamedTuple):
     """A gradient with respect to the embeddings of tokens, and the table that embeds them.
 
-    The gradient with respect to the one-hot token t is `gradient[:, t] @ table.T`; kept apart, only tensors of
+    The gradient with respect to the one-hot token t is `gradient[t] @ table.T`; kept apart, only tensors of
     embedding width need to live.
     """
 
-    gradient: Float[Tensor, "b t w"]
+    gradient: Float[Tensor, "*n w"]
     table: Float[Tensor, "v w"]
 
-    def __call__(self) -> Float[Tensor, "b t v"]:
+    def __call__(self, rows: slice = slice(None)) -> Float[Tensor, "*n v"]:
         """The gradient with respect to the one-hot tokens, in float32 or better."""
-        product = self.gradient.to(self.table.dtype) @ self.table.mT
+        product = self.gradient[rows].to(self.table.dtype) @ self.table.mT
         return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+Cotangent = Callable[[Tensor, slice, Tensor], Tensor]
+"""Maps logits of some positions (m, v), which they are, and their tokens' adjoint (m, v) to a cotangent (m, v)."""
 
 
 class Replay(NamedTuple):
     """Result of :func:`replay`."""
 
-    cotangent: Float[Tensor, "b t v"]
-    """Gradient of the objective with respect to the logits; contract it with them to get a surrogate loss."""
+    cotangent: Callable[[Tensor, slice], Tensor]
+    """Gradient of the objective with respect to the logits of some positions;
+    :func:`~grade_lightning.functional.vocabulary.surrogate` makes a loss of it."""
     residual: Float[Tensor, ""]
     """Relative change of the adjoint in the last hop; NaN when there was none."""
 
@@ -63,27 +70,27 @@ def next_input_gradient(gradient: Float[Tensor, "b l w"], length: int) -> Float[
 
 
 def replay(
-    logits: Float[Tensor, "b t v"],
+    vocabulary: Vocabulary,
     inputs: Float[Tensor, "b l w"],
     table: Float[Tensor, "v w"],
     direct: Sequence[Adjoint],
-    cotangent: Callable[[Tensor], Tensor],
+    cotangent: Cotangent,
     mask: Bool[Tensor, "b t"],
     hops: int,
     tolerance: float = 0.0,
-    source: Float[Tensor, "b t v"] | None = None,
+    source: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> Replay:
     """Solve for the adjoint of the sampled tokens and return the gradient with respect to the logits.
 
     Nothing is divided by the batch size, so that half-precision gradients of single sequences do not underflow.
 
     Args:
-        logits: logits of the completion's positions, with their graph; kept alive.
-        inputs: input embeddings that the logits were computed from (prompt, then the completion but its last
-            token); must require grad.
+        vocabulary: the n positions of the mask, with the graph of their hidden states; kept alive.
+        inputs: input embeddings that they were computed from (prompt, then the completion but its last token); must
+            require grad.
         table: the policy's embedding table E: what its embedding module returns for each token id.
-        direct: where the tokens enter the objective directly (reward model, reference model).
-        cotangent: linear map from a token's adjoint to its logits, such as
+        direct: where the tokens enter the objective directly (reward model, reference model), each (n, width).
+        cotangent: linear in the adjoint, such as
             :func:`~grade_lightning.functional.estimators.straight_through_gumbel` at fixed noise.
         mask: true up to and including the end-of-sequence token; nothing flows through positions after it.
         hops: number of iterations; T − 1 is exact.
@@ -95,30 +102,45 @@ def replay(
 
     Example:
         >>> from grade_lightning.functional.estimators import softmax_vjp
-        >>> table = torch.eye(2)
         >>> inputs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)  # P = 1, T = 2
-        >>> logits = 2 * inputs  # each token is judged by the token before it
-        >>> probs = logits.detach().softmax(-1)
-        >>> reward = [Adjoint(torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.eye(2))]
+        >>> head = torch.nn.functional.linear  # each token is judged by the token before it
+        >>> vocabulary = Vocabulary(inputs[0], head, [2 * torch.eye(2)], size=2)
+        >>> reward = [Adjoint(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.eye(2))]
         >>> ones = torch.ones(1, 2, dtype=torch.bool)
-        >>> backward = lambda a: softmax_vjp(probs, a)
-        >>> flow = [replay(logits, inputs, table, reward, backward, ones, hops=k) for k in (0, 1)]
-        >>> [bool(step.cotangent[0, 0].any()) for step in flow]  # one hop carries it to the first token
+        >>> backward = lambda logits, rows, adjoint: softmax_vjp(logits.softmax(-1), adjoint)
+        >>> flow = [replay(vocabulary, inputs, torch.eye(2), reward, backward, ones, hops=k) for k in (0, 1)]
+        >>> first = slice(0, 1)
+        >>> [bool(step.cotangent(vocabulary.at(first), first).any()) for step in flow]  # one hop carries it there
         [False, True]
     """
-    keep = mask.unsqueeze(-1)
-    direct_adjoint = sum((part() for part in direct), logits.new_zeros(()))
-    adjoint = direct_adjoint
-    residual = adjoint.new_full((), torch.nan)
-    for _ in range(hops):
-        hop = cotangent(adjoint) * keep
-        if source is not None:
-            hop = hop + source
-        (gradient,) = torch.autograd.grad(logits, inputs, hop.to(logits.dtype), retain_graph=True)
-        arrived = Adjoint(next_input_gradient(gradient, logits.shape[1]), table)()
-        previous, adjoint = adjoint, direct_adjoint + arrived
-        residual = (adjoint - previous).norm() / previous.norm()
-        if tolerance > 0 and residual <= tolerance:
-            break
-    final = cotangent(adjoint) * keep
-    return Replay(final if source is None else final + source, residual)
+    valid = mask.flatten()
+    arrived: list[Adjoint] = []
+
+    def at_logits(logits: Tensor, rows: slice) -> Tensor:
+        adjoint = sum((part(rows) for part in (*direct, *arrived)), logits.new_zeros(()))
+        found = cotangent(logits, rows, adjoint)
+        return found if source is None else found + source(logits, rows)
+
+    residual = inputs.new_full((), torch.nan, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    for hop in range(hops):
+        hidden = vocabulary.pull(at_logits)
+        (gradient,) = torch.autograd.grad(vocabulary.hidden, inputs, hidden, retain_graph=True)
+        before = list(arrived)
+        arrived[:] = [Adjoint(next_input_gradient(gradient, mask.shape[1]).flatten(0, 1)[valid], table)]
+        if tolerance > 0 or hop == hops - 1:
+            change = arrived[0].gradient - before[0].gradient if before else arrived[0].gradient
+            residual = _norm([Adjoint(change, table)]) / _norm([*direct, *before])
+            if tolerance > 0 and residual <= tolerance:
+                break
+    return Replay(at_logits, residual)
+
+
+def _norm(parts: Sequence[Adjoint]) -> Tensor:
+    """Norm of the sum of adjoints of one-hot tokens, from products of tables instead of anything (n, v)."""
+    precise = [(part.gradient.to(_wide(part.gradient)), part.table.to(_wide(part.gradient))) for part in parts]
+    products = [((g @ (t.mT @ u)) * h).sum() for g, t in precise for h, u in precise]
+    return torch.stack(products).sum().clamp(min=0).sqrt()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

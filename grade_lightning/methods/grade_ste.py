@@ -1,14 +1,17 @@
 """GRADE-STE: the reward's gradient flows through the sampled tokens."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import StraightThrough, TokenEstimator
-from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional import divergences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
+from grade_lightning.functional.vocabulary import surrogate
 from grade_lightning.module import AlignmentModule, Experience, StepOutput
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import Reward
@@ -74,46 +77,69 @@ class GradeSTE(AlignmentModule):
     def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
         rollout, scores = experience.rollout, experience.scores
-        tokens, mask, temperature = rollout.completion_ids, rollout.completion_mask, self.sampler.temperature
-        length, attention = tokens.shape[1], rollout.mask[:, :-1]
+        mask, temperature, tau = (
+            rollout.completion_mask,
+            self.sampler.temperature,
+            self.tau(self.global_step, self.total_steps()),
+        )
+        length, attention = mask.shape[1], rollout.mask[:, :-1]
         inputs = self.policy.embed(rollout.ids[:, :-1])
         inputs = inputs if inputs.requires_grad else inputs.requires_grad_()
-        logits = self.policy(inputs, attention, length)
+        vocabulary = self.policy.vocabulary(rollout.packed(self.policy.hidden(inputs, attention, length)))
         reference_inputs = self.policy.reference_embed(rollout.ids[:, :-1]).requires_grad_(self.kl_prefix == "full")
         with torch.set_grad_enabled(self.kl_prefix == "full"):
-            reference = self.policy.reference_logits(reference_inputs, attention, length)
+            hidden = self.policy.reference_hidden(reference_inputs, attention, length)
+            reference = self.policy.reference_vocabulary(rollout.packed(hidden))
+        seed = int(torch.randint(2**62, ()))
 
-        sampled = self.sampler.logits(logits.detach(), rollout.eos_ids, tokens).log_softmax(-1)
-        logps, ref_logps = (self.sampler.log_distribution(x.detach()) for x in (logits, reference))
-        kl = divergences.categorical_kl(logps, ref_logps)
+        @vocabulary.once
+        def estimator(logits: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
+            generator = torch.Generator(logits.device).manual_seed(seed + rows.start)
+            return self.estimator.linearise(
+                self._distribution(rollout, logits, rows), rollout.tokens[rows], tau, generator
+            )
 
-        weight = -self.beta / temperature * mask.unsqueeze(-1).to(kl.dtype)
-        source = weight * divergences.kl_cotangent(logps, ref_logps, kl)
-        direct = list(scores.adjoints)
+        @vocabulary.once
+        def source(logits: Tensor, rows: slice) -> Tensor:
+            logps, ref_logps = (self.sampler.log_distribution(x) for x in (logits, reference.at(rows)))
+            kl = divergences.categorical_kl(logps, ref_logps)
+            return -self.beta / temperature * divergences.kl_cotangent(logps, ref_logps, kl)
+
+        def reference_cotangent(ref_logits: Tensor, rows: slice) -> Tensor:
+            logps, ref_logps = (self.sampler.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
+            return -self.beta / temperature * divergences.kl_reference_cotangent(logps, ref_logps)
+
+        direct = [Adjoint(rollout.packed(part.gradient), part.table) for part in scores.adjoints]
         if self.kl_prefix == "full":
-            cotangent = weight * divergences.kl_reference_cotangent(logps, ref_logps)
-            (gradient,) = torch.autograd.grad(reference, reference_inputs, cotangent.to(reference.dtype))
-            direct.append(Adjoint(next_input_gradient(gradient, length), self.policy.reference_table()))
+            pulled = reference.pull(reference_cotangent)
+            (gradient,) = torch.autograd.grad(reference.hidden, reference_inputs, pulled)
+            arrived = rollout.packed(next_input_gradient(gradient, length))
+            direct.append(Adjoint(arrived, self.policy.reference_table()))
 
-        tau = self.tau(self.global_step, self.total_steps())
-        backward = self.estimator.linearise(sampled, tokens, tau)
         replayed = replay(
-            logits,
+            vocabulary,
             inputs,
             self.policy.table(),
             direct,
-            lambda adjoint: backward(adjoint) / temperature,
+            lambda logits, rows, adjoint: estimator(logits, rows)(adjoint) / temperature,
             mask,
             hops=length - 1 if self.hops == "exact" else min(int(self.hops), length - 1),
             tolerance=self.tolerance,
             source=None if self.kl_prefix == "none" else source,
         )
-        ascent = replayed.cotangent if self.kl_prefix != "none" else replayed.cotangent + source
+
+        def ascent(logits: Tensor, rows: slice) -> Tensor:
+            found = replayed.cotangent(logits, rows)
+            return found + source(logits, rows) if self.kl_prefix == "none" else found
+
+        with torch.no_grad():
+            figures = vocabulary.map(self._figures(rollout, reference))
+        logps, log_ratio, kl, entropy, _ = rollout.unpacked(figures.detach()).unbind(-1)
         return StepOutput(
-            loss=-(ascent * logits).sum() / len(tokens),
-            logps=sequences.token_logps(sampled, tokens),
+            loss=-vocabulary.map(surrogate(ascent)).sum() / len(mask),
+            logps=logps,
             kl=kl,
-            entropy=sequences.entropy(logps),
-            log_ratio=sequences.token_logps(logps - ref_logps, tokens),
+            entropy=entropy,
+            log_ratio=log_ratio,
             metrics={"tau": kl.new_tensor(tau), "hop_residual": replayed.residual},
         )

@@ -67,9 +67,9 @@ class PPO(PolicyGradientModule):
         """As for every policy gradient, with values."""
         assert self.value_head is not None
         inputs, length = self.policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
-        logits, hidden = self.policy.with_hidden(inputs, rollout.mask[:, :-1], length)
+        hidden = self.policy.hidden(inputs, rollout.mask[:, :-1], length)
         values = self.value_head(hidden.detach() if self.trunk == "detached" else hidden)
-        return replace(self._measured(rollout, logits, known, exact_graph), values=values)
+        return replace(self._measured(rollout, hidden, known, exact_graph), values=values)
 
     def appraise(self, experience: PolicyExperience) -> PolicyExperience:
         """Generalised advantage estimates, whitened, and the returns that the values are to predict."""

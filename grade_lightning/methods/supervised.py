@@ -48,10 +48,14 @@ class SupervisedFineTuning(TrainableModule):
         """Mean negative log-likelihood of the tokens after the first, nats."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         inputs = self.policy.embed(ids[:, :-1])
-        logits = self.policy(inputs, mask[:, :-1], ids.shape[1] - 1)
-        logps: Tensor = sequences.token_logps(logits.float().log_softmax(-1), ids[:, 1:])
-        loss: Tensor = -sequences.masked_sum(logps, mask[:, 1:].bool()).sum() / mask[:, 1:].sum()
-        return loss
+        valid = mask[:, 1:].bool()
+        tokens = ids[:, 1:][valid]
+        vocabulary = self.policy.vocabulary(self.policy.hidden(inputs, mask[:, :-1], ids.shape[1] - 1)[valid])
+
+        def logps(logits: Tensor, rows: slice) -> Tensor:
+            return sequences.token_logps(logits.float().log_softmax(-1), tokens[rows]).unsqueeze(-1)
+
+        return -vocabulary.map(logps).mean()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of text."""

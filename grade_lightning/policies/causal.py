@@ -1,7 +1,7 @@
 """The policy: a causal language model, perhaps with LoRA adapters, beside its frozen reference."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
+from grade_lightning.functional.vocabulary import Head, Vocabulary
 
 from .loading import config_without_dropout, embedding_table, load_pretrained, resolve_model, torch_dtype
 
@@ -173,7 +175,7 @@ class Policy(nn.Module):
             return embedding_table(self.base if self.reference is None else self.reference)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        """Logits of the last `length` positions.
+        """Logits of the last `length` positions, all at once; in training use :meth:`hidden` and :meth:`vocabulary`.
 
         Args:
             inputs: input embeddings, (b, l, width).
@@ -183,17 +185,35 @@ class Policy(nn.Module):
         Returns:
             Logits, (b, length, vocabulary).
         """
-        return _logits(self.model, inputs, attention_mask, length)
+        return _all_logits(self.vocabulary, self.hidden(inputs, attention_mask, length))
 
-    def with_hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, and the hidden states that the logits are made of, (b, length, width)."""
-        output = _run(self.model, inputs, attention_mask, length, output_hidden_states=True)
-        return output.logits, output.hidden_states[-1][:, -length:]
+    def hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Final hidden states of the last `length` positions, (b, length, width); arguments as in :meth:`forward`."""
+        return _hidden(self.base, inputs, attention_mask, length)
 
     def reference_logits(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the frozen reference, in evaluation mode; as :meth:`forward`."""
-        with self.as_reference() as model:
-            return _logits(model, inputs, attention_mask, length)
+        return _all_logits(self.reference_vocabulary, self.reference_hidden(inputs, attention_mask, length))
+
+    def reference_hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Final hidden states of the frozen reference, in evaluation mode; as :meth:`hidden`."""
+        with self.as_reference():
+            return _hidden(self.base if self.reference is None else self.reference, inputs, attention_mask, length)
+
+    def vocabulary(self, hidden: Tensor, elements: int | None = None) -> Vocabulary:
+        """The logits of hidden states (n, width), so many `elements` at a time."""
+        head, parameters, size = _head(self.base)
+        return Vocabulary(hidden, head, parameters, size, elements)
+
+    def reference_vocabulary(self, hidden: Tensor) -> Vocabulary:
+        """The same for the reference's hidden states; its head gets no gradient."""
+        head, parameters, size = _head(self.base if self.reference is None else self.reference)
+
+        def as_reference(*args: Tensor) -> Tensor:
+            with self.as_reference():
+                return head(*args)
+
+        return Vocabulary(hidden, as_reference, [p.detach() for p in parameters], size)
 
     def reference_embed(self, ids: Tensor) -> Tensor:
         """Input embeddings of `ids` as the reference has them, without a graph."""
@@ -291,17 +311,52 @@ def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _logits(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    logits: Tensor = _run(model, inputs, attention_mask, length).logits
-    return logits
+def _all_logits(vocabulary: Callable[[Tensor], Vocabulary], hidden: Tensor) -> Tensor:
+    flat = vocabulary(hidden.flatten(0, 1)).map(lambda logits, rows: logits)
+    return flat.view(*hidden.shape[:2], -1)
 
 
-def _run(model: Any, inputs: Tensor, attention_mask: Tensor, length: int, **kwargs: Any) -> Any:
-    return model(
+def _hidden(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    output = model.base_model(
         inputs_embeds=inputs,
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
-        logits_to_keep=length,
         use_cache=False,
-        **kwargs,
     )
+    hidden: Tensor = output.last_hidden_state[:, -length:]
+    return hidden
+
+
+def _head(model: Any) -> tuple[Head, list[Tensor], int]:
+    """What a transformers model makes of its final hidden states, by its own code: head, soft cap, scale.
+
+    The network below the head is put aside, and the model's own `forward` is run over given hidden states.
+    """
+    output = model.get_output_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is output)
+    names = [f"{prefix}.{name}" for name, _ in output.named_parameters()]
+
+    def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
+        below = model.base_model
+        below.forward = lambda *args, **kwargs: _Below(hidden.unsqueeze(0))
+        try:
+            state = dict(zip(names, parameters, strict=True))
+            logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
+        finally:
+            del below.forward
+        return logits.squeeze(0)
+
+    return head, list(output.parameters()), output.weight.shape[0]
+
+
+class _Below:
+    """What the network below the head returns: hidden states, and None for whatever else a model asks of it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -58,6 +58,29 @@ class Rollout:
         return torch.isin(last, torch.tensor(self.eos_ids, dtype=last.dtype, device=last.device))
 
     @cached_property
+    def valid(self) -> Tensor:
+        """Which of the B·T positions belong to completions, (n,): what follows an end is not computed."""
+        return self.completion_mask.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The tokens at :attr:`valid`, (n,)."""
+        tokens: Tensor = self.completion_ids.flatten()[self.valid]
+        return tokens
+
+    def packed(self, values: Tensor) -> Tensor:
+        """The valid positions of a tensor; (B, T, …) → (n, …)."""
+        taken: Tensor = values.flatten(0, 1)[self.valid]
+        return taken
+
+    def unpacked(self, values: Tensor) -> Tensor:
+        """Valid positions put back where they belong, 0 elsewhere; (n, …) → (B, T, …)."""
+        shape = self.completion_ids.shape
+        whole = values.new_zeros(shape.numel(), *values.shape[1:])
+        filled: Tensor = whole.index_copy(0, self.valid, values).view(*shape, *values.shape[1:])
+        return filled
+
+    @cached_property
     def prompts(self) -> list[str]:
         """Text of the prompts."""
         return self._decode(self.prompt_ids, self.prompt_mask)
@@ -147,32 +170,36 @@ class Sampler:
         """Log-probabilities at the sampling temperature with nothing masked: what KL and entropy are taken of.
 
         Args:
-            logits: (B, T, V).
+            logits: (…, V).
 
         Returns:
-            (B, T, V), float32 or better.
+            (…, V), float32 or better.
         """
         return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).log_softmax(-1)
 
-    def logits(self, logits: Tensor, eos_ids: list[int], tokens: Tensor | None = None, start: int = 0) -> Tensor:
+    def logits(
+        self, logits: Tensor, eos_ids: list[int], tokens: Tensor | None = None, positions: Tensor | int | None = None
+    ) -> Tensor:
         """Logits of the distribution that is sampled, in float32 or better.
 
         Args:
-            logits: the policy's, (B, T, V).
+            logits: the policy's, (…, V).
             eos_ids: end-of-sequence tokens.
-            tokens: the tokens that were sampled, (B, T). They are kept in the support even where rounding, another
+            tokens: the tokens that were sampled, (…). They are kept in the support even where rounding, another
                 batch or another kernel would put them just outside of the top-k or top-p set.
-            start: which position of the completion the first of the T is.
+            positions: which position of its completion each is, (…); they count along the last dimension by default.
 
         Returns:
-            (B, T, V); −inf outside of the support.
+            (…, V); −inf outside of the support.
         """
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         restricted = scaled
-        early = max(0, self.min_new_tokens - start)
-        if early > 0 and eos_ids:
+        if self.min_new_tokens > 0 and eos_ids:
+            if positions is None:
+                positions = torch.arange(logits.shape[-2], device=logits.device)
+            early = torch.as_tensor(positions < self.min_new_tokens, device=logits.device).unsqueeze(-1)
             restricted = restricted.clone()
-            restricted[:, :early, eos_ids] = -torch.inf
+            restricted[..., eos_ids] = restricted[..., eos_ids].masked_fill(early, -torch.inf)
         restricted = truncate_logits(restricted, self.top_k, self.top_p)
         if tokens is not None and restricted is not scaled:
             index = tokens.unsqueeze(-1)
@@ -245,8 +272,8 @@ class _Recorder(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids)
-        start = input_ids.shape[1] - self.prompt_length
-        self.last = self.sampler.logits(scores[:, None], self.eos_ids, start=start)[:, 0].log_softmax(-1)
+        position = input_ids.shape[1] - self.prompt_length
+        self.last = self.sampler.logits(scores, self.eos_ids, positions=position).log_softmax(-1)
         return self.last
 
     def _take(self, ids: Tensor) -> None:

@@ -213,7 +213,7 @@ class RelaxedSampler:
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits
-                values, indices = self._support(self.sampler.logits(logits, policy.eos_ids, start=step))
+                values, indices = self._support(self.sampler.logits(logits, policy.eos_ids, positions=step))
                 logps = values.log_softmax(-1)
                 scores = logps - exponential_noise(logps).clamp(min=torch.finfo(logps.dtype).tiny).log()
                 weights = relaxed_tokens(scores, tau)

@@ -61,7 +61,7 @@ class Batch:
             self.rewards[[1, 6]] = torch.nan
 
     def measured(self, logps: Tensor) -> Measured:
-        return Measured(logps, logps - self.ref, torch.zeros_like(logps), torch.zeros_like(logps))
+        return Measured(logps, logps - self.ref, torch.zeros_like(logps), torch.zeros_like(logps), self.ref)
 
     def experience(self, method: PolicyGradientModule) -> PolicyExperience:
         """Ours, with its advantages."""

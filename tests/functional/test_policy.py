@@ -54,7 +54,9 @@ class Problem:
         table, ref = logits.log_softmax(-1), self.ref_logits.log_softmax(-1)
         logps = table[self.rows, self.tokens]
         kl, entropies = categorical_kl(table, ref), entropy(table.detach())
-        return Measured(logps, logps - ref[self.rows, self.tokens], kl[self.rows], entropies[self.rows])
+        return Measured(
+            logps, logps - ref[self.rows, self.tokens], kl[self.rows], entropies[self.rows], ref[self.rows, self.tokens]
+        )
 
     def probs(self, logits: Tensor) -> Tensor:
         """Of each completion, (N,)."""

@@ -1,6 +1,6 @@
 """Replay on a hand-made causal map, against autograd through the sampler unrolled step by step."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,10 +8,18 @@ from torch import Tensor
 
 from grade_lightning.functional.divergences import categorical_kl, kl_cotangent
 from grade_lightning.functional.estimators import straight_through_gumbel
-from grade_lightning.functional.replay import Adjoint, Replay, next_input_gradient, replay
+from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
+from grade_lightning.functional.vocabulary import Vocabulary, surrogate
 
 B, P, T, W, V, R = 2, 3, 5, 4, 6, 3  # R: width of the reward's embeddings
 TAU, BETA = 0.7, 0.4
+
+
+class Found(NamedTuple):
+    gradient: Tensor
+    cotangent: Tensor
+    """(B, T, V)"""
+    residual: Tensor
 
 
 class Toy:
@@ -31,9 +39,12 @@ class Toy:
         self.tokens, self.noise = torch.randint(V, (B, T)), normal(B, T, V)
         self.mask = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
 
-    def logits(self, inputs: Tensor) -> Tensor:
+    def hidden(self, inputs: Tensor) -> Tensor:
         length = inputs.shape[1]
-        return (torch.tanh(self.mix[:length, :length] @ inputs @ self.inner) @ self.head)[:, P - 1 :]
+        return torch.tanh(self.mix[:length, :length] @ inputs @ self.inner)[:, P - 1 :]
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.hidden(inputs) @ self.head
 
     def gradient(self, objective: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(objective, [self.inner, self.head])])
@@ -53,25 +64,37 @@ class Toy:
         return self.gradient(objective)
 
     def replayed(
-        self, hops: int, kl: bool = False, tolerance: float = 0.0, counter: list[int] | None = None
-    ) -> tuple[Tensor, Replay]:
+        self,
+        hops: int,
+        kl: bool = False,
+        tolerance: float = 0.0,
+        counter: list[int] | None = None,
+        elements: int | None = None,
+    ) -> Found:
         inputs = torch.cat([self.prompt, self.table[self.tokens[:, :-1]]], dim=1).requires_grad_()
-        logits = self.logits(inputs)
-        logps = logits.detach().log_softmax(-1)
-        relaxed = torch.softmax((logps + self.noise) / TAU, dim=-1).unsqueeze(0)
+        noise, reference = self.noise[self.mask], self.reference[self.mask]
+        vocabulary = Vocabulary(self.hidden(inputs)[self.mask], torch.matmul, [self.head], V, elements)
 
-        def cotangent(adjoint: Tensor) -> Tensor:
+        def cotangent(logits: Tensor, rows: slice, adjoint: Tensor) -> Tensor:
             if counter is not None:
                 counter.append(1)
+            relaxed = torch.softmax((logits.log_softmax(-1) + noise[rows]) / TAU, dim=-1).unsqueeze(0)
             return straight_through_gumbel(relaxed, adjoint, TAU)
 
-        kl_gradient = kl_cotangent(logps, self.reference, categorical_kl(logps, self.reference))
-        source = -BETA * kl_gradient * self.mask.unsqueeze(-1)
-        direct = [Adjoint(self.direct, self.reward_table)]
+        def source(logits: Tensor, rows: slice) -> Tensor:
+            logps = logits.log_softmax(-1)
+            return -BETA * kl_cotangent(logps, reference[rows], categorical_kl(logps, reference[rows]))
+
+        direct = [Adjoint(self.direct[self.mask], self.reward_table)]
         result = replay(
-            logits, inputs, self.table, direct, cotangent, self.mask, hops, tolerance, source if kl else None
+            vocabulary, inputs, self.table, direct, cotangent, self.mask, hops, tolerance, source if kl else None
         )
-        return self.gradient((result.cotangent * logits).sum()), result
+        gradient = self.gradient(vocabulary.map(surrogate(result.cotangent)).sum())
+        counter = None
+        every = slice(0, int(self.mask.sum()))
+        dense = torch.zeros(B, T, V, dtype=torch.float64)
+        dense[self.mask] = result.cotangent(vocabulary.at(every), every).detach()
+        return Found(gradient, dense, result.residual)
 
 
 def close(found: Tensor, truth: Tensor) -> bool:
@@ -80,18 +103,19 @@ def close(found: Tensor, truth: Tensor) -> bool:
 
 @pytest.mark.parametrize("kl", [False, True], ids=["reward", "reward and KL"])
 @pytest.mark.parametrize("lengths", [(T, T), (2, 4), (1, T)], ids=str)
-def test_all_hops_equal_the_unrolled_sampler(lengths: tuple[int, int], kl: bool) -> None:
+@pytest.mark.parametrize("elements", [None, 1, 2 * V, 5 * V], ids=["whole", "1", "2", "5"])
+def test_all_hops_equal_the_unrolled_sampler(lengths: tuple[int, int], kl: bool, elements: int | None) -> None:
     """The surrogate Σ⟨cotangent, logits⟩ has the parameter gradient of the unrolled objective; fewer hops do not."""
     toy = Toy(lengths)
     truth = toy.unrolled(kl)
-    assert close(toy.replayed(T - 1, kl)[0], truth)
-    assert not close(toy.replayed(0, kl)[0], truth)
+    assert close(toy.replayed(T - 1, kl, elements=elements).gradient, truth)
+    assert not close(toy.replayed(0, kl, elements=elements).gradient, truth)
 
 
 def test_more_hops_change_nothing() -> None:
     """The operator is nilpotent: hop T adds exactly nothing, and the residual says so."""
     toy = Toy()
-    exact, beyond = toy.replayed(T - 1)[1], toy.replayed(T + 3)[1]
+    exact, beyond = toy.replayed(T - 1), toy.replayed(T + 3)
     assert torch.equal(exact.cotangent, beyond.cotangent)
     assert exact.residual > 0
     assert beyond.residual == 0
@@ -103,7 +127,7 @@ def test_each_hop_reaches_one_token_further_back() -> None:
     toy.mix = torch.eye(P + T - 1, dtype=torch.float64)
     toy.direct[:, :-1] = 0
     for hops in range(T):
-        reached = toy.replayed(hops)[1].cotangent.abs().sum((0, 2)) > 0
+        reached = toy.replayed(hops).cotangent.abs().sum((0, 2)) > 0
         assert reached.tolist() == [False] * (T - 1 - hops) + [True] * (hops + 1)
 
 
@@ -111,15 +135,15 @@ def test_each_hop_reaches_one_token_further_back() -> None:
 def test_tolerance_stops_early(tolerance: float, applications: int) -> None:
     """Applications of the map are hops made plus one: 1 hop, T hops (the one that adds nothing), or all T + 3."""
     toy, counter = Toy(), list[int]()
-    found = toy.replayed(T + 3, tolerance=tolerance, counter=counter)[0]
+    found = toy.replayed(T + 3, tolerance=tolerance, counter=counter).gradient
     assert len(counter) == applications
-    assert close(found, toy.replayed(applications - 1)[0])
+    assert close(found, toy.replayed(applications - 1).gradient)
 
 
 def test_residual_is_the_last_relative_change() -> None:
     """a⁰ = b and a¹ = b + shift(E · VJP(a⁰)), computed here by hand."""
     toy = Toy()
-    result = toy.replayed(1)[1]
+    result = toy.replayed(1)
     inputs = torch.cat([toy.prompt, toy.table[toy.tokens[:, :-1]]], dim=1).requires_grad_()
     logits = toy.logits(inputs)
     relaxed = torch.softmax((logits.detach().log_softmax(-1) + toy.noise) / TAU, dim=-1)
@@ -128,16 +152,16 @@ def test_residual_is_the_last_relative_change() -> None:
     (gradient,) = torch.autograd.grad(logits, inputs, hop)
     change = gradient[:, P:] @ toy.table.T
     torch.testing.assert_close(result.residual, change.norm() / b.norm())
-    assert toy.replayed(0)[1].residual.isnan()
+    assert toy.replayed(0).residual.isnan()
 
 
 @pytest.mark.parametrize("hops", [0, 2, T - 1])
 def test_nothing_flows_through_positions_after_the_end(hops: int) -> None:
     toy = Toy((2, 4))
-    clean = toy.replayed(hops)[1].cotangent
+    clean = toy.replayed(hops).cotangent
     assert (clean[~toy.mask] == 0).all()
     toy.direct[~toy.mask] = 1e6
-    assert torch.equal(toy.replayed(hops)[1].cotangent, clean)
+    assert torch.equal(toy.replayed(hops).cotangent, clean)
 
 
 def test_several_direct_parts_add() -> None:
@@ -160,9 +184,10 @@ def test_next_input_gradient_against_a_loop(prompt: int, length: int) -> None:
 
 def test_an_identity_map_gives_a_plain_sum() -> None:
     """One sequence, logits = inputs, table = identity, map = identity: a_t = Σ_{u ≥ t} b_u."""
-    identity: Callable[[Tensor], Tensor] = torch.clone
     inputs = torch.zeros(1, 4, 2, requires_grad=True)
-    b = torch.arange(8.0).view(1, 4, 2)
+    b = torch.arange(8.0).view(4, 2)
     ones = torch.ones(1, 4, dtype=torch.bool)
-    result = replay(inputs * 1, inputs, torch.eye(2), [Adjoint(b, torch.eye(2))], identity, ones, hops=3)
-    assert torch.equal(result.cotangent, b.flip(1).cumsum(1).flip(1))
+    vocabulary = Vocabulary(inputs[0], torch.matmul, [torch.eye(2)], size=2)
+    direct = [Adjoint(b, torch.eye(2))]
+    result = replay(vocabulary, inputs, torch.eye(2), direct, lambda logits, rows, adjoint: adjoint, ones, hops=3)
+    assert torch.equal(result.cotangent(torch.zeros(4, 2), slice(0, 4)), b.flip(0).cumsum(0).flip(0))

@@ -79,16 +79,18 @@ def test_logits_are_those_of_transformers_without_padding(name: str, lora: bool)
 @every_architecture
 @with_and_without_lora
 def test_hidden_states_are_what_the_logits_are_made_of(name: str, lora: bool) -> None:
-    """After the last norm, of the same positions as the logits, with the same logits and gradients as without."""
+    """After the last norm, of the same positions as the logits; the head is the model's own, a chunk at a time, too."""
     policy, prompts = make_policy(name, lora), make_prompts()
     change(policy)
     inputs, mask = policy.embed(prompts["input_ids"]), prompts["attention_mask"]
-    found, hidden = policy.with_hidden(inputs, mask, 3)
+    hidden, found = policy.hidden(inputs, mask, 3), policy(inputs, mask, 3)
     assert hidden.shape == (3, 3, policy.width)
-    torch.testing.assert_close(found, policy(inputs, mask, 3))
     head: Any = policy.base.get_output_embeddings()
     torch.testing.assert_close(head(hidden), found)
-    torch.testing.assert_close(policy.with_hidden(inputs, mask, 5)[1][:, -3:], hidden)
+    torch.testing.assert_close(policy.hidden(inputs, mask, 5)[:, -3:], hidden)
+    chunked = policy.vocabulary(hidden.flatten(0, 1), elements=4 * VOCABULARY)
+    assert not chunked.whole
+    torch.testing.assert_close(chunked.map(lambda logits, rows: logits).view_as(found), found)
     hidden.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
