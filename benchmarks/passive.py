@@ -10,20 +10,18 @@ python benchmarks/passive.py
 
 import argparse
 import time
-from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 import torch
+from common import Prompts, Words, policy
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch.utils.data import DataLoader
 
 from grade_lightning.callbacks import GradientVariance
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.policies import Policy
-from grade_lightning.rewards import DifferentiableReward
 from grade_lightning.rollouts import Sampler
 
 VOCABULARY, PARTS = 8_000, 2
@@ -59,18 +57,6 @@ class Switched(GradientVariance):
             self.seconds[(trainer.global_step - 1) % 2].append(time.perf_counter() - self.began)
 
 
-class Words(DifferentiableReward):
-    """The share of tokens in the first half of the vocabulary."""
-
-    def table(self) -> Tensor:
-        """One number for each token."""
-        return (torch.arange(VOCABULARY) < VOCABULARY // 2).float().unsqueeze(-1)
-
-    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Their mean."""
-        return (embeddings.squeeze(-1) * mask).sum(-1) / mask.sum(-1)
-
-
 class FineTuning(LightningModule):
     """Cross-entropy of a text, and nothing else."""
 
@@ -89,52 +75,25 @@ class FineTuning(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
 
-class Prompts(IterableDataset[dict[str, Any]]):
-    """Random prompts without end."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            ids = torch.randint(2, VOCABULARY, (self.rows, 32))
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "columns": {}}
-
-
-def policy() -> Policy:
-    """A GPT-2 of 4 × 256."""
-    from tokenizers import Tokenizer, models
-
-    words = {"<eos>": 0, "<pad>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), eos_token="<eos>", pad_token="<pad>"
-    )
-    config = GPT2Config(
-        n_embd=256, n_layer=4, n_head=4, n_positions=128, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return Policy.from_model(GPT2LMHeadModel(config), tokenizer)
-
-
 def main() -> None:
     """Train three modules, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=42, help="optimizer steps of each; the first two do not count")
     steps = parser.parse_args().steps
-    settings: dict[str, Any] = {"reward": Words(), "sampler": Sampler(max_new_tokens=64)}
+    settings: dict[str, Any] = {"reward": Words(VOCABULARY), "sampler": Sampler(max_new_tokens=64)}
     print("| step | without, s | with, s | ratio of medians |")
     print("|---|--:|--:|--:|")
     for name, rows in (("supervised fine-tuning", 8), ("RLOO", 4), ("GradeSTE", 8)):  # RLOO: 4 prompts × 4 in two parts
         seed_everything(0, verbose=False)
-        module: LightningModule = FineTuning(policy())
+        module: LightningModule = FineTuning(policy(VOCABULARY))
         if name != "supervised fine-tuning":
-            module = {"RLOO": RLOO, "GradeSTE": GradeSTE}[name](policy=policy(), **settings)
+            module = {"RLOO": RLOO, "GradeSTE": GradeSTE}[name](policy=policy(VOCABULARY), **settings)
         clock = Switched()
         quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         trainer = Trainer(
             max_steps=steps, accumulate_grad_batches=PARTS, callbacks=[clock], enable_checkpointing=False, **quiet
         )
-        trainer.fit(module, DataLoader(Prompts(rows), batch_size=None))
+        trainer.fit(module, DataLoader(Prompts(rows, VOCABULARY), batch_size=None))
         without, with_it = (median(seconds) for seconds in clock.seconds)
         print(f"| {name} | {without:.3f} | {with_it:.3f} | {with_it / without:.3f} |", flush=True)
 

@@ -114,7 +114,7 @@ class Vocabulary:
 
     def _logits(self) -> Tensor:
         if self._whole is None:
-            with torch.set_grad_enabled(self.hidden.requires_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self.hidden.requires_grad):  # kept for later passes
                 self._whole = self.head(self.hidden, *self.parameters)
         return self._whole
 

@@ -1,0 +1,408 @@
+"""How long does a step take, and how much memory, beside TRL and beside GRADE unrolled?
+
+A step is all of it: sampling, reward, reference, loss, backward pass, optimizer. Every contestant trains the same GPT-2
+of random weights on the same number of completions (those with groups, four of each prompt), all of full length: the
+end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and both
+unrolled ones run in Lightning's Trainer, TRL's in its own with its own optimizer (no gradient checkpointing, no
+clipping); the reward is a table look-up. Ours always run the reference; TRL's only where β > 0.
+
+The unrolled ones have the gradient of `GradeSTE(estimator=Gumbel(), hops="exact", kl_prefix="policy")` by autograd
+through straight-through tokens: "cache" keeps one graph through the key-value cache; "as published" runs the whole
+prefix again at every step and computes it once more in the backward pass (`checkpoint`, one for each step).
+
+One step of each contestant in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
+of the ratio to another contestant of the same round. Memory is the peak in a process of its own, in the second step,
+above what was there before it without gradients (weights, reference, optimizer state): tensors on a GPU, else resident
+memory with the C library told to give freed tensors back at once.
+
+python benchmarks/step.py --rounds 5
+python benchmarks/step.py --rounds 1 --warm 0 --length 256 --only GradeSTE "unrolled, as published" --beside GradeSTE
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from threading import Semaphore, Thread
+from typing import Any
+
+import torch
+from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, model, note, policy, tokenizer, wait
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.nn.functional import gumbel_softmax
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import DynamicCache, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from grade_lightning.functional import divergences, sequences
+from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
+from grade_lightning.module import AlignmentModule, Experience, StepOutput
+from grade_lightning.rewards import DifferentiableReward, Scores
+from grade_lightning.rollouts import Rollout, Sampler
+
+GROUP, ENDLESS = 4, 10**6
+
+
+# ---- GRADE unrolled -----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Unrolling(Experience):
+    """Straight-through completions."""
+
+    logits: Tensor
+    """(B, T, V), with graph."""
+    reward: Tensor
+    """(B,), with graph."""
+
+
+class Unrolled(AlignmentModule):
+    """GRADE-STE by autograd: the sampled token, as a straight-through Gumbel-softmax, is the next input.
+
+    Args:
+        cached: keep keys and values, and with them the graph; else run the whole prefix again at every step.
+        tau: temperature τ of the relaxed tokens.
+        beta: coefficient β of the exact KL.
+        **kwargs: those of :class:`~grade_lightning.module.AlignmentModule`.
+    """
+
+    backpropagates_reward = True
+
+    def __init__(self, cached: bool, tau: float = 1.0, beta: float = 0.002, **kwargs: Any) -> None:
+        super().__init__(beta=beta, optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4), **kwargs)
+        self.cached, self.tau = cached, tau
+
+    def explore(self, batch: dict[str, Any]) -> Unrolling:
+        """Sample with one graph; the reward is read once, of the straight-through tokens."""
+        assert isinstance(self.reward, DifferentiableReward)
+        prompts, table = batch["input_ids"], self.reward.table()
+        logits, tokens = (torch.stack(steps, dim=1) for steps in zip(*self.unroll(prompts), strict=True))
+        ids, mask = tokens.argmax(-1), torch.ones_like(tokens[..., 0], dtype=torch.bool)
+        embeddings = torch.cat([table[prompts], tokens.to(table.dtype) @ table], dim=1)
+        reward = self.reward.score_embeddings(embeddings, torch.cat([batch["attention_mask"], mask], dim=1))
+        rollout = Rollout(
+            prompt_ids=prompts,
+            prompt_mask=batch["attention_mask"],
+            completion_ids=ids,
+            completion_mask=mask,
+            logps=sequences.token_logps(logits.detach().float().log_softmax(-1), ids),
+            tokenizer=self.tokenizer,
+            eos_ids=self.policy.eos_ids,
+        )
+        return Unrolling(rollout, Scores(reward.detach(), {}), logits=logits, reward=reward)
+
+    def unroll(self, prompts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (B, V) and straight-through token (B, V) of each step."""
+        network, table, cache = self.policy.model, self.policy.base.get_input_embeddings().weight, DynamicCache()
+        assert isinstance(table, Tensor)
+        inputs = table[prompts]
+        for _ in range(self.sampler.max_new_tokens):
+            run = partial(network, use_cache=self.cached, logits_to_keep=1)
+            if self.cached:
+                logits = run(inputs_embeds=inputs, past_key_values=cache).logits[:, -1]
+            else:
+                logits = checkpoint(run, inputs_embeds=inputs, use_reentrant=False).logits[:, -1]
+            token = gumbel_softmax(logits, self.tau, hard=True)
+            yield logits, token
+            fed = (token @ table).unsqueeze(1)
+            inputs = fed if self.cached else torch.cat([inputs, fed], dim=1)
+
+    def loss(self, experience: Experience) -> StepOutput:
+        """Reward − β KL; the reference reads the sampled tokens, without a graph."""
+        assert isinstance(experience, Unrolling)
+        rollout = experience.rollout
+        inputs = self.policy.reference_embed(rollout.ids[:, :-1])
+        with torch.no_grad():
+            reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], rollout.completion_ids.shape[1])
+        logps, ref_logps = (self.sampler.log_distribution(x) for x in (experience.logits, reference))
+        kl = divergences.categorical_kl(logps, ref_logps)
+        log_ratio = sequences.token_logps(logps.detach() - ref_logps, rollout.completion_ids)
+        loss = self.beta * kl.sum(-1).mean() - experience.reward.mean()
+        return StepOutput(loss, rollout.logps, kl.detach(), sequences.entropy(logps.detach()), log_ratio)
+
+
+# ---- contestants: a training that waits for its turn before every step ----------------------------------------------
+
+
+class Contestant(ABC):
+    """A training in a thread of its own, one step at a time.
+
+    Args:
+        o: the settings.
+    """
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        self.o = o
+        self._go, self._done = Semaphore(0), Semaphore(0)
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self._began = self._seconds = 0.0
+
+    @abstractmethod
+    def train(self) -> None:
+        """Train without end, with :meth:`begin` and :meth:`end` around every step."""
+
+    @abstractmethod
+    def network(self) -> torch.nn.Module:
+        """What is trained."""
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        if self._thread is None:
+            self._thread = Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._seconds
+
+    def _run(self) -> None:
+        try:
+            self.train()
+        except BaseException as error:
+            self._error = error
+            self._done.release()
+
+    def begin(self) -> None:
+        """Wait for the turn, and start the clock."""
+        self._go.acquire()
+        wait(self.o.device)
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """Stop the clock, and hand the turn back."""
+        wait(self.o.device)
+        self._seconds = time.perf_counter() - self._began
+        self._done.release()
+
+
+class Ours(Contestant):
+    """A module of this library, or one made like them, in Lightning's Trainer."""
+
+    def __init__(self, o: argparse.Namespace, make: Callable[..., AlignmentModule], **settings: Any) -> None:
+        super().__init__(o)
+        seed_everything(o.seed, verbose=False)
+        self.rows = o.batch // settings.get("num_generations", 1)
+        sampler = Sampler(max_new_tokens=o.length)
+        self.module = make(
+            policy=policy(o.vocabulary, **size(o)), reward=Words(o.vocabulary), sampler=sampler, **settings
+        )
+
+    def train(self) -> None:
+        """By `Trainer.fit`."""
+        trainer = Trainer(
+            accelerator="gpu" if self.o.device == "cuda" else "cpu",
+            devices=1,
+            max_steps=ENDLESS,
+            callbacks=[Turns(self, self.module.visits)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        prompts = Prompts(self.rows, self.o.vocabulary, self.o.prompt)
+        trainer.fit(self.module, DataLoader(prompts, batch_size=None))
+
+    def network(self) -> torch.nn.Module:
+        """The module."""
+        return self.module
+
+
+class Turns(Callback):
+    """Begins and ends a step of a contestant, of as many batches as a window is visited."""
+
+    def __init__(self, contestant: Contestant, visits: int) -> None:
+        self.contestant, self.visits = contestant, visits
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin."""
+        if batch_idx % self.visits == 0:
+            self.contestant.begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End."""
+        if (batch_idx + 1) % self.visits == 0:
+            self.contestant.end()
+
+
+class TRL(Contestant):
+    """A trainer of TRL."""
+
+    def __init__(self, o: argparse.Namespace, name: str, beta: float) -> None:
+        super().__init__(o)
+        import datasets
+        import trl
+
+        seed_everything(o.seed, verbose=False)
+        self.folder = tempfile.TemporaryDirectory()  # the reference is read from it
+        model(o.vocabulary, **size(o)).save_pretrained(self.folder.name)
+        words, reward = tokenizer(o.vocabulary), Words(o.vocabulary)
+        ids = torch.randint(2, o.vocabulary, (1024, o.prompt))
+        prompts = [" ".join(words.convert_ids_to_tokens(row)) for row in ids.tolist()]
+
+        def share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            tokens = torch.tensor(completion_ids)
+            scores: list[float] = reward.score_embeddings(reward.table()[tokens], torch.ones_like(tokens)).tolist()
+            return scores
+
+        config = getattr(trl, f"{name}Config")(
+            output_dir=self.folder.name,
+            per_device_train_batch_size=o.batch,
+            num_generations=GROUP,
+            max_completion_length=o.length,
+            beta=beta,
+            num_iterations=1,
+            learning_rate=3e-4,
+            max_grad_norm=0.0,
+            max_steps=ENDLESS,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=o.device == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": o.dtype},
+        )
+        contestant = self
+
+        class Ticks(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                contestant.begin()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                contestant.end()
+
+        self.trainer = getattr(trl, f"{name}Trainer")(
+            model=self.folder.name,
+            reward_funcs=share,
+            args=config,
+            train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+            processing_class=words,
+            callbacks=[Ticks()],
+        )
+
+    def train(self) -> None:
+        """By its own `train`."""
+        self.trainer.train()
+
+    def network(self) -> torch.nn.Module:
+        """The policy."""
+        network: torch.nn.Module = self.trainer.model
+        return network
+
+
+CONTESTANTS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
+    "GradeSTE, hops 0": lambda o: Ours(o, GradeSTE, hops=0),
+    "GradeSTE": lambda o: Ours(o, GradeSTE),  # two hops
+    "GradeSTE, hops 4": lambda o: Ours(o, GradeSTE, hops=4),
+    "GradeSTE, exact": lambda o: Ours(o, GradeSTE, hops="exact"),
+    "Grade (soft)": lambda o: Ours(o, Grade),
+    "RLOO": lambda o: Ours(o, RLOO, num_generations=GROUP),
+    "GRPO": lambda o: Ours(o, GRPO, num_generations=GROUP),
+    "PPO, 4 updates": lambda o: Ours(o, PPO, num_generations=GROUP),
+    "unrolled, cache": lambda o: Ours(o, partial(Unrolled, cached=True)),
+    "unrolled, as published": lambda o: Ours(o, partial(Unrolled, cached=False)),
+    "TRL RLOO, β = 0": lambda o: TRL(o, "RLOO", 0.0),
+    "TRL RLOO, β = 0.05": lambda o: TRL(o, "RLOO", 0.05),
+    "TRL GRPO, β = 0": lambda o: TRL(o, "GRPO", 0.0),
+    "TRL GRPO, β = 0.04": lambda o: TRL(o, "GRPO", 0.04),
+}
+
+
+def size(o: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the model."""
+    dtype = getattr(torch, o.dtype)
+    return {"layers": o.layers, "width": o.width, "positions": o.prompt + o.length, "dtype": dtype}
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------
+
+
+def times(o: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
+    """Seconds of the steps of each contestant, one for each round."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    contestants = {name: CONTESTANTS[name](o) for name in names}
+    for turn in range(o.warm + o.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always the first
+            seconds = contestants[name].step()
+            note(f"round {turn + 1 - o.warm} of {o.rounds}, {name}: {seconds:.3f} s")
+            if turn >= o.warm:
+                found[name].append(seconds)
+    return found
+
+
+def peak(name: str) -> float:
+    """Megabytes of a contestant's step, from a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
+    run = subprocess.run(command, env=os.environ | HUGE_ALLOCATIONS, stdout=subprocess.PIPE, check=True, text=True)
+    megabytes: float = json.loads(run.stdout.splitlines()[-1])
+    note(f"memory, {name}: {megabytes:.0f} MB")
+    return megabytes
+
+
+def peak_here(o: argparse.Namespace, name: str) -> float:
+    """The same in this process."""
+    contestant = CONTESTANTS[name](o)
+    contestant.step()
+    contestant.network().zero_grad(set_to_none=True)
+    with Memory(o.device) as memory:
+        contestant.step()
+    return memory.peak / 1e6
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="CONTESTANT", default=list(CONTESTANTS))
+    parser.add_argument("--beside", nargs="+", choices=CONTESTANTS, metavar="CONTESTANT", default=["RLOO"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=2, help="steps of each that do not count")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, default=16, help="completions")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=8_000)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--no-memory", action="store_true", help="seconds alone")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if o.peak_of:
+        print(json.dumps(peak_here(o, o.peak_of)), flush=True)
+        os._exit(0)  # a training without end is waiting
+    found = times(o, o.only)
+    beside = [name for name in o.beside if name in found]
+    print("| step | s | " + "".join(f"× {name} | " for name in beside) + "tokens/s | memory, MB |")
+    print("|---" + "|--:" * (len(beside) + 3) + "|")
+    for name, seconds in found.items():
+        ratios = [median(x / y for x, y in zip(seconds, found[other], strict=True)) for other in beside]
+        memory = "" if o.no_memory else f"{peak(name):.0f}"
+        cells = [f"{median(seconds):.3f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        print(f"| {name} | {' | '.join(cells)} | {o.batch * o.length / median(seconds):.0f} | {memory} |", flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
