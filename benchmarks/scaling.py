@@ -4,9 +4,9 @@ The training pass is what follows sampling and reward: loss and backward pass, t
 the optimizer not. One of the four is varied at a time around `--at`, for GradeSTE and RLOO on a GPT-2 of 4 × 256 with
 random weights, prompts of 32 tokens and completions of full length. Seconds are medians over rounds, each of which
 goes through all settings once; each setting has its completions sampled once, and a first pass that does not count.
-Memory is the peak of a pass in a process of its own, after a first one, above what was there before it: weights,
-reference, one gradient of the parameters (which the pass adds to) and the completions. It is tensors on a GPU, else
-resident memory with the C library told to give freed tensors back at once.
+Memory is the peak of a pass in a process of its own, after a first one, above what was there before it (weights,
+reference, completions) and above one gradient of the parameters, which every method must have. It is tensors on a GPU,
+else resident memory with the C library told to give freed tensors back at once.
 
 Slopes are those of least-squares lines through the logarithms, between the ends that are given.
 
@@ -99,16 +99,18 @@ def times(o: argparse.Namespace, wanted: list[Setting]) -> Iterator[tuple[Settin
     for turn in range(o.rounds + 1):
         for setting in wanted:
             if setting not in passes:
-                shared = policies.setdefault(setting.vocabulary, setting.policy(o))
-                module = setting.module(shared)
+                if setting.vocabulary not in policies:
+                    policies[setting.vocabulary] = setting.policy(o)
+                module = setting.module(policies[setting.vocabulary])
                 passes[setting] = (module, setting.explore(module, o))
             module, experience = passes[setting]
             module.policy.zero_grad(set_to_none=True)
             wait(o.device)
-            began = time.perf_counter()
+            clock = time.process_time if o.clock == "cpu" else time.perf_counter
+            began = clock()
             module.loss(experience).loss.backward()
             wait(o.device)
-            seconds = time.perf_counter() - began
+            seconds = clock() - began
             note(f"round {turn} of {o.rounds}, {setting}: {seconds:.3f} s")
             if turn:
                 yield setting, seconds
@@ -128,12 +130,12 @@ def peak_here(o: argparse.Namespace, setting: Setting) -> float:
     """The same in this process."""
     module = setting.module(setting.policy(o))
     experience = setting.explore(module, o)
-    for p in module.policy.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
-    module.loss(experience).loss.backward()
-    with Memory(o.device) as memory:
-        module.loss(experience).loss.backward()
-    return memory.peak / 1e6
+    trained = [p for p in module.policy.parameters() if p.requires_grad]
+    for _ in range(2):  # the first one also loads code
+        module.policy.zero_grad(set_to_none=True)
+        with Memory(o.device) as memory:
+            module.loss(experience).loss.backward()
+    return (memory.peak - sum(p.numel() * p.element_size() for p in trained)) / 1e6
 
 
 def slope(values: dict[int, float], ends: tuple[int, int]) -> float:
@@ -176,9 +178,13 @@ def main() -> None:
     parser.add_argument("--ends", type=json.loads, default={"length": [64, 512]}, help="of the slopes, as JSON")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
+    parser.add_argument("--no-memory", action="store_true", help="seconds alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes that measure memory at the same time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of the process, for a busy machine"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--figure", type=Path, help="where to draw the results")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)
@@ -190,16 +196,18 @@ def main() -> None:
     wanted = settings(o)
     every = list(dict.fromkeys(setting for points in wanted.values() for setting in points))
     seconds: dict[Setting, list[float]] = {setting: [] for setting in every}
-    for setting, passed in times(o, every):
+    for setting, passed in times(o, every) if o.rounds else ():
         seconds[setting].append(passed)
-    with ThreadPoolExecutor(o.jobs) as pool:
-        megabytes = dict(zip(every, pool.map(peak, every), strict=True))
+    megabytes = dict.fromkeys(every, math.nan)
+    if not o.no_memory:
+        with ThreadPoolExecutor(o.jobs) as pool:
+            megabytes = dict(zip(every, pool.map(peak, every), strict=True))
     found: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for axis, points in wanted.items():
         found[axis] = {}
         print(f"\n| {axis} | " + " | ".join(f"{m}, s | {m}, MB" for m in METHODS) + " |\n|--:" + "|--:" * 4 + "|")
         for setting in points:
-            figures = (median(seconds[setting]), megabytes[setting])
+            figures = (median(seconds[setting] or [math.nan]), megabytes[setting])
             found[axis].setdefault(setting.method, {})[getattr(setting, axis)] = figures
         for value in getattr(o, axis):
             cells = [found[axis].get(method, {}).get(value) for method in METHODS]
