@@ -164,7 +164,7 @@ class GradientVariance(Callback):
         if micro:
             # Lightning divides each loss by the number of micro-batches, also where an epoch ends before all are there
             parts, asked = len(micro), trainer.accumulate_grad_batches
-            small = torch.stack(micro).mean() * asked**2
+            small = trainer.strategy.reduce(torch.stack(micro).mean(), reduce_op="mean") * asked**2
             big = norms.square().sum() * (asked / parts) ** 2
             self._steps.append((small, big, parts * trainer.world_size))
         else:
@@ -178,14 +178,15 @@ class GradientVariance(Callback):
 
     def _passive(self, trainer: Trainer) -> dict[str, float]:
         """The figures of the latest steps together; none where nothing was averaged."""
-        groups = [count for _, _, count in self._steps]
+        groups = [parts for _, _, parts in self._steps]
         if not groups or min(groups) < 2:
             return {}
-        small, big = (torch.stack([step[i] for step in self._steps]) for i in (0, 1))
-        small = trainer.strategy.reduce(small, reduce_op="mean")
-        found = [moments_from_norms(a, b, n) for a, b, n in zip(small.double(), big.double(), groups, strict=True)]
-        variance = torch.stack([m.trace / n for m, n in zip(found, groups, strict=True)]).cpu()
-        signal = torch.stack([m.squared_norm for m in found]).cpu()
+        device = trainer.strategy.root_device  # where those of a checkpoint are not
+        norms = torch.stack([torch.stack([small.to(device), big.to(device)]) for small, big, _ in self._steps])
+        pairs = zip(*norms.cpu().double().unbind(1), groups, strict=True)
+        found = [(moments_from_norms(small, big, parts), parts) for small, big, parts in pairs]
+        variance = torch.stack([one.trace / parts for one, parts in found])
+        signal = torch.stack([one.squared_norm for one, _ in found])
         finite = variance.isfinite() & signal.isfinite()  # an overflow in 16 bits
         noise = ratio_interval(variance[finite], signal[finite])
         return {"grad/variance": float(variance[finite].mean())} | _named("grad", _ratios(noise, self._rows))
