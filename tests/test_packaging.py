@@ -108,3 +108,16 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grade_lightning").rglob("*.py")}
     sources |= {f"grade_lightning_cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python blocks after an `example` mark, as they stand."""
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"<!-- example -->\n```python\n(.*?)```", path.read_text(), re.DOTALL):
+        exec(compile(code, str(path), "exec"), {"__name__": "__main__"})
+    assert not list(tmp_path.iterdir())  # the reader's folder stays clean
+
+
+def test_there_is_an_example() -> None:
+    assert any("<!-- example -->" in path.read_text() for path in DOCUMENTS)

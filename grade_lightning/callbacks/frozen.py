@@ -5,16 +5,22 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
-_OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, Trainer)
+_OPAQUE = (
+    *(type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, Trainer),
+    *(Logger, SummaryWriter, Queue, Thread),  # other threads are at work on them
+)
 
 
 @contextmanager
@@ -25,15 +31,16 @@ def frozen(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     outside of the module (files, other processes, generators of Python's `yield` kind) is not put back either.
     """
     loggers, states = trainer.loggers, Snapshot(module)
-    with isolate_rng():
-        try:
-            trainer.loggers = [DummyLogger() for _ in loggers]
-            # found before the class's own; the snapshot removes them again
-            vars(module).update(log=_ignore, log_dict=_ignore)
-            yield
-        finally:
-            states.restore()
-            trainer.loggers = loggers
+    random_states = _collect_rng_states()  # `isolate_rng` forgets them at an exception
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        # found before the class's own; the snapshot removes them again
+        vars(module).update(log=_ignore, log_dict=_ignore)
+        yield
+    finally:
+        trainer.loggers = loggers
+        _set_rng_states(random_states)
+        states.restore()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -77,42 +84,49 @@ class Snapshot:
 
     def _remember(self, value: Any) -> list[object]:
         """Note how to put a value back; return what it holds."""
+        held: list[object] = []
         if isinstance(value, Tensor):
             self._remember_tensor(value)
         elif isinstance(value, np.ndarray):
             copy = value.copy()
-            self._undo.append(lambda: np.copyto(value, copy))
+            self._undo.append(lambda: np.copyto(value, copy) if value.flags.writeable else None)
+            held = list(value.flat) if value.dtype.hasobject else []
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._undo.append(lambda: value.set_state(state))
         elif isinstance(value, random.Random):
             version = value.getstate()
             self._undo.append(lambda: value.setstate(version))
+        elif isinstance(value, np.random.RandomState):
+            old = value.get_state()
+            self._undo.append(lambda: value.set_state(old))
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator.state
             self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
         elif isinstance(value, (list, deque)):
-            rows = list(value)
-            self._undo.append(lambda: _refill(value.clear, value.extend, rows))
-            return rows
+            held = list(value)
+            self._undo.append(lambda rows=list(value): _refill(value.clear, value.extend, rows))
         elif isinstance(value, set):
-            members = set(value)
-            self._undo.append(lambda: _refill(value.clear, value.update, members))
-        elif isinstance(value, tuple):
-            return list(value)
+            held = list(value)
+            self._undo.append(lambda members=set(value): _refill(value.clear, value.update, members))
+        elif isinstance(value, (tuple, frozenset)):
+            held = list(value)
         elif isinstance(value, dict):
-            return self._remember_items(value)
-        held = self._remember_items(vars(value)) if hasattr(value, "__dict__") else []
+            held = self._remember_items(value)
+        if hasattr(value, "__dict__"):
+            held = held + self._remember_items(vars(value))
         return held + self._remember_slots(value)
 
     def _remember_tensor(self, value: Tensor) -> None:
-        copy = value.detach().clone()
-        version = None if value.is_inference() else value._version
+        # its version would not tell: batch norm and `.data` do not move it
+        same, copy = value.detach(), value.detach().clone()
 
         def undo() -> None:
-            if version is None or value._version != version:
-                with torch.inference_mode(version is None), torch.no_grad():
-                    value.copy_(copy)
+            with torch.no_grad():
+                if value.shape != same.shape or (value.layout == torch.strided and value.data_ptr() != same.data_ptr()):
+                    value.data = same
+                if not torch.equal(same, copy):
+                    same.copy_(copy)
 
         self._undo.append(undo)
 
@@ -127,23 +141,32 @@ class Snapshot:
         return list(items.values())
 
     def _remember_slots(self, value: object) -> list[object]:
-        names = [
-            name
+        slots = [
+            slot
             for kind in type(value).__mro__
-            for name in [getattr(kind, "__slots__", ())]
-            for name in ([name] if isinstance(name, str) else name)
-            if name not in ("__dict__", "__weakref__")
-            and isinstance(kind.__dict__.get(name), types.MemberDescriptorType)
+            for slot in vars(kind).values()
+            if isinstance(slot, types.MemberDescriptorType) and slot.__objclass__ is kind and "__slots__" in vars(kind)
         ]
-        held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        held = [(slot, slot.__get__(value)) for slot in slots if _is_set(slot, value)]
 
         def undo() -> None:
-            for name, item in held.items():
-                object.__setattr__(value, name, item)
+            for slot in slots:
+                if _is_set(slot, value):
+                    slot.__delete__(value)
+            for slot, item in held:
+                slot.__set__(value, item)
 
-        if held:
+        if slots:
             self._undo.append(undo)
-        return list(held.values())
+        return [item for _, item in held]
+
+
+def _is_set(slot: types.MemberDescriptorType, value: object) -> bool:
+    try:
+        slot.__get__(value)
+    except AttributeError:
+        return False
+    return True
 
 
 def _refill(clear: Callable[[], None], fill: Callable[[Any], None], content: Any) -> None:

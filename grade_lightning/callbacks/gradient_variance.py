@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -95,6 +96,8 @@ class GradientVariance(Callback):
         Raises:
             InputError: the module optimizes by hand, or no process has whole gradients to probe.
         """
+        self._micro.clear()  # of a run that was broken off
+        self._norms.clear()
         if not pl_module.automatic_optimization:
             raise InputError(
                 f"GradientVariance: {type(pl_module).__name__} sets automatic_optimization = False, so nobody but "
@@ -111,7 +114,7 @@ class GradientVariance(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch what is trained; probe when it is time."""
         if not self._micro:
-            self._watch(pl_module)
+            self._watch(trained(pl_module, trainer.optimizers[0]))
         due = self.probe_every_n_steps > 0 and trainer.global_step // self.probe_every_n_steps > self._probed
         self._rows = self._rows_of_step(trainer, pl_module, batch)
         begins = batch_idx % math.lcm(trainer.accumulate_grad_batches, getattr(pl_module, "visits", 1)) == 0
@@ -127,9 +130,9 @@ class GradientVariance(Callback):
         except ValueError:  # a batch of texts, say
             return math.nan
 
-    def _watch(self, module: LightningModule) -> None:
+    def _watch(self, named: dict[str, Parameter]) -> None:
         """A hook on a parameter sees the gradient of one micro-batch on one process, before it is added to others."""
-        parameters = list(trained(module).values())
+        parameters = list(named.values())
         if [id(p) for p in parameters] != self._watched:
             self._unwatch()
             self._watched = [id(p) for p in parameters]
@@ -139,6 +142,14 @@ class GradientVariance(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles, self._watched = [], []
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the parameters alone."""
+        self._unwatch()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the parameters alone."""
+        self._unwatch()
 
     def _see(self, index: int, gradient: Tensor) -> None:
         if not self._probing:
@@ -154,7 +165,7 @@ class GradientVariance(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The gradient of a step is complete, averaged and not yet clipped."""
-        gradients = [p.grad for p in trained(pl_module).values() if p.grad is not None]
+        gradients = [p.grad for p in trained(pl_module, optimizer).values() if p.grad is not None]
         micro, self._micro = self._micro, []
         if not gradients:
             return
@@ -164,9 +175,10 @@ class GradientVariance(Callback):
         if micro:
             # Lightning divides each loss by the number of micro-batches, also where an epoch ends before all are there
             parts, asked = len(micro), trainer.accumulate_grad_batches
-            small = torch.stack(micro).mean() * asked**2
+            small = trainer.strategy.reduce(torch.stack(micro).mean(), reduce_op="mean") * asked**2
             big = norms.square().sum() * (asked / parts) ** 2
-            self._steps.append((small, big, parts * trainer.world_size))
+            if parts * trainer.world_size > 1:
+                self._steps.append((small, big, parts * trainer.world_size))
         else:
             rank_zero_warn(
                 f"GradientVariance: under {type(trainer.strategy).__name__} no gradient of a single micro-batch is "
@@ -178,14 +190,15 @@ class GradientVariance(Callback):
 
     def _passive(self, trainer: Trainer) -> dict[str, float]:
         """The figures of the latest steps together; none where nothing was averaged."""
-        groups = [count for _, _, count in self._steps]
-        if not groups or min(groups) < 2:
+        groups = [parts for _, _, parts in self._steps]
+        if not groups:
             return {}
-        small, big = (torch.stack([step[i] for step in self._steps]) for i in (0, 1))
-        small = trainer.strategy.reduce(small, reduce_op="mean")
-        found = [moments_from_norms(a, b, n) for a, b, n in zip(small.double(), big.double(), groups, strict=True)]
-        variance = torch.stack([m.trace / n for m, n in zip(found, groups, strict=True)]).cpu()
-        signal = torch.stack([m.squared_norm for m in found]).cpu()
+        device = trainer.strategy.root_device  # where those of a checkpoint are not
+        norms = torch.stack([torch.stack([small.to(device), big.to(device)]) for small, big, _ in self._steps])
+        pairs = zip(*norms.cpu().double().unbind(1), groups, strict=True)
+        found = [(moments_from_norms(small, big, parts), parts) for small, big, parts in pairs]
+        variance = torch.stack([one.trace / parts for one, parts in found])
+        signal = torch.stack([one.squared_norm for one, _ in found])
         finite = variance.isfinite() & signal.isfinite()  # an overflow in 16 bits
         noise = ratio_interval(variance[finite], signal[finite])
         return {"grad/variance": float(variance[finite].mean())} | _named("grad", _ratios(noise, self._rows))
@@ -203,6 +216,7 @@ class GradientVariance(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
+        self._steps.clear()
         self._steps.extend((torch.tensor(small), torch.tensor(big), n) for small, big, n in state_dict["steps"])
         self.history = list(state_dict["history"])
         self._probed = state_dict["probed"]
@@ -270,7 +284,7 @@ class GradientVariance(Callback):
 
 def _ratios(noise: Interval, rows: float) -> dict[str, float]:
     """All figures that are functions of variance / |G|² alone."""
-    estimate, low, high = (float(x) for x in noise)
+    estimate, low, high = (float(x.clamp(min=0)) for x in noise)  # by rounding it may be less
     return {
         "relative_std": math.sqrt(estimate),
         "relative_std_low": math.sqrt(low),

@@ -1,13 +1,14 @@
 """Independent gradients at frozen parameters, by the module's own training step."""
 
-import inspect
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,12 +50,19 @@ def probe(
         prompts: blocks of rows that the batch is divided into, at most one for each row.
         draws: gradients of each block.
         sketch: numbers that are kept of each layer's gradient; None: all.
+
+    Raises:
+        InputError: the batch has no rows to divide, or the training step returns no loss.
     """
-    rows = int(trainer.strategy.reduce(torch.tensor(batch_rows(batch), device=module.device), reduce_op="min"))
+    try:
+        count = torch.tensor(batch_rows(batch), device=module.device)
+    except ValueError as error:
+        raise InputError(f"GradientVariance: {error}; set probe_every_n_steps to 0") from error
+    rows = int(trainer.strategy.reduce(count, reduce_op="min"))
     blocks = min(prompts, rows)
     size = rows // blocks
     key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), "probe", trainer.global_step)
-    named = trained(module)
+    named = trained(module, trainer.optimizers[0])
     metrics: list[Sequence[Tensor | None]] = [[None] * len(named)]
     adam = _adam_scales(trainer.optimizers[0], list(named.values()))
     metrics += [adam] if adam else []
@@ -68,6 +76,7 @@ def probe(
             for draw in range(draws):
                 seed = hash_seed(*key, trainer.global_rank, block, draw)
                 random.seed(seed)
+                np.random.seed(seed % 2**32)
                 torch.manual_seed(seed)
                 gradients = list(_gradients(trainer, module, part, batch_idx, list(named.values())))
                 for scales, vectors in zip(metrics, kept, strict=True):
@@ -81,9 +90,10 @@ def probe(
     return Probed(products[0], products[1] if adam else {}, blocks * trainer.world_size, size)
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require grad, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+def trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer trains, by name."""
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in given}
 
 
 def layer_of(name: str) -> str:
@@ -118,8 +128,8 @@ def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     if callable(draw := getattr(module, "draw_loss", None)):
         drawn: Tensor = draw(batch)
         return drawn
-    wanted = inspect.signature(module.training_step).parameters
-    output = module.training_step(batch, batch_idx) if "batch_idx" in wanted else module.training_step(batch)
+    indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning asks
+    output = module.training_step(batch, batch_idx) if indexed else module.training_step(batch)
     loss = output["loss"] if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise InputError(f"GradientVariance: {type(module).__name__}.training_step returned no loss to differentiate")

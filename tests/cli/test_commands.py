@@ -105,7 +105,8 @@ def documented(kind: str) -> set[str]:
     """Names in the table of docs/metrics.md, without the test stage."""
     names = set()
     for line in (DOCS / "metrics.md").read_text().splitlines():
-        if line.startswith("| `") and (line.count("|") == 4 or "GradeSTE" in line):  # with those of the method
+        logged_by = line.rstrip("| ").rpartition("|")[2]  # with those of the method and of the callback
+        if line.startswith("| `") and (line.count("|") == 4 or re.search("GradeSTE|GradientVariance", logged_by)):
             first, unit = line.split("|")[1:3]
             if {"text": "text", "histogram": "histogram"}.get(unit.strip(), "scalar") == kind:
                 names.update(re.findall(r"`([^`]+)`", first))
