@@ -10,13 +10,14 @@ python benchmarks/variance.py OUT --policy MODEL --reward REWARD --train imdb_tr
 
 import argparse
 import json
-import sys
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import note
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,25 +26,26 @@ from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough
 from grade_lightning.functional.moments import Alignment, alignment, gram, jackknife, ratio_interval
 from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE, Reinforce
-from grade_lightning.module import AlignmentModule, hash_seed, repeat_prompts, slice_rows
+from grade_lightning.module import AlignmentModule, hash_seed
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import ClassifierReward
 from grade_lightning.rollouts import Sampler
+from grade_lightning.rows import repeat_prompts, slice_rows
 from grade_lightning.schedules import Constant
 
+COLUMNS = {
+    "relative_std": r"noise √tr Σ / \|G\|",
+    "snr": "SNR",
+    "cosine": "cosine of the mean",
+    "cosine_of_one": "cosine of one",
+    "scaled_error": "error, best scale",
+    "length": r"\|G\| / \|R\|",
+}
 Make = Callable[..., AlignmentModule]
 QUANTITIES: dict[str, Callable[[Alignment], Tensor]] = {
     "cosine": lambda a: a.cosine,
     "cosine_of_one": lambda a: a.cosine_of_one,
     "scaled_error": lambda a: a.scaled_error,
-}
-COLUMNS = {
-    "relative_std": "noise √tr Σ / \\|G\\|",
-    "snr": "SNR",
-    "cosine": "cosine of the mean",
-    "cosine_of_one": "cosine of one",
-    "length": "\\|G\\| / \\|R\\|",
-    "scaled_error": "error, best scale",
 }
 
 
@@ -200,9 +202,18 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(' ', '').replace('=', '')}.json"
 
 
-def note(text: str) -> None:
-    """Say how far it is."""
-    print(text, file=sys.stderr, flush=True)
+def interval(middle: float, low: float, high: float) -> str:
+    """A ratio with its interval; ∞ has no upper end, ? is not resolved."""
+    return f"{_short(middle)} ({_short(low)} … {_short(high)})"
+
+
+def _short(x: float) -> str:
+    return "?" if math.isnan(x) else "∞" if math.isinf(x) else f"{x:.2g}" if abs(x) < 10 else f"{x:.0f}"
+
+
+def centred(middle: float, low: float, high: float, digits: int = 2) -> str:
+    """A figure and half its interval."""
+    return "–" if math.isnan(middle) else f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
 def main() -> None:
@@ -233,8 +244,8 @@ def main() -> None:
     o = parser.parse_args()
     bench = Bench(o)
     references = bench.references()
-    print("| estimator | " + " | ".join(COLUMNS.values()) + " | across tensors | s |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
+    print("| estimator | " + " | ".join(COLUMNS.values()) + " | published |")
+    print("|---" + "|--:" * (len(COLUMNS) + 1) + "|")
     for name, (make, settings) in estimators(o.completions).items():
         if o.only not in name:
             continue
@@ -243,8 +254,9 @@ def main() -> None:
             draws = 3 if settings.get("hops") == "exact" else 3 * o.draws if "num_generations" in settings else o.draws
             file.write_text(json.dumps(bench.measure(make, settings, references, draws)))
         found = json.loads(file.read_text())
-        cells = [f"{x:.3g} ({low:.3g} … {high:.3g})" for x, low, high in (found[q] for q in COLUMNS)]
-        cells += [f"{found['across_tensor_std']:.3g}", f"{found['seconds']:.2f}"]
+        cells = [(centred if q in QUANTITIES else interval)(*found[q]) for q in COLUMNS]
+        cells[-2] = centred(*found["scaled_error"], digits=3)  # near 1
+        cells.append(f"{found['across_tensor_std']:.3g}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     if o.figure:
         draw([o.out, *o.beside], o.figure)

@@ -16,10 +16,11 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy, sequences
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
-from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput, repeat_prompts
+from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import Reward, Scores
 from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rows import repeat_prompts
 
 
 @dataclass

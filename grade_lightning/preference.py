@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grade_lightning.errors import InputError
-from grade_lightning.module import AlignmentModule, Experience, StepOutput, repeat_prompts
+from grade_lightning.module import AlignmentModule, Experience, StepOutput
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rows import repeat_prompts
 
 
 class PreferenceModule(AlignmentModule):

@@ -24,7 +24,7 @@ from grade_lightning.functional.moments import (
     ratio_interval,
     variance_components,
 )
-from grade_lightning.module import batch_rows
+from grade_lightning.rows import batch_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ class GradientVariance(Callback):
     bit for bit as it is (:func:`~grade_lightning.callbacks.frozen.frozen`).
 
     All figures are of the gradient of one optimizer step, before clipping: its variance is the trace of its covariance.
-    `docs/metrics.md` lists them. Intervals are of 95 %; NaN says that the signal is not resolved.
+    `docs/gradient_variance.md` lists them. Intervals are of 95 %; NaN says that the signal is not resolved.
 
     Args:
         window: optimizer steps over which the passive figures are averaged.
@@ -323,14 +323,14 @@ def draw_noise(
         left.legend()
     parts = [name.split(".") for name in shares]
     common = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
-    names = [".".join(part[min(common, len(part) - 1) :]) for part in parts][::-1]
-    shares = dict(zip(names, reversed(shares.values()), strict=True))
-    start = torch.zeros(len(names))
+    rows = range(len(shares))[::-1]  # the first on top
+    start = torch.zeros(len(shares))
     for index, (label, colour) in enumerate((("sampling", "#0072B2"), ("prompts", "#E69F00"))):
-        values = torch.tensor([shares[name][index] for name in names]).nan_to_num().clamp(min=0)
-        right.barh(names, values, left=start, label=label, color=colour)
+        values = torch.tensor([share[index] for share in shares.values()]).nan_to_num().clamp(min=0)
+        right.barh(rows, values, left=start, label=label, color=colour)
         start = start + values
     right.set(xlabel="variance of a step's gradient (trace of the covariance)")
+    right.set_yticks(rows, [".".join(part[min(common, len(part) - 1) :]) for part in parts])
     right.set_title(f"where it is, step {int(steps[-1])}")
     right.tick_params(axis="y", labelsize="small")
     right.legend()

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from grade_lightning.callbacks.frozen import frozen
 from grade_lightning.errors import InputError
 from grade_lightning.functional.moments import count_sketch, gram
-from grade_lightning.module import batch_rows, hash_seed, slice_rows
+from grade_lightning.module import hash_seed
+from grade_lightning.rows import batch_rows, slice_rows
 
 
 class Probed(NamedTuple):

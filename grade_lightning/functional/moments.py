@@ -237,11 +237,8 @@ def jackknife(statistic: Callable[[Tensor], Tensor], units: int, level: float = 
         >>> [round(float(x), 3) for x in jackknife(lambda rows: data[rows].mean(), 3)]
         [2.0, -0.484, 4.484]
     """
-    return _student(statistic(torch.arange(units)), pseudo_values(statistic, units), level)
-
-
-def _student(estimate: Tensor, values: Tensor, level: float) -> Interval:
-    half = student_quantile(level, len(values) - 1) * values.std(0) / math.sqrt(len(values))
+    estimate, values = statistic(torch.arange(units)), pseudo_values(statistic, units)
+    half = student_quantile(level, units - 1) * values.std(0) / math.sqrt(units)
     return Interval(estimate, estimate - half, estimate + half)
 
 

@@ -9,10 +9,10 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
-from grade_lightning.module import slice_rows
 from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import Scores
 from grade_lightning.rollouts import Rollout
+from grade_lightning.rows import slice_rows
 
 
 class DAPO(PolicyGradientModule):

@@ -338,12 +338,15 @@ def _head(model: Any) -> tuple[Head, list[Tensor], int]:
 
     def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
         below = model.base_model
+        own = vars(below).get("forward")  # somebody may have wrapped it
         below.forward = lambda *args, **kwargs: _Below(hidden.unsqueeze(0))
         try:
             state = dict(zip(names, parameters, strict=True))
             logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
         finally:
             del below.forward
+            if own is not None:
+                below.forward = own
         return logits.squeeze(0)
 
     return head, list(output.parameters()), output.weight.shape[0]

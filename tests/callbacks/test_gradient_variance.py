@@ -1097,10 +1097,16 @@ def test_a_figure_of_anything(history: list[Any]) -> None:
     draw_noise(figure, history, {"net.0": (1.0, NAN), "net.1": (0.5, -0.1)})
     FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
     left, right = figure.axes
-    assert [text.get_text() for text in right.get_yticklabels()] == ["1", "0"]
-    widths = [bar.get_width() for bar in cast(Any, right.patches)]
-    assert widths == [0.5, 1.0, 0.0, 0.0]
+    assert [text.get_text() for text in right.get_yticklabels()] == ["0", "1"]
+    bars = [(bar.get_y() + 0.4, bar.get_width()) for bar in cast(Any, right.patches)]
+    assert bars == [(1, 1.0), (0, 0.5), (1, 0.0), (0, 0.0)]
     assert left.get_xlabel() == "optimizer step"
+
+
+def test_layers_whose_short_names_are_the_same_keep_their_bars() -> None:
+    figure = Figure(layout="constrained")
+    draw_noise(figure, [(0, 1.0, 0.5, 2.0)], {"a": (1.0, 0.0), "a.a": (2.0, 0.0)})
+    assert [bar.get_width() for bar in cast(Any, figure.axes[1].patches)][:2] == [1.0, 2.0]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from grade_lightning.kl import KL
 from grade_lightning.methods import DAPO, GRPO, PPO, Reinforce, ReinforcePlusPlus
-from grade_lightning.module import slice_rows
 from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Rollout
+from grade_lightning.rows import slice_rows
 from tests.cli.conftest import Shelf, assert_same, checkpoint, scalar, version
 from tests.methods.test_contract import Toy
 from tests.test_policy_gradient import Watch, build, distance, loader, own_weights, prompts

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import DAPO
-from grade_lightning.module import slice_rows
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Rollout
+from grade_lightning.rows import slice_rows
 from tests.methods.test_contract import trainer
 from tests.test_policy_gradient import Numbered, Prescribed, Watch, build, data, distance, prompts, run
 

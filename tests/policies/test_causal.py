@@ -95,6 +95,21 @@ def test_hidden_states_are_what_the_logits_are_made_of(name: str, lora: bool) ->
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
 
+def test_a_forward_that_somebody_has_wrapped_stays_wrapped() -> None:
+    policy, prompts = make_policy("gpt2", False), make_prompts()
+    below: Any = policy.base.base_model
+    plain, calls = below.forward, list[int]()
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    below.forward = wrapped
+    for turn in (1, 2):
+        policy(policy.embed(prompts["input_ids"]), prompts["attention_mask"], 3)
+        assert len(calls) == turn
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_value_head_takes_the_hidden_states_of_any_policy(dtype: torch.dtype) -> None:
     """Zero at first; then its weights times the hidden state plus its bias, in its own precision."""
