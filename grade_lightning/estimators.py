@@ -1,7 +1,6 @@
 """How a sampled token passes its gradient on: objects to choose from in YAML around the pure functions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,30 +10,34 @@ from grade_lightning.functional import estimators, gumbel
 
 
 class TokenEstimator(ABC):
-    """Chooses the linear map from a token's adjoint to a cotangent on the logits."""
+    """Maps a token's adjoint to a cotangent on the logits that it was sampled from; linear in the adjoint."""
 
     @abstractmethod
-    def linearise(
-        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """Draw what noise there is and return the map.
+    def cotangent(
+        self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Of some positions.
 
         Args:
-            logps: normalised log-probabilities of the sampled distribution, (…, V), float32 or better, no graph.
-            tokens: the sampled tokens, (…).
+            logits: of the sampled distribution, (n, V), float32 or better, no graph; −inf for a masked token.
+            tokens: the sampled tokens, (n,).
+            adjoint: gradient at the one-hot tokens, (n, V).
             tau: temperature of the relaxation.
-            generator: of the noise; each hop starts it anew, so that all share the same.
+            generator: of the noise, if there is any; each hop starts it anew, so that all share the same.
+
+        Returns:
+            (n, V).
         """
 
 
 class StraightThrough(TokenEstimator):
     """The token is treated as its softmax: no further noise. See :func:`~.functional.estimators.straight_through`."""
 
-    def linearise(
-        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def cotangent(
+        self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Softmax at temperature τ."""
-        return lambda adjoint: estimators.straight_through(logps, adjoint, tau)
+        return estimators.straight_through(logits, adjoint, tau)
 
 
 class Gumbel(TokenEstimator):
@@ -49,26 +52,21 @@ class Gumbel(TokenEstimator):
             raise InputError(f"estimator.draws = {draws}: must be at least 1")
         self.draws = draws
 
-    def linearise(
-        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def cotangent(
+        self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Relaxed tokens at the restored noise."""
-        relaxed = torch.stack(
-            [
-                gumbel.relaxed_tokens(
-                    gumbel.posterior_scores(logps, tokens, gumbel.exponential_noise(logps, generator)), tau
-                )
-                for _ in range(self.draws)
-            ]
-        )
-        return lambda adjoint: estimators.straight_through_gumbel(relaxed, adjoint, tau)
+        logps = logits.log_softmax(-1)
+        noise = (gumbel.exponential_noise(logps, generator) for _ in range(self.draws))
+        relaxed = [gumbel.relaxed_tokens(gumbel.posterior_scores(logps, tokens, drawn), tau) for drawn in noise]
+        return estimators.straight_through_gumbel(torch.stack(relaxed), adjoint, tau)
 
 
 class ReinMax(TokenEstimator):
     """Second-order straight-through. See :func:`~.functional.estimators.reinmax`."""
 
-    def linearise(
-        self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def cotangent(
+        self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Heun's midpoint at temperature τ."""
-        return lambda adjoint: estimators.reinmax(logps, tokens, adjoint, tau)
+        return estimators.reinmax(logits, tokens, adjoint, tau)

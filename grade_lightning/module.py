@@ -6,8 +6,9 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -58,6 +59,32 @@ class Measured:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in found.items()}
         return Measured(**mapped)
+
+    @classmethod
+    def of(cls, rollout: Rollout, columns: tuple[Tensor, ...]) -> "Measured":
+        """Put what :func:`figures` found where it belongs."""
+        logps, whole, kl, entropy, ref_logps = (rollout.unpacked(column) for column in columns)
+        return cls(logps=logps, log_ratio=whole - ref_logps, kl=kl, entropy=entropy, ref_logps=ref_logps)
+
+
+def figures(sampled: Tensor, dist: Tensor, reference: Callable[[], Tensor], tokens: Tensor) -> Iterator[Tensor]:
+    """What is measured at each of n positions, one after another, each (n,).
+
+    Args:
+        sampled: log-probabilities of the distribution that was sampled, (n, V).
+        dist: the same without truncation.
+        reference: makes those of the reference; called when it is their turn.
+        tokens: the sampled tokens, (n,).
+
+    Yields:
+        log π of the tokens as sampled; log π without truncation; exact KL; entropy; log π_ref.
+    """
+    yield sequences.token_logps(sampled, tokens)
+    yield sequences.token_logps(dist, tokens)
+    ref_dist = reference()
+    yield divergences.categorical_kl(dist, ref_dist)
+    yield sequences.entropy(dist)
+    yield sequences.token_logps(ref_dist, tokens)
 
 
 @dataclass
@@ -424,38 +451,34 @@ class AlignmentModule(TrainableModule, ABC):
     def _measured(self, rollout: Rollout, hidden: Tensor, known: Measured | None, exact_graph: bool) -> Measured:
         vocabulary = self.policy.vocabulary(rollout.packed(hidden))
         if known is not None:
-            logps = vocabulary.map(lambda logits, rows: self._token_logps(rollout, logits, rows).unsqueeze(-1))
-            return replace(known, logps=rollout.unpacked(logps).squeeze(-1))
-        names = [f.name for f in fields(Measured) if f.name != "values"]
-        columns = vocabulary.map(self._figures(rollout, self._reference(rollout), exact_graph))
-        return Measured(**dict(zip(names, rollout.unpacked(columns).unbind(-1), strict=True)))
-
-    def _distribution(self, rollout: Rollout, logits: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities of what was sampled at some of the valid positions, (n, V)."""
-        positions = rollout.valid[rows] % rollout.completion_ids.shape[1]
-        return self.sampler.logits(logits, rollout.eos_ids, rollout.tokens[rows], positions).log_softmax(-1)
-
-    def _token_logps(self, rollout: Rollout, logits: Tensor, rows: slice) -> Tensor:
-        return sequences.token_logps(self._distribution(rollout, logits, rows), rollout.tokens[rows])
+            (logps,) = vocabulary.map(lambda logits, rows: islice(self._figures(rollout, logits, rows), 1))
+            return replace(known, logps=rollout.unpacked(logps))
+        reference = self._reference(rollout)
+        columns = vocabulary.map(
+            lambda logits, rows: self._figures(rollout, logits, rows, reference),
+            differentiable=3 if exact_graph else 2,
+        )
+        return Measured.of(rollout, columns)
 
     def _figures(
-        self, rollout: Rollout, reference: Vocabulary, exact_graph: bool = False
-    ) -> Callable[[Tensor, slice], Tensor]:
-        """Makes all of :class:`Measured` of the logits of some valid positions, (n, 5)."""
+        self, rollout: Rollout, logits: Tensor, rows: slice, reference: Vocabulary | None = None
+    ) -> Iterator[Tensor]:
+        sampled, dist = self._distributions(rollout, logits, rows)
+        return figures(sampled, dist, lambda: self._reference_distribution(reference, rows), rollout.tokens[rows])
 
-        def figures(logits: Tensor, rows: slice) -> Tensor:
-            tokens = rollout.tokens[rows]
-            sampled = self._distribution(rollout, logits, rows)
-            dist = self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
-            ref_dist = self.sampler.log_distribution(reference.at(rows))
-            ref_logps = sequences.token_logps(ref_dist, tokens)
-            log_ratio = sequences.token_logps(dist, tokens) - ref_logps
-            with nullcontext() if exact_graph else torch.no_grad():
-                kl = divergences.categorical_kl(dist, ref_dist)
-            entropy = sequences.entropy(dist.detach())
-            return torch.stack([sequences.token_logps(sampled, tokens), log_ratio, kl, entropy, ref_logps], -1)
+    def _sampled_logits(self, rollout: Rollout, logits: Tensor, rows: slice) -> Tensor:
+        """Logits of what was sampled at some of the valid positions, (n, V)."""
+        positions = rollout.valid[rows] % rollout.completion_ids.shape[1]
+        return self.sampler.logits(logits, rollout.eos_ids, rollout.tokens[rows], positions)
 
-        return figures
+    def _distributions(self, rollout: Rollout, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at some of the valid positions, each (n, V): as sampled, and without truncation."""
+        sampled = self._sampled_logits(rollout, logits, rows).log_softmax(-1)
+        return sampled, self.sampler.log_distribution(logits) if self.sampler.restricts else sampled
+
+    def _reference_distribution(self, reference: Vocabulary | None, rows: slice) -> Tensor:
+        assert reference is not None
+        return self.sampler.log_distribution(reference.at(rows))
 
     @torch.no_grad()
     def _reference(self, rollout: Rollout) -> Vocabulary:

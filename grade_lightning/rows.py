@@ -10,6 +10,7 @@ def repeat_prompts(batch: dict[str, Any], times: int) -> dict[str, Any]:
     """Each row of a batch of prompts `times` times in a row.
 
     Example:
+        >>> import torch
         >>> repeat_prompts({"input_ids": torch.tensor([[1], [2]]), "columns": {"label": [0, 1]}}, 2)["columns"]
         {'label': [0, 0, 1, 1]}
     """
@@ -25,6 +26,7 @@ def batch_rows(batch: Any) -> int:
         ValueError: there is no tensor in it.
 
     Example:
+        >>> import torch
         >>> batch_rows(({"label": torch.zeros(4)}, torch.zeros(4, 2)))
         4
     """
@@ -45,6 +47,7 @@ def slice_rows(batch: Any, start: int, count: int) -> Any:
     """Some rows of a batch of any make: of tensors and lists that have as many rows as the batch; the rest stays.
 
     Example:
+        >>> import torch
         >>> slice_rows({"input_ids": torch.tensor([[1], [2]]), "columns": {"label": [0, 1]}}, 1, 1)
         {'input_ids': tensor([[2]]), 'columns': {'label': [1]}}
     """

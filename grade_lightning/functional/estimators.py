@@ -15,11 +15,11 @@ def softmax_vjp(probs: Float[Tensor, "*batch v"], adjoint: Float[Tensor, "*batch
         >>> softmax_vjp(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])
     """
-    return probs * (adjoint - (probs * adjoint).sum(-1, keepdim=True))
+    return (adjoint - (probs * adjoint).sum(-1, keepdim=True)).mul_(probs)
 
 
 def straight_through(
-    logps: Float[Tensor, "*batch v"], adjoint: Float[Tensor, "*batch v"], tau: float = 1.0
+    logits: Float[Tensor, "*batch v"], adjoint: Float[Tensor, "*batch v"], tau: float = 1.0
 ) -> Float[Tensor, "*batch v"]:
     """Straight-through: the token is treated as if it were softmax(ℓ / τ).
 
@@ -32,7 +32,9 @@ def straight_through(
         >>> straight_through(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])
     """
-    return softmax_vjp((logps / tau).softmax(-1), adjoint) / tau
+    if tau == 1:
+        return softmax_vjp(logits.softmax(-1), adjoint)
+    return softmax_vjp((logits / tau).softmax(-1), adjoint) / tau
 
 
 def straight_through_gumbel(
@@ -65,7 +67,7 @@ def straight_through_gumbel(
 
 
 def reinmax(
-    logps: Float[Tensor, "*batch v"],
+    logits: Float[Tensor, "*batch v"],
     tokens: Int[Tensor, "*batch"],
     adjoint: Float[Tensor, "*batch v"],
     tau: float = 1.0,
@@ -83,6 +85,6 @@ def reinmax(
         >>> reinmax(torch.tensor([0.5, 0.5]).log(), torch.tensor(0), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])
     """
-    midpoint = (logps / tau).softmax(-1)
+    midpoint = (logits / tau).softmax(-1)
     midpoint = midpoint.scatter_add(-1, tokens.unsqueeze(-1), midpoint.new_ones(*tokens.shape, 1)) / 2
-    return 2 * softmax_vjp(midpoint, adjoint) - softmax_vjp(logps.exp(), adjoint) / 2
+    return 2 * softmax_vjp(midpoint, adjoint) - softmax_vjp(logits.softmax(-1), adjoint) / 2

@@ -11,7 +11,9 @@ The network is causal, so the operator is nilpotent and iterating it T − 1 tim
 backward pass over the whole sequence with respect to its inputs only.
 """
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -45,8 +47,7 @@ class Replay(NamedTuple):
     """Result of :func:`replay`."""
 
     cotangent: Callable[[Tensor, slice], Tensor]
-    """Gradient of the objective with respect to the logits of some positions;
-    :func:`~grade_lightning.functional.vocabulary.surrogate` makes a loss of it."""
+    """Gradient of the objective with respect to the logits of some positions."""
     residual: Float[Tensor, ""]
     """Relative change of the adjoint in the last hop; NaN when there was none."""
 
@@ -117,10 +118,10 @@ def replay(
     arrived: list[Adjoint] = []
 
     def at_logits(logits: Tensor, rows: slice) -> Tensor:
-        adjoint = sum((part(rows) for part in (*direct, *arrived)), logits.new_zeros(()))
-        found = cotangent(logits, rows, adjoint)
+        found = cotangent(logits, rows, reduce(operator.add, (part(rows) for part in (*direct, *arrived))))
         return found if source is None else found + source(logits, rows)
 
+    products: dict[tuple[int, int], Tensor] = {}
     residual = inputs.new_full((), torch.nan, dtype=torch.promote_types(inputs.dtype, torch.float32))
     for hop in range(hops):
         hidden = vocabulary.pull(at_logits)
@@ -129,18 +130,22 @@ def replay(
         arrived[:] = [Adjoint(next_input_gradient(gradient, mask.shape[1]).flatten(0, 1)[valid], table)]
         if tolerance > 0 or hop == hops - 1:
             change = arrived[0].gradient - before[0].gradient if before else arrived[0].gradient
-            residual = _norm([Adjoint(change, table)]) / _norm([*direct, *before])
+            residual = _norm([Adjoint(change, table)], products) / _norm([*direct, *before], products)
             if tolerance > 0 and residual <= tolerance:
                 break
     return Replay(at_logits, residual)
 
 
-def _norm(parts: Sequence[Adjoint]) -> Tensor:
-    """Norm of the sum of adjoints of one-hot tokens, from products of tables instead of anything (n, v)."""
-    precise = [(part.gradient.to(_wide(part.gradient)), part.table.to(_wide(part.gradient))) for part in parts]
-    products = [((g @ (t.mT @ u)) * h).sum() for g, t in precise for h, u in precise]
-    return torch.stack(products).sum().clamp(min=0).sqrt()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _norm(parts: Sequence[Adjoint], products: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Norm of the sum of adjoints of one-hot tokens, from products of tables (kept) instead of anything (n, v)."""
+    total = torch.zeros((), device=parts[0].gradient.device)
+    for i, one in enumerate(parts):
+        for j, other in enumerate(parts[: i + 1]):
+            key = (id(one.table), id(other.table))
+            if key not in products:
+                wide = torch.promote_types(one.gradient.dtype, torch.float32)
+                products[key] = one.table.to(wide).mT @ other.table.to(wide)
+            wide = products[key].dtype
+            product = ((one.gradient.to(wide) @ products[key]) * other.gradient.to(wide)).sum()
+            total = total + (product if i == j else 2 * product)
+    return total.clamp(min=0).sqrt()

@@ -84,8 +84,7 @@ def entropy(logps: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
         >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
         tensor(0.6931)
     """
-    terms: Tensor = torch.special.entr(logps.exp())
-    return terms.sum(-1)
+    return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
 
 
 def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, " b"]:

@@ -1,14 +1,16 @@
-"""The pass over the vocabulary, a chunk of positions at a time: nothing of size positions × vocabulary needs to live.
+"""The pass over the vocabulary, a chunk of positions at a time: nothing of size positions × vocabulary ever lives.
 
 Hidden states h of n positions and an output head make logits; all that is wanted of them is a few numbers for each
-position (log-probabilities, entropies, KL), or the way from a cotangent on the logits back to h. Both are computed
-chunk by chunk, and the backward pass makes the logits of a chunk again. Gradients of the head add up in float32.
+position (log-probabilities, entropies, KL), or the way from a cotangent on the logits back to h and to the head. Logits
+are made a chunk at a time, used, and forgotten; where they are needed again they are made again. Gradients of the head
+add up in float32.
 
 Letters in shapes: n positions, h width of the hidden states, k numbers for each position, v vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,32 +19,30 @@ from torch.autograd.function import once_differentiable
 
 Head = Callable[..., Tensor]
 """Maps hidden states (n, h) and the head's parameters to logits (n, v)."""
-Function = Callable[[Tensor, slice], Tensor]
-"""Maps the logits of some positions, and which of them they are, to what is wanted of them."""
+Cotangent = Callable[[Tensor, slice], Tensor]
+"""Maps the logits of some positions (m, v), and which of them they are, to a cotangent on them, (m, v)."""
+Columns = Callable[[Tensor, slice], Iterable[Tensor]]
+"""Maps the same to numbers for each position, each (m,)."""
 
-Value = TypeVar("Value")
-
-ELEMENTS = 2**23
-"""Logits that are made at a time: 32 MB in float32."""
+ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits that are made at a time: what a processor's cache holds, and what keeps a GPU busy."""
 
 
 class Vocabulary:
-    """Logits of n positions that are never all there, unless they are few.
+    """Logits of n positions that are never all there.
 
     Args:
         hidden: (n, h), with or without a graph.
         head: makes logits of hidden states and `parameters`.
         parameters: of the head; those that require grad get one.
         size: number of logits of a position.
-        elements: logits that are made at a time; `ELEMENTS` by default.
+        elements: logits that are made at a time; :data:`ELEMENTS` by default.
 
     Example:
         >>> hidden, weight = torch.eye(3), torch.eye(3)
         >>> vocabulary = Vocabulary(hidden, torch.nn.functional.linear, [weight], size=3, elements=3)
-        >>> vocabulary.map(lambda logits, rows: logits.log_softmax(-1).amax(-1, keepdim=True))
-        tensor([[-0.5514],
-                [-0.5514],
-                [-0.5514]])
+        >>> vocabulary.map(lambda logits, rows: [logits.log_softmax(-1).amax(-1)])
+        (tensor([-0.5514, -0.5514, -0.5514]),)
     """
 
     def __init__(
@@ -54,97 +54,168 @@ class Vocabulary:
         elements: int | None = None,
     ) -> None:
         self.hidden, self.head, self.parameters = hidden, head, tuple(parameters)
-        self.chunk = max(1, (elements or ELEMENTS) // size)
-        self._whole: Tensor | None = None
+        self.chunk = max(1, (elements or ELEMENTS.get(hidden.device.type, ELEMENTS["cuda"])) // size)
 
-    @property
-    def whole(self) -> bool:
-        """Whether all logits fit into one chunk; they are then made once."""
-        return len(self.hidden) <= self.chunk
-
-    def map(self, function: Function) -> Float[Tensor, "n k"]:
+    def map(self, function: Columns, differentiable: int | None = None) -> tuple[Float[Tensor, " n"], ...]:
         """What `function` makes of each position's logits, with the graph of hidden states and head.
 
         Args:
-            function: maps logits (m, v) and the slice of positions that they belong to, to (m, k); differentiable,
-                and the same each time it is called.
+            function: makes the same of the same logits each time. The backward pass takes from it no more than it
+                needs: a generator need not compute the rest.
+            differentiable: how many of its columns, the first ones, have a gradient; all by default.
         """
-        if self.whole:
-            return function(self._logits(), slice(0, len(self.hidden)))
-        mapped: Tensor = _Chunks.apply(function, self.head, self.chunk, self.hidden, *self.parameters)  # type: ignore[no-untyped-call]
-        return mapped
+        columns: tuple[Tensor, ...] = _Map.apply(  # type: ignore[no-untyped-call]
+            function, self.head, self.chunk, differentiable, self.hidden, *self.parameters
+        )
+        return columns
 
-    def pull(self, cotangent: Function) -> Float[Tensor, "n h"]:
-        """The gradient at the hidden states of a cotangent on the logits, without a graph.
+    def pull(self, cotangent: Cotangent) -> Float[Tensor, "n h"]:
+        """The gradient at the hidden states of a cotangent on the logits, without a graph."""
+        chunks = _Chunks(self.head, self.chunk, self.hidden.detach(), self.parameters, [True])
+        for rows, logits in chunks:
+            chunks.pull(logits, cotangent(logits.detach(), rows))
+        assert chunks.found is not None
+        return chunks.found
+
+    def push(
+        self, function: Callable[[Tensor, slice], tuple[Tensor, Iterable[Tensor]]]
+    ) -> tuple[Float[Tensor, ""], tuple[Float[Tensor, " n"], ...]]:
+        """A scalar, 0, whose gradient at the logits is a cotangent; and numbers for each position, without a graph.
+
+        The gradients at the hidden states and at the head are taken here, from the same logits as the numbers. The
+        backward pass hands them on; it can be made once.
 
         Args:
-            cotangent: maps logits (m, v), without a graph, and their positions to a cotangent (m, v).
+            function: maps logits (m, v), without a graph, and their positions to a cotangent (m, v) and to columns,
+                each (m,).
         """
-        if self.whole:
-            logits = self._logits()
-            weights = cotangent(logits.detach(), slice(0, len(self.hidden)))
-            return torch.autograd.grad(logits, self.hidden, weights.to(logits.dtype), retain_graph=True)[0]
-        pulled = torch.empty_like(self.hidden)
-        frozen = [p.detach() for p in self.parameters]
-        for rows in _slices(len(self.hidden), self.chunk):
-            with torch.enable_grad():
-                part = self.hidden[rows].detach().requires_grad_()
-                logits = self.head(part, *frozen)
-            weights = cotangent(logits.detach(), rows)
-            (pulled[rows],) = torch.autograd.grad(logits, part, weights.to(logits.dtype))
-        return pulled
+        inputs = (self.hidden, *self.parameters)
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+        chunks = _Chunks(self.head, self.chunk, self.hidden.detach(), self.parameters, wanted)
+        found: list[tuple[Tensor, ...]] = []
+        for rows, logits in chunks:
+            with torch.no_grad():
+                cotangent, columns = function(logits.detach(), rows)
+                found.append(tuple(columns))
+            if any(wanted):
+                chunks.pull(logits, cotangent)
+        zero: Tensor = _Push.apply(chunks, *inputs)  # type: ignore[no-untyped-call]
+        return zero, tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     @torch.no_grad()
     def at(self, rows: slice) -> Float[Tensor, "m v"]:
         """The logits of some positions, without a graph."""
-        return self._logits()[rows].detach() if self.whole else self.head(self.hidden[rows], *self.parameters)
-
-    def once(self, function: Callable[[Tensor, slice], Value]) -> Callable[[Tensor, slice], Value]:
-        """The same function, which is called but once where all logits fit into one chunk."""
-        known: list[Value] = []
-
-        def remembered(logits: Tensor, rows: slice) -> Value:
-            if not self.whole:
-                return function(logits, rows)
-            if not known:
-                known.append(function(logits, rows))
-            return known[0]
-
-        return remembered
-
-    def _logits(self) -> Tensor:
-        if self._whole is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() or self.hidden.requires_grad):  # kept for later passes
-                self._whole = self.head(self.hidden, *self.parameters)
-        return self._whole
+        return self.head(self.hidden[rows], *self.parameters)
 
 
-def surrogate(cotangent: Function) -> Function:
-    """For :meth:`Vocabulary.map`: a number for each position whose gradient at the logits is the cotangent.
+def linear(
+    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], bias: Float[Tensor, " v"] | None = None
+) -> Float[Tensor, "n v"]:
+    """As in torch; in a head, a chunk's gradient of the weight is added to the others without a tensor of its own.
 
     Example:
-        >>> logits = torch.zeros(1, 2, requires_grad=True)
-        >>> surrogate(lambda logits, rows: torch.tensor([[1.0, -1.0]]))(logits, slice(0, 1)).sum().backward()
-        >>> logits.grad
-        tensor([[ 1., -1.]])
+        >>> linear(torch.ones(1, 2), torch.eye(2))
+        tensor([[1., 1.]])
     """
-
-    def contracted(logits: Tensor, rows: slice) -> Tensor:
-        with torch.no_grad():
-            weights = cotangent(logits.detach(), rows)
-        return (weights * logits).sum(-1, keepdim=True)
-
-    return contracted
+    total = getattr(weight, "total", None)
+    if total is None or not torch.is_grad_enabled():
+        return torch.nn.functional.linear(hidden, weight, bias)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    logits: Tensor = _Linear.apply(hidden, weight.detach().to(hidden.dtype), total)  # type: ignore[no-untyped-call]
+    return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-class _Chunks(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Function, head: Head, chunk: int, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.function, ctx.head, ctx.chunk = function, head, chunk
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.total = total
+        return hidden @ weight.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        hidden, weight = ctx.saved_tensors
+        if gradient.dtype == ctx.total.dtype:
+            ctx.total.addmm_(gradient.mT, hidden)
+        else:
+            ctx.total += gradient.mT @ hidden
+        return gradient @ weight, None, None
+
+
+class _Chunks:
+    """Logits chunk by chunk with a graph of their own, and the sum of the gradients that are sent back through them.
+
+    Args:
+        head: makes logits.
+        chunk: positions at a time.
+        hidden: (n, h), without a graph.
+        parameters: of the head.
+        wanted: which of hidden states and parameters have a gradient; none of those that are left out.
+    """
+
+    def __init__(
+        self, head: Head, chunk: int, hidden: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> None:
+        self.head, self.hidden, self.part = head, hidden, hidden
+        self.rows = _slices(len(hidden), chunk)
+        self.found = torch.empty_like(hidden) if wanted[0] else None
+        # leaves of their own: hooks on the parameters must see the sum alone
+        needs = [*wanted[1:], *[False] * len(parameters)][: len(parameters)]
+        self.leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
+        self.trained = [leaf for leaf in self.leaves if leaf.requires_grad]
+        self.totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.trained]
+        for leaf, total in zip(self.trained, self.totals, strict=True):
+            leaf.total = total  # type: ignore[attr-defined]  # `linear` adds to it by itself
+        self._now = slice(0)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in self.rows:
+            with torch.enable_grad():
+                self._now, self.part = rows, self.hidden[rows].detach().requires_grad_(self.found is not None)
+                logits = self.head(self.part, *self.leaves)
+            yield rows, logits
+
+    def pull(self, outputs: Tensor | Sequence[Tensor], gradients: Tensor | Sequence[Tensor]) -> None:
+        """Send gradients back from outputs that were made of the latest logits."""
+        outputs, gradients = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, gradients))
+        inputs = self.trained if self.found is None else [self.part, *self.trained]
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        own: list[Tensor | None] = [None] * len(inputs)
+        if pairs:
+            ends, cotangents = zip(*pairs, strict=True)
+            own = list(torch.autograd.grad(ends, inputs, cotangents, allow_unused=True))
+        if self.found is not None:
+            first = own.pop(0)
+            self.found[self._now] = 0 if first is None else first
+        for total, addend in zip(self.totals, own, strict=True):
+            if addend is not None:
+                total += addend
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the parameters."""
+        totals = iter(self.totals)
+        return [next(totals).to(leaf.dtype) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Columns,
+        head: Head,
+        chunk: int,
+        differentiable: int | None,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.function, ctx.head, ctx.chunk, ctx.differentiable = function, head, chunk, differentiable
         ctx.save_for_backward(hidden, *parameters)
         device = hidden.device.type
         ctx.autocast = {
@@ -152,32 +223,37 @@ class _Chunks(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
         }
-        return torch.cat([function(head(hidden[rows], *parameters), rows) for rows in _slices(len(hidden), chunk)])
+        parts = [tuple(function(head(hidden[rows], *parameters), rows)) for rows in _slices(len(hidden), chunk)]
+        columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*columns[len(columns) if differentiable is None else differentiable :])
+        return columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            chunks = _Chunks(ctx.head, ctx.chunk, hidden, parameters, ctx.needs_input_grad[4:])
+            for rows, logits in chunks:
+                columns = list(islice(ctx.function(logits, rows), ctx.differentiable))
+                chunks.pull(columns, [g[rows] for g in gradients[: len(columns)]])
+        return None, None, None, None, chunks.found, *chunks.gradients()
+
+
+class _Push(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chunks: _Chunks, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.chunks = chunks
+        return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *parameters = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        # leaves of their own: hooks on the parameters must see the sum alone
-        leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, wanted[1:], strict=True)]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-        found = torch.empty_like(hidden) if wanted[0] else None
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            for rows in _slices(len(hidden), ctx.chunk):
-                part = hidden[rows].detach().requires_grad_(wanted[0])
-                inputs = [part, *trained] if wanted[0] else trained
-                values = ctx.function(ctx.head(part, *leaves), rows)
-                own = list(torch.autograd.grad(values, inputs, gradient[rows], allow_unused=True))
-                if found is not None:
-                    first = own.pop(0)
-                    found[rows] = 0 if first is None else first
-                for total, addend in zip(sums, own, strict=True):
-                    if addend is not None:
-                        total += addend
-        totals = iter(sums)
-        gradients = [
-            next(totals).to(p.dtype) if leaf.requires_grad else None for p, leaf in zip(parameters, leaves, strict=True)
-        ]
-        return None, None, None, found, *gradients
+        chunks, ctx.chunks = ctx.chunks, None
+        if chunks is None:
+            raise RuntimeError("the gradient of this loss has been taken before; make the loss again")
+        if chunks.found is not None:
+            chunks.found *= gradient
+        for total in chunks.totals:  # in place: they are as large as the head
+            total *= gradient
+        return None, chunks.found, *chunks.gradients()

@@ -1,6 +1,5 @@
 """GRADE-STE: the reward's gradient flows through the sampled tokens."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,10 +8,9 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import StraightThrough, TokenEstimator
-from grade_lightning.functional import divergences
+from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
-from grade_lightning.functional.vocabulary import surrogate
-from grade_lightning.module import AlignmentModule, Experience, StepOutput
+from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput, figures
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler
@@ -77,11 +75,7 @@ class GradeSTE(AlignmentModule):
     def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
         rollout, scores = experience.rollout, experience.scores
-        mask, temperature, tau = (
-            rollout.completion_mask,
-            self.sampler.temperature,
-            self.tau(self.global_step, self.total_steps()),
-        )
+        mask, tau = rollout.completion_mask, self.tau(self.global_step, self.total_steps())
         length, attention = mask.shape[1], rollout.mask[:, :-1]
         inputs = self.policy.embed(rollout.ids[:, :-1])
         inputs = inputs if inputs.requires_grad else inputs.requires_grad_()
@@ -92,22 +86,22 @@ class GradeSTE(AlignmentModule):
             reference = self.policy.reference_vocabulary(rollout.packed(hidden))
         seed = int(torch.randint(2**62, ()))
 
-        @vocabulary.once
-        def estimator(logits: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
+        def token(logits: Tensor, rows: slice, adjoint: Tensor) -> Tensor:
+            """Through the sampled tokens: the same noise at each hop."""
             generator = torch.Generator(logits.device).manual_seed(seed + rows.start)
-            return self.estimator.linearise(
-                self._distribution(rollout, logits, rows), rollout.tokens[rows], tau, generator
-            )
+            sampled = self._sampled_logits(rollout, logits, rows)
+            found = self.estimator.cotangent(sampled, rollout.tokens[rows], adjoint, tau, generator)
+            return self.sampler.tempered(found)
 
-        @vocabulary.once
-        def source(logits: Tensor, rows: slice) -> Tensor:
-            logps, ref_logps = (self.sampler.log_distribution(x) for x in (logits, reference.at(rows)))
-            kl = divergences.categorical_kl(logps, ref_logps)
-            return -self.beta / temperature * divergences.kl_cotangent(logps, ref_logps, kl)
+        def held(logits: Tensor, rows: slice) -> Tensor:
+            """Through each position's own KL, of the policy."""
+            dist, ref_dist = (self.sampler.log_distribution(x) for x in (logits, reference.at(rows)))
+            return self._kl_cotangent(dist, ref_dist, divergences.categorical_kl(dist, ref_dist))
 
         def reference_cotangent(ref_logits: Tensor, rows: slice) -> Tensor:
-            logps, ref_logps = (self.sampler.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
-            return -self.beta / temperature * divergences.kl_reference_cotangent(logps, ref_logps)
+            """The same, of the reference."""
+            dist, ref_dist = (self.sampler.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
+            return -self.beta * self.sampler.tempered(divergences.kl_reference_cotangent(dist, ref_dist))
 
         direct = [Adjoint(rollout.packed(part.gradient), part.table) for part in scores.adjoints]
         if self.kl_prefix == "full":
@@ -121,25 +115,33 @@ class GradeSTE(AlignmentModule):
             inputs,
             self.policy.table(),
             direct,
-            lambda logits, rows, adjoint: estimator(logits, rows)(adjoint) / temperature,
+            token,
             mask,
             hops=length - 1 if self.hops == "exact" else min(int(self.hops), length - 1),
             tolerance=self.tolerance,
-            source=None if self.kl_prefix == "none" else source,
+            source=None if self.kl_prefix == "none" else held,
         )
 
-        def ascent(logits: Tensor, rows: slice) -> Tensor:
-            found = replayed.cotangent(logits, rows)
-            return found + source(logits, rows) if self.kl_prefix == "none" else found
+        def ascent(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+            sampled, dist = self._distributions(rollout, logits, rows)
+            ref_dist = self._reference_distribution(reference, rows)
+            found = tuple(figures(sampled, dist, lambda: ref_dist, rollout.tokens[rows]))
+            cotangent = replayed.cotangent(logits, rows)
+            if self.kl_prefix == "none":
+                cotangent = cotangent + self._kl_cotangent(dist, ref_dist, found[2])
+            return cotangent, found
 
-        with torch.no_grad():
-            figures = vocabulary.map(self._figures(rollout, reference))
-        logps, log_ratio, kl, entropy, _ = rollout.unpacked(figures.detach()).unbind(-1)
+        zero, columns = vocabulary.push(ascent)
+        now = Measured.of(rollout, columns)
+        objective = scores.total.nansum() - self.beta * sequences.masked_sum(now.kl, mask).sum()
         return StepOutput(
-            loss=-vocabulary.map(surrogate(ascent)).sum() / len(mask),
-            logps=logps,
-            kl=kl,
-            entropy=entropy,
-            log_ratio=log_ratio,
-            metrics={"tau": kl.new_tensor(tau), "hop_residual": replayed.residual},
+            loss=-(zero + objective) / len(mask),
+            logps=now.logps,
+            kl=now.kl,
+            entropy=now.entropy,
+            log_ratio=now.log_ratio,
+            metrics={"tau": objective.new_tensor(tau), "hop_residual": replayed.residual},
         )
+
+    def _kl_cotangent(self, dist: Tensor, ref_dist: Tensor, kl: Tensor) -> Tensor:
+        return -self.beta * self.sampler.tempered(divergences.kl_cotangent(dist, ref_dist, kl))

@@ -52,10 +52,10 @@ class SupervisedFineTuning(TrainableModule):
         tokens = ids[:, 1:][valid]
         vocabulary = self.policy.vocabulary(self.policy.hidden(inputs, mask[:, :-1], ids.shape[1] - 1)[valid])
 
-        def logps(logits: Tensor, rows: slice) -> Tensor:
-            return sequences.token_logps(logits.float().log_softmax(-1), tokens[rows]).unsqueeze(-1)
-
-        return -vocabulary.map(logps).mean()
+        (logps,) = vocabulary.map(
+            lambda logits, rows: [sequences.token_logps(logits.float().log_softmax(-1), tokens[rows])]
+        )
+        return -logps.mean()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of text."""

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
-from grade_lightning.functional.vocabulary import Head, Vocabulary
+from grade_lightning.functional.vocabulary import Head, Vocabulary, linear
 
 from .loading import config_without_dropout, embedding_table, load_pretrained, resolve_model, torch_dtype
 
@@ -312,8 +312,8 @@ def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _all_logits(vocabulary: Callable[[Tensor], Vocabulary], hidden: Tensor) -> Tensor:
-    flat = vocabulary(hidden.flatten(0, 1)).map(lambda logits, rows: logits)
-    return flat.view(*hidden.shape[:2], -1)
+    whole = vocabulary(hidden.flatten(0, 1))
+    return whole.head(whole.hidden, *whole.parameters).view(*hidden.shape[:2], -1)
 
 
 def _hidden(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -338,18 +338,28 @@ def _head(model: Any) -> tuple[Head, list[Tensor], int]:
 
     def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
         below = model.base_model
-        own = vars(below).get("forward")  # somebody may have wrapped it
-        below.forward = lambda *args, **kwargs: _Below(hidden.unsqueeze(0))
-        try:
-            state = dict(zip(names, parameters, strict=True))
+        state = dict(zip(names, parameters, strict=True))
+        with ExitStack() as stack:
+            stack.enter_context(_forward(below, lambda *args, **kwargs: _Below(hidden.unsqueeze(0))))
+            if type(output) is nn.Linear:
+                stack.enter_context(_forward(output, lambda x: linear(x.squeeze(0), output.weight, output.bias)[None]))
             logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
-        finally:
-            del below.forward
-            if own is not None:
-                below.forward = own
         return logits.squeeze(0)
 
     return head, list(output.parameters()), output.weight.shape[0]
+
+
+@contextmanager
+def _forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a while; one that somebody has put there comes back."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 class _Below:

@@ -1,5 +1,7 @@
 """Ordinary sampling: prompts in, completions and their log-probabilities out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -7,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grade_lightning.errors import InputError
-from grade_lightning.functional.sequences import completion_mask, token_logps, truncate_logits
+from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps, truncate_logits
 from grade_lightning.policies import Policy
 
 
@@ -121,7 +130,7 @@ class Rollout:
 
 
 class Sampler:
-    """Batched sampling over `generate` of transformers.
+    """Batched sampling over `generate` of transformers; prompts in a row that are the same are read once.
 
     The distribution that is sampled is computed by :meth:`logits`, here and in every training pass alike, so the two
     cannot drift apart.
@@ -132,6 +141,9 @@ class Sampler:
         temperature: divides the logits.
         top_k: sample from the k most likely tokens (the paper's restriction for the relaxed tokens is 256).
         top_p: sample from the smallest set of tokens that holds this mass.
+        block: tokens after which completions that have ended leave the batch.
+        static_cache: keys and values in tensors of fixed size: on a GPU transformers then compiles the decoding step.
+            Prompts are not shared then, and ended completions stay in the batch.
 
     Example:
         >>> Sampler(temperature=0.5).logits(torch.tensor([[[1.0, 2.0]]]), eos_ids=[0])
@@ -145,6 +157,8 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        block: int = 16,
+        static_cache: bool = False,
     ) -> None:
         for name, value, fits in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -152,6 +166,7 @@ class Sampler:
             ("temperature", temperature, temperature > 0),
             ("top_k", top_k, top_k is None or top_k >= 1),
             ("top_p", top_p, 0 < top_p <= 1),
+            ("block", block, block >= 1),
         ):
             if not fits:
                 raise InputError(f"sampler.{name} = {value}: out of range; nothing can be generated with it")
@@ -160,6 +175,8 @@ class Sampler:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
+        self.block = block
+        self.static_cache = static_cache
 
     @property
     def restricts(self) -> bool:
@@ -175,7 +192,12 @@ class Sampler:
         Returns:
             (…, V), float32 or better.
         """
-        return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).log_softmax(-1)
+        return self.tempered(logits).log_softmax(-1)
+
+    def tempered(self, values: Tensor) -> Tensor:
+        """Divided by the temperature, in float32 or better: logits, or a cotangent on its way to them."""
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values if self.temperature == 1 else values / self.temperature
 
     def logits(
         self, logits: Tensor, eos_ids: list[int], tokens: Tensor | None = None, positions: Tensor | int | None = None
@@ -192,7 +214,7 @@ class Sampler:
         Returns:
             (…, V); −inf outside of the support.
         """
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        scaled = self.tempered(logits)
         restricted = scaled
         if self.min_new_tokens > 0 and eos_ids:
             if positions is None:
@@ -222,42 +244,86 @@ class Sampler:
             attention_mask: (B, P).
             columns: other columns of the rows.
         """
-        eos_ids = policy.eos_ids
-        recorder = _Recorder(self, eos_ids, input_ids.shape[1])
-        config = GenerationConfig(
-            do_sample=True,
-            max_new_tokens=self.max_new_tokens,
-            temperature=1.0,  # the recorder makes the distribution
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=eos_ids or None,
-            pad_token_id=policy.tokenizer.pad_token_id,
-            use_cache=True,
-        )
-        with policy.evaluating() as model:
-            base, own = policy.base, policy.base.generation_config
-            base.generation_config = GenerationConfig()  # a model's own penalties would be merged into ours
-            try:
-                ids: Tensor = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    generation_config=config,
+        eos_ids, pad_id, width = policy.eos_ids, policy.tokenizer.pad_token_id, input_ids.shape[1]
+        completion = input_ids.new_full((len(input_ids), self.max_new_tokens), pad_id)
+        logps = torch.zeros(completion.shape, device=input_ids.device)
+        ids, mask, live = input_ids, attention_mask, torch.arange(len(input_ids), device=input_ids.device)
+        ends, done = torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device), 0
+        with policy.evaluating() as model, _without_own_settings(policy.base):
+            cache = None if self.static_cache or policy.base._is_stateful else _shared_prefill(policy, ids, mask)
+            block = self.max_new_tokens if cache is None else self.block
+            while done < self.max_new_tokens and len(live):
+                recorder = _Recorder(self, eos_ids, width)
+                ids = model.generate(  # type: ignore[operator]
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=self._settings(min(block, self.max_new_tokens - done), eos_ids, pad_id),
                     logits_processor=LogitsProcessorList([recorder]),
+                    **({} if cache is None else {"past_key_values": cache}),
                 )
-            finally:
-                base.generation_config = own
-        completion = ids[:, input_ids.shape[1] :]
-        mask = completion_mask(completion, eos_ids)
+                new = ids[:, width + done :]
+                span = slice(done, done + new.shape[1])
+                completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1])
+                done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
+                going = (~torch.isin(new, ends).any(-1)).nonzero().squeeze(1)
+                if cache is not None and len(going) < len(live):
+                    ids, mask, live = ids[going], mask[going], live[going]
+                    cache.batch_select_indices(going)
+        mask = completion_mask(completion[:, :done], eos_ids)
         return Rollout(
             prompt_ids=input_ids,
             prompt_mask=attention_mask,
-            completion_ids=completion,
+            completion_ids=completion[:, :done],
             completion_mask=mask,
-            logps=recorder.logps(ids).masked_fill(~mask, 0),
+            logps=logps[:, :done].masked_fill(~mask, 0),
             tokenizer=policy.tokenizer,
             columns=columns or {},
             eos_ids=eos_ids,
         )
+
+    def _settings(self, length: int, eos_ids: list[int], pad_id: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=length,
+            temperature=1.0,  # the recorder makes the distribution
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=eos_ids or None,
+            pad_token_id=pad_id,
+            use_cache=True,
+            cache_implementation="static" if self.static_cache else None,
+        )
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """A model's own penalties would be merged into ours."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _shared_prefill(policy: Policy, ids: Tensor, mask: Tensor) -> DynamicCache:
+    """Keys and values of all tokens of the prompts but the last; of prompts that stand in a row they are made once."""
+    cache = DynamicCache(config=policy.base.config.get_text_config())
+    if ids.shape[1] > 1:
+        _, number = torch.stack([ids, mask.to(ids.dtype)], -1).unique_consecutive(return_inverse=True, dim=0)
+        first = torch.cat([number.new_ones(1), number.diff()]).nonzero().squeeze(1)
+        seen = mask[first, :-1]
+        policy.model(
+            input_ids=ids[first, :-1],
+            attention_mask=seen,
+            position_ids=position_ids(seen),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if len(first) < len(ids):
+            cache.batch_select_indices(number)
+    return cache
 
 
 class _Recorder(LogitsProcessor):
@@ -280,6 +346,8 @@ class _Recorder(LogitsProcessor):
         if self.last is not None:
             self.taken.append(token_logps(self.last, ids[:, -1]))
 
-    def logps(self, ids: Tensor) -> Tensor:
-        self._take(ids)
-        return torch.stack(self.taken, dim=1)
+    def logps(self, ids: Tensor, length: int) -> Tensor:
+        """Of the last `length` tokens, (B, length); on a GPU transformers takes a step too many and undoes it."""
+        if len(self.taken) < length:
+            self._take(ids)
+        return torch.stack(self.taken[:length], dim=1)

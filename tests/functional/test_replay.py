@@ -9,7 +9,7 @@ from torch import Tensor
 from grade_lightning.functional.divergences import categorical_kl, kl_cotangent
 from grade_lightning.functional.estimators import straight_through_gumbel
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
-from grade_lightning.functional.vocabulary import Vocabulary, surrogate
+from grade_lightning.functional.vocabulary import Vocabulary
 
 B, P, T, W, V, R = 2, 3, 5, 4, 6, 3  # R: width of the reward's embeddings
 TAU, BETA = 0.7, 0.4
@@ -89,7 +89,7 @@ class Toy:
         result = replay(
             vocabulary, inputs, self.table, direct, cotangent, self.mask, hops, tolerance, source if kl else None
         )
-        gradient = self.gradient(vocabulary.map(surrogate(result.cotangent)).sum())
+        gradient = self.gradient(vocabulary.push(lambda logits, rows: (result.cotangent(logits, rows), []))[0])
         counter = None
         every = slice(0, int(self.mask.sum()))
         dense = torch.zeros(B, T, V, dtype=torch.float64)

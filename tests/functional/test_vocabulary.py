@@ -1,5 +1,6 @@
 """The pass over the vocabulary by chunks, against the plain computation over all positions at once."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.sequences import entropy, token_logps
-from grade_lightning.functional.vocabulary import Vocabulary, surrogate
+from grade_lightning.functional.vocabulary import Head, Vocabulary, linear
 
 N, H, V, CAP = 7, 4, 11, 3.0
 chunked = pytest.mark.parametrize("elements", [1, 2 * V, 3 * V + 1, N * V], ids=["1", "2", "3", "all"])
@@ -34,17 +35,21 @@ class Problem:
     def vocabulary(self, elements: int | None = None) -> Vocabulary:
         return Vocabulary(self.hidden, self.head, [self.weight, self.bias], V, elements)
 
-    def figures(self, logits: Tensor, rows: slice) -> Tensor:
+    def figures(self, logits: Tensor, rows: slice) -> Iterator[Tensor]:
         logps = logits.log_softmax(-1)
-        kl = categorical_kl(logps, self.reference[rows])
-        return torch.stack([token_logps(logps, self.tokens[rows]), kl, entropy(logps)], -1)
+        yield token_logps(logps, self.tokens[rows])
+        yield categorical_kl(logps, self.reference[rows])
+        yield entropy(logps)
+
+    def mapped(self, elements: int | None = None) -> Tensor:
+        return torch.stack(self.vocabulary(elements).map(self.figures), -1)
 
     def gradients(self, values: Tensor) -> tuple[Tensor, ...]:
         inputs = [x for x in (self.hidden, self.weight, self.bias) if x.requires_grad]
         return torch.autograd.grad(values, inputs, self.gradient.to(values.dtype), retain_graph=True)
 
     def plain(self) -> Tensor:
-        return self.figures(self.head(self.hidden, self.weight, self.bias), slice(0, N))
+        return torch.stack(list(self.figures(self.head(self.hidden, self.weight, self.bias), slice(0, N))), -1)
 
 
 def same(found: Any, truth: Any) -> None:
@@ -54,9 +59,7 @@ def same(found: Any, truth: Any) -> None:
 @chunked
 def test_values_and_gradients_are_those_of_the_plain_computation(elements: int) -> None:
     problem = Problem()
-    vocabulary = problem.vocabulary(elements)
-    assert vocabulary.whole == (elements >= N * V)
-    found = vocabulary.map(problem.figures)
+    found = problem.mapped(elements)
     same(found, problem.plain())
     same(problem.gradients(found), problem.gradients(problem.plain()))
 
@@ -65,10 +68,25 @@ def test_values_and_gradients_are_those_of_the_plain_computation(elements: int) 
 def test_gradcheck(elements: int) -> None:
     problem = Problem()
 
-    def mapped(*inputs: Tensor) -> Tensor:
+    def mapped(*inputs: Tensor) -> tuple[Tensor, ...]:
         return Vocabulary(inputs[0], problem.head, inputs[1:], V, elements).map(problem.figures)
 
     assert torch.autograd.gradcheck(mapped, (problem.hidden, problem.weight, problem.bias))
+
+
+def test_columns_without_a_gradient_are_not_computed_again() -> None:
+    problem, asked = Problem(), list[str]()
+
+    def figures(logits: Tensor, rows: slice) -> Iterator[Tensor]:
+        for name, column in zip("abc", problem.figures(logits, rows), strict=True):
+            asked.append(name)
+            yield column
+
+    first, *others = problem.vocabulary(N * V).map(figures, differentiable=1)
+    assert [x.requires_grad for x in (first, *others)] == [True, False, False]
+    found = torch.autograd.grad(first, problem.hidden, problem.gradient[:, 0])
+    assert asked == ["a", "b", "c", "a"]
+    same(found, torch.autograd.grad(problem.plain()[:, 0], problem.hidden, problem.gradient[:, 0]))
 
 
 @chunked
@@ -83,12 +101,50 @@ def test_pull_is_the_gradient_at_the_hidden_states(elements: int) -> None:
 
 
 @chunked
-def test_a_surrogate_has_the_cotangent_for_its_gradient(elements: int) -> None:
+def test_push_has_the_cotangent_for_its_gradient(elements: int) -> None:
     problem = Problem()
-    found = problem.vocabulary(elements).map(surrogate(lambda logits, rows: logits.exp())).sum()
+    zero, columns = problem.vocabulary(elements).push(
+        lambda logits, rows: (logits.exp(), problem.figures(logits, rows))
+    )
+    assert zero == 0
+    assert not any(column.requires_grad for column in columns)
+    same(torch.stack(columns, -1), problem.plain().detach())
     logits = problem.head(problem.hidden, problem.weight, problem.bias)
     inputs = [problem.hidden, problem.weight, problem.bias]
-    same(torch.autograd.grad(found, inputs), torch.autograd.grad(logits, inputs, logits.detach().exp()))
+    found = torch.autograd.grad(3 * zero, inputs)
+    same(found, torch.autograd.grad(logits, inputs, 3 * logits.detach().exp()))
+
+
+def test_push_gives_its_gradient_once() -> None:
+    zero, _ = Problem().vocabulary().push(lambda logits, rows: (logits, []))
+    zero.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="make the loss again"):
+        zero.backward()
+
+
+def test_push_without_a_graph_makes_the_columns_alone() -> None:
+    problem = Problem()
+    with torch.no_grad():
+        zero, columns = problem.vocabulary().push(lambda logits, rows: (logits, problem.figures(logits, rows)))
+    assert not zero.requires_grad
+    same(torch.stack(columns, -1), problem.plain().detach())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@chunked
+def test_the_linear_head_adds_up_in_place(elements: int, dtype: torch.dtype, bias: bool) -> None:
+    """What it adds up is what torch's own adds up."""
+    problem = Problem(dtype)
+    parameters = [problem.weight, problem.bias] if bias else [problem.weight]
+
+    def gradients(head: Head) -> tuple[Tensor, ...]:
+        columns = Vocabulary(problem.hidden, head, parameters, V, elements).map(problem.figures)
+        return torch.autograd.grad(torch.stack(columns).float().sum(), [problem.hidden, *parameters])
+
+    found, truth = gradients(linear), gradients(torch.nn.functional.linear)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -96,7 +152,7 @@ def test_a_surrogate_has_the_cotangent_for_its_gradient(elements: int) -> None:
 def test_what_is_frozen_gets_no_gradient_and_costs_none(frozen: str, elements: int) -> None:
     problem = Problem()
     getattr(problem, frozen).requires_grad_(False)
-    same(problem.gradients(problem.vocabulary(elements).map(problem.figures)), problem.gradients(problem.plain()))
+    same(problem.gradients(problem.mapped(elements)), problem.gradients(problem.plain()))
 
 
 def test_without_any_gradient_wanted_there_is_no_graph() -> None:
@@ -104,7 +160,7 @@ def test_without_any_gradient_wanted_there_is_no_graph() -> None:
     for tensor in (problem.hidden, problem.weight, problem.bias):
         tensor.requires_grad_(False)
     for elements in (1, N * V):
-        assert not problem.vocabulary(elements).map(problem.figures).requires_grad
+        assert not problem.mapped(elements).requires_grad
 
 
 @chunked
@@ -113,51 +169,33 @@ def test_a_tied_weight_gets_both_gradients(elements: int) -> None:
     hidden = problem.weight[problem.tokens].tanh()
     vocabulary = Vocabulary(hidden, problem.head, [problem.weight, problem.bias], V, elements)
     plain = problem.figures(problem.head(hidden, problem.weight, problem.bias), slice(0, N))
-    (found,) = torch.autograd.grad(vocabulary.map(problem.figures).sum(), problem.weight, retain_graph=True)
-    same(found, torch.autograd.grad(plain.sum(), problem.weight)[0])
+    found, truth = (
+        torch.autograd.grad(torch.stack(list(columns)).sum(), problem.weight, retain_graph=True)[0]
+        for columns in (vocabulary.map(problem.figures), plain)
+    )
+    same(found, truth)
 
 
 def test_hooks_on_parameters_see_the_whole_gradient_once() -> None:
     problem, seen = Problem(), list[Tensor]()
     problem.weight.register_hook(seen.append)
-    problem.vocabulary(1).map(problem.figures).sum().backward()
+    problem.mapped(1).sum().backward()
     (whole,) = seen
     same(whole, problem.weight.grad)
 
 
-@pytest.mark.parametrize("elements", [1, N * V])
-def test_logits_are_made_once_where_they_fit(elements: int) -> None:
-    """Of the whole they are kept over all passes; of chunks never more than one is there."""
+def test_never_more_than_a_chunk_is_there() -> None:
     problem, sizes = Problem(), list[int]()
 
     def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
         sizes.append(len(hidden))
         return problem.head(hidden, *parameters)
 
-    vocabulary = Vocabulary(problem.hidden, head, [problem.weight, problem.bias], V, elements)
-    once = vocabulary.once(lambda logits, rows: logits.exp())
-    for _ in range(2):
-        vocabulary.pull(once)
-        vocabulary.at(slice(2, 3))
-    vocabulary.map(problem.figures).sum().backward()
-    assert sizes == ([N] if vocabulary.whole else [1] * (2 * (N + 1) + 2 * N))
-
-
-@chunked
-def test_once_is_the_function(elements: int) -> None:
-    problem, calls = Problem(), list[slice]()
-
-    def cotangent(logits: Tensor, rows: slice) -> Tensor:
-        calls.append(rows)
-        return logits.exp()
-
-    vocabulary = problem.vocabulary(elements)
-    once = vocabulary.once(cotangent)
-    first = vocabulary.pull(once)
-    same(vocabulary.pull(once), first)
-    same(vocabulary.pull(lambda logits, rows: logits.exp()), first)
-    if vocabulary.whole:
-        assert len(calls) == 1
+    vocabulary = Vocabulary(problem.hidden, head, [problem.weight, problem.bias], V, 2 * V)
+    vocabulary.pull(lambda logits, rows: logits.exp())
+    vocabulary.push(lambda logits, rows: (logits, []))[0].backward()
+    torch.stack(vocabulary.map(problem.figures)).sum().backward()
+    assert sizes == [2, 2, 2, 1] * 4
 
 
 def test_a_head_in_bfloat16_adds_its_gradients_up_in_float32() -> None:
@@ -166,7 +204,7 @@ def test_a_head_in_bfloat16_adds_its_gradients_up_in_float32() -> None:
     hidden = torch.ones(count, 1, dtype=torch.bfloat16)
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     vocabulary = Vocabulary(hidden, torch.nn.functional.linear, [weight], 1, 1)
-    vocabulary.map(lambda logits, rows: logits).sum().backward()
+    vocabulary.map(lambda logits, rows: [logits[:, 0]])[0].sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert float(weight.grad) == pytest.approx(count, rel=2**-8)
@@ -176,13 +214,13 @@ def test_autocast_is_the_same_in_the_second_pass() -> None:
     problem = Problem(torch.float32)
     kinds = []
 
-    def figures(logits: Tensor, rows: slice) -> Tensor:
+    def figures(logits: Tensor, rows: slice) -> Iterator[Tensor]:
         kinds.append(logits.dtype)
         return problem.figures(logits.float(), rows)
 
     with torch.autocast("cpu", torch.bfloat16):
         found = Vocabulary(problem.hidden, problem.head, [problem.weight, problem.bias], V, 1).map(figures)
-    found.sum().backward()
+    torch.stack(found).sum().backward()
     assert set(kinds) == {torch.bfloat16}
     assert len(kinds) == 2 * N
     assert problem.weight.grad is not None
@@ -191,8 +229,6 @@ def test_autocast_is_the_same_in_the_second_pass() -> None:
 
 def test_chunks_within_a_checkpointed_block() -> None:
     problem = Problem()
-    found = checkpoint(
-        lambda hidden: problem.vocabulary(2 * V).map(problem.figures), problem.hidden, use_reentrant=False
-    )
+    found = checkpoint(lambda hidden: problem.mapped(2 * V), problem.hidden, use_reentrant=False)
     assert isinstance(found, Tensor)
     same(problem.gradients(found), problem.gradients(problem.plain()))

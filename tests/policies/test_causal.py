@@ -88,9 +88,10 @@ def test_hidden_states_are_what_the_logits_are_made_of(name: str, lora: bool) ->
     head: Any = policy.base.get_output_embeddings()
     torch.testing.assert_close(head(hidden), found)
     torch.testing.assert_close(policy.hidden(inputs, mask, 5)[:, -3:], hidden)
-    chunked = policy.vocabulary(hidden.flatten(0, 1), elements=4 * VOCABULARY)
-    assert not chunked.whole
-    torch.testing.assert_close(chunked.map(lambda logits, rows: logits).view_as(found), found)
+    columns = policy.vocabulary(hidden.flatten(0, 1), elements=4 * VOCABULARY).map(
+        lambda logits, rows: logits.unbind(-1)
+    )
+    torch.testing.assert_close(torch.stack(columns, -1).view_as(found), found)
     hidden.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 

@@ -17,6 +17,7 @@ from transformers import (
 from grade_lightning.errors import InputError
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rollouts.discrete import _Recorder
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -26,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-p": {"top_p": 0.8},
     "minimum": {"min_new_tokens": 4},
     "all": {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_new_tokens": 3},
+    "blocks": {"block": 3, "min_new_tokens": 2},
+    "static cache": {"static_cache": True},
 }
 
 
@@ -335,3 +338,58 @@ def test_sampled_tokens_stay_in_the_support() -> None:
 def test_arguments_that_cannot_work_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Sampler(**wrong)
+
+
+class Fed:
+    """Rows and tokens of each forward pass."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        policy.base.register_forward_pre_hook(
+            lambda module, args, kwargs: self.shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+
+
+def test_prompts_in_a_row_are_read_once() -> None:
+    policy = make_policy()
+    fed = Fed(policy)
+    ids, mask = (value.repeat_interleave(4, 0) for value in make_prompts().values())
+    Sampler(max_new_tokens=2)(policy, ids, mask)
+    rows, width = ids.shape
+    assert fed.shapes == [(rows // 4, width - 1), (rows, 1), (rows, 1)]
+
+
+def test_ended_completions_leave_the_batch() -> None:
+    """With blocks of one token each completion is fed as many tokens as it has, but the last."""
+    policy = make_policy()
+    fed = Fed(policy)
+    rollout = roll(policy, block=1, max_new_tokens=20)
+    lengths = rollout.lengths.tolist()
+    assert len(set(lengths)) > 2
+    assert [rows for rows, _ in fed.shapes[1:]] == [sum(length > t for length in lengths) for t in range(max(lengths))]
+
+
+def test_a_prompt_of_one_token() -> None:
+    policy = make_policy()
+    ids = torch.tensor([[5], [5], [7]])
+    rollout = Sampler(max_new_tokens=4, min_new_tokens=2)(policy, ids, torch.ones_like(ids))
+    truth = teacher_forced(rollout, "gpt2", Sampler(max_new_tokens=4, min_new_tokens=2))
+    torch.testing.assert_close(rollout.logps, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_static_cache_changes_nothing(name: str) -> None:
+    dynamic, static = (roll(make_policy(name), static_cache=static, block=99) for static in (False, True))
+    assert torch.equal(dynamic.completion_ids, static.completion_ids)
+    torch.testing.assert_close(dynamic.logps, static.logps, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_that_are_undone_leave_no_logps() -> None:
+    """On a GPU transformers looks for ends a step late, and takes back what came after them."""
+    torch.manual_seed(0)
+    recorder, ids, scores = _Recorder(Sampler(), [0], 1), torch.tensor([[3], [4]]), torch.randn(4, 2, 6)
+    for step in scores:
+        ids = torch.cat([ids, recorder(ids, step).argmax(-1, keepdim=True)], dim=1)
+    whole = scores.log_softmax(-1).amax(-1).T
+    torch.testing.assert_close(recorder.logps(ids[:, :-1], 3), whole[:, :3])
+    torch.testing.assert_close(recorder.logps(ids, 4), whole)
