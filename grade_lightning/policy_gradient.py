@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional import advantages, policy, sequences
@@ -38,14 +39,16 @@ class PolicyExperience(Experience):
     """Share of the window's groups in which all rewards are equal."""
 
     def select(self, rows: Tensor, totals: Totals) -> "PolicyExperience":
-        """Some of the completions."""
+        """Some of the completions, as long as the longest of them."""
+        rollout = self.rollout.select(rows)
+        columns = slice(rollout.completion_ids.shape[1])
         return PolicyExperience(
-            self.rollout.select(rows),
+            rollout,
             self.scores.select(rows),
             totals,
-            self.old.map(lambda x: x[rows]) if self.old is not None else None,
-            self.advantages[rows] if self.advantages is not None else None,
-            self.returns[rows] if self.returns is not None else None,
+            self.old.map(lambda x: x[rows, columns]) if self.old is not None else None,
+            self.advantages[rows, columns] if self.advantages is not None else None,
+            self.returns[rows, columns] if self.returns is not None else None,
             self.uniform_groups,
         )
 
@@ -222,20 +225,26 @@ class PolicyGradientModule(AlignmentModule):
             return experience  # the training pass measures
         with torch.no_grad(), self.policy.evaluating():
             measured = [self.measure(rollout.select(rows)) for rows in self._parts(len(rollout.ids))]
-        return self._appraise(experience, _join(measured))
+        return self._appraise(experience, _join(measured, rollout.completion_ids.shape[1]))
 
     def _parts(self, rows: int) -> tuple[Tensor, ...]:
         return torch.arange(rows).chunk(self.visits // self.epochs)
 
     def _plan_steps(self, mask: Tensor) -> list[tuple[Tensor, Totals]]:
-        """Which rows each visit trains on, and what its means are taken over: all rows of its optimizer step."""
+        """Which rows each visit trains on, and what its means are taken over: all rows of its optimizer step.
+
+        Micro-batches of an optimizer step hold completions of similar length, so that little of them is padding.
+        """
         accumulation, rows = self._accumulation(), len(mask)
         parts = self.visits // self.epochs
         if rows % parts:
             raise InputError(f"{rows} completions cannot be divided evenly into {parts} parts; change data.batch_size")
         orders = [torch.randperm(rows) if self.minibatches > 1 else torch.arange(rows) for _ in range(self.epochs)]
-        chunks = [chunk for order in orders for chunk in order.chunk(parts)]
         lengths = mask.sum(-1).cpu()
+        steps = [step for order in orders for step in order.chunk(self.minibatches)]
+        if accumulation > 1:
+            steps = [step[lengths[step].argsort(stable=True)] for step in steps]
+        chunks = [chunk for step in steps for chunk in step.chunk(accumulation)]
         tokens = torch.stack([lengths[chunk].sum() for chunk in chunks]).float().to(mask.device)
         tokens = self._mean(tokens.unflatten(0, (-1, accumulation)).mean(1)).repeat_interleave(accumulation)
         return [(c, Totals(n, rows / parts)) for c, n in zip(chunks, tokens.tolist(), strict=True)]
@@ -362,8 +371,9 @@ class PolicyGradientModule(AlignmentModule):
         return loss, metrics
 
 
-def _join(parts: list[Measured]) -> Measured:
-    found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Measured)}
+def _join(parts: list[Measured], length: int) -> Measured:
+    padded = [part.map(lambda x: pad(x, (0, length - x.shape[1]))) for part in parts]
+    found = {f.name: [getattr(part, f.name) for part in padded] for f in fields(Measured)}
     whole: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
     return Measured(**whole)
 

@@ -211,15 +211,32 @@ def test_max_steps_counts_optimizer_steps_and_an_epoch_of_a_window_is_every_comp
     assert list(range(size)) not in epochs
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_minibatch_is_not_shuffled(accumulate: int) -> None:
+def test_one_minibatch_is_not_shuffled() -> None:
     sampler = Numbered(max_new_tokens=4)
     module = build(PPO, torch.float32, sampler=sampler, epochs=3)
-    watch = Watch()
-    fitted = trainer(max_steps=6, callbacks=[watch], accumulate_grad_batches=accumulate, limit_val_batches=0)
+    fitted = trainer(max_steps=6, callbacks=[watch := Watch()], limit_val_batches=0)
     fitted.fit(module, datamodule=data(batch_size=4))
     assert sampler.calls == 2
-    assert watch.rows == [[4 * part + i for i in range(4)] for part in range(accumulate)] * 6
+    assert watch.rows == [[0, 1, 2, 3]] * 6
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_micro_batches_of_a_step_are_of_similar_length(minibatches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every completion once in each epoch, sorted by length within an optimizer step but not over steps."""
+    torch.manual_seed(0)
+    module = build(PPO, torch.float32, epochs=2, minibatches=minibatches)
+    monkeypatch.setattr(module, "_accumulation", lambda: 2)
+    lengths = torch.randperm(24) + 1
+    plan = module._plan_steps(torch.arange(24) < lengths.unsqueeze(1))
+    assert len(plan) == module.visits == 4 * minibatches
+    for epoch in (plan[: 2 * minibatches], plan[2 * minibatches :]):
+        assert sorted(torch.cat([rows for rows, _ in epoch]).tolist()) == list(range(24))
+        for (short, totals), (long, same) in zip(epoch[::2], epoch[1::2], strict=True):
+            assert lengths[short].max() < lengths[long].min()
+            assert totals == same
+            assert totals.tokens == lengths[torch.cat([short, long])].sum() / 2
+        if minibatches > 1:
+            assert lengths[epoch[0][0]].max() > lengths[epoch[2][0]].min()
 
 
 def test_the_epoch_of_the_data_ends_with_a_whole_window() -> None:

@@ -22,6 +22,8 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps, truncate_logits
 from grade_lightning.policies import Policy
 
+_COMPLETION = ("completion_ids", "completion_mask", "logps")
+
 
 @dataclass
 class Rollout:
@@ -100,27 +102,40 @@ class Rollout:
         return self._decode(self.completion_ids, self.completion_mask)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Some of the sequences.
+        """Some of the sequences, without the columns that are padding in all of them.
 
         Args:
             rows: their numbers, (b,).
         """
-        tensors = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logps")
+        first, length = self._extent(rows)
         columns = {name: [values[i] for i in rows.tolist()] for name, values in self.columns.items()}
-        return replace(self, columns=columns, **{name: getattr(self, name)[rows] for name in tensors})
+        prompts = {name: getattr(self, name)[rows, first:] for name in ("prompt_ids", "prompt_mask")}
+        completions = {name: getattr(self, name)[rows, :length] for name in _COMPLETION}
+        return replace(self, columns=columns, **prompts, **completions)
+
+    def _extent(self, rows: Tensor) -> tuple[int, int]:
+        """The first column of the prompts that is not padding everywhere, and the longest completion."""
+        starts, lengths = self.prompt_mask[rows].int().argmax(-1), self.lengths[rows]
+        return (int(starts.min()), int(lengths.max())) if len(rows) else (0, self.completion_ids.shape[1])
 
     @classmethod
     def join(cls, rollouts: "list[Rollout]") -> "Rollout":
-        """All sequences of several rollouts, of prompts that are padded to the same width."""
-        first, longest = rollouts[0], max(r.completion_ids.shape[1] for r in rollouts)
-        fill = {"completion_ids": first.tokenizer.pad_token_id, "completion_mask": False, "logps": 0.0}
-        tensors: dict[str, Any] = {
-            name: torch.cat(
-                [pad(getattr(r, name), (0, longest - r.completion_ids.shape[1]), value=value) for r in rollouts]
-            )
-            for name, value in fill.items()
+        """All sequences of several rollouts, padded to the longest."""
+        first, pad_id = rollouts[0], rollouts[0].tokenizer.pad_token_id
+        fill = {
+            "prompt_ids": pad_id,
+            "prompt_mask": 0,
+            "completion_ids": pad_id,
+            "completion_mask": False,
+            "logps": 0.0,
         }
-        tensors |= {name: torch.cat([getattr(r, name) for r in rollouts]) for name in ("prompt_ids", "prompt_mask")}
+        tensors: dict[str, Any] = {}
+        for name, value in fill.items():
+            parts, left = [getattr(r, name) for r in rollouts], name not in _COMPLETION
+            short = [max(part.shape[1] for part in parts) - part.shape[1] for part in parts]
+            tensors[name] = torch.cat(
+                [pad(part, (n, 0) if left else (0, n), value=value) for part, n in zip(parts, short, strict=True)]
+            )
         columns = {name: [v for r in rollouts for v in r.columns[name]] for name in first.columns}
         return replace(first, columns=columns, **tensors)
 

@@ -39,9 +39,10 @@ class RelaxedRollout(Rollout):
 
     def select(self, rows: Tensor) -> "RelaxedRollout":
         """Some of the sequences, with their graph."""
-        tensors = {name: getattr(self, name)[rows] for name in ("weights", "indices", "logits")}
         selected = super().select(rows)
         assert isinstance(selected, RelaxedRollout)
+        length = selected.completion_ids.shape[1]
+        tensors = {name: getattr(self, name)[rows, :length] for name in ("weights", "indices", "logits")}
         return dataclasses.replace(selected, **tensors)
 
     def discrete(self) -> Rollout:

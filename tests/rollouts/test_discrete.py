@@ -210,15 +210,15 @@ def made(tokens: list[list[int]], start: int = 0) -> Rollout:
 
 
 def test_a_part_of_a_rollout() -> None:
-    """Rows in any order and more than once, with their texts and columns; the texts of the whole are not taken over."""
+    """Rows in any order and more than once, with their texts and columns, and no longer than the longest of them."""
     whole = made([[5, 0], [6, 7, 8], [9]])
     assert whole.completions == ["w5", "w6 w7 w8", "w9"]
     part = whole.select(torch.tensor([2, 0, 2]))
-    assert part.completion_ids.tolist() == [[9, 1, 1], [5, 0, 1], [9, 1, 1]]
-    assert part.ids.tolist() == [[1, 4, 9, 1, 1], [1, 2, 5, 0, 1], [1, 4, 9, 1, 1]]
+    assert part.completion_ids.tolist() == [[9, 1], [5, 0], [9, 1]]
+    assert part.ids.tolist() == [[4, 9, 1], [2, 5, 0], [4, 9, 1]]
     assert part.lengths.tolist() == [1, 2, 1]
     assert part.ended.tolist() == [False, True, False]
-    assert part.logps.tolist() == [[-9, 0, 0], [-5, 0, 0], [-9, 0, 0]]
+    assert part.logps.tolist() == [[-9, 0], [-5, 0], [-9, 0]]
     assert part.prompts == ["w4", "w2", "w4"]
     assert part.completions == ["w9", "w5", "w9"]
     assert part.columns == {"label": [2, 0, 2], "note": ["n2", "n0", "n2"]}
