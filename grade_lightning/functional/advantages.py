@@ -96,7 +96,7 @@ def batch_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4, total: 
         tensor([[-0.2739,  0.2739],
                 [-0.2739,  0.2739]])
     """
-    _, variance = _mean_and_variance(rewards, ~rewards.isnan(), total)
+    _, variance = mean_and_variance(rewards, ~rewards.isnan(), total)
     return group_centred(rewards) / (variance.sqrt() + eps).to(rewards.dtype)
 
 
@@ -107,7 +107,7 @@ def whiten(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], total: Total
         >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    mean, variance = _mean_and_variance(values, mask, total)
+    mean, variance = mean_and_variance(values, mask, total)
     white = (values - mean.to(values.dtype)) * (variance + 1e-8).rsqrt().to(values.dtype)
     return white.masked_fill(~mask, 0)
 
@@ -184,7 +184,7 @@ def _answered(rewards: Tensor) -> Tensor:
     return (~rewards.isnan()).sum(-1, keepdim=True).to(rewards.dtype)
 
 
-def _mean_and_variance(values: Tensor, mask: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def mean_and_variance(values: Tensor, mask: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     """Of what the mask shows on all processes; the variance is the unbiased one. In float64: it is a difference."""
     exact = torch.float32 if values.device.type == "mps" else torch.float64  # which knows no float64
     shown = values.detach().masked_fill(~mask, 0).to(exact)

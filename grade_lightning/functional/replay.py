@@ -17,7 +17,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from grade_lightning.functional.vocabulary import Vocabulary
@@ -76,7 +76,8 @@ def replay(
     table: Float[Tensor, "v w"],
     direct: Sequence[Adjoint],
     cotangent: Cotangent,
-    mask: Bool[Tensor, "b t"],
+    valid: Int[Tensor, " n"],
+    length: int,
     hops: int,
     tolerance: float = 0.0,
     source: Callable[[Tensor, slice], Tensor] | None = None,
@@ -86,14 +87,15 @@ def replay(
     Nothing is divided by the batch size, so that half-precision gradients of single sequences do not underflow.
 
     Args:
-        vocabulary: the n positions of the mask, with the graph of their hidden states; kept alive.
+        vocabulary: the n valid positions, with the graph of their hidden states; kept alive.
         inputs: input embeddings that they were computed from (prompt, then the completion but its last token); must
             require grad.
         table: the policy's embedding table E: what its embedding module returns for each token id.
         direct: where the tokens enter the objective directly (reward model, reference model), each (n, width).
         cotangent: linear in the adjoint, such as
             :func:`~grade_lightning.functional.estimators.straight_through_gumbel` at fixed noise.
-        mask: true up to and including the end-of-sequence token; nothing flows through positions after it.
+        valid: which of the b·t positions belong to completions; nothing flows through what follows an end.
+        length: t, the number of completion tokens.
         hops: number of iterations; T − 1 is exact.
         tolerance: stop once the residual is at most this; 0 runs all hops without looking (no synchronisation).
         source: a further cotangent on the logits that travels to earlier tokens with the hops (exact KL).
@@ -107,14 +109,13 @@ def replay(
         >>> head = torch.nn.functional.linear  # each token is judged by the token before it
         >>> vocabulary = Vocabulary(inputs[0], head, [2 * torch.eye(2)], size=2)
         >>> reward = [Adjoint(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.eye(2))]
-        >>> ones = torch.ones(1, 2, dtype=torch.bool)
+        >>> both = torch.arange(2)
         >>> backward = lambda logits, rows, adjoint: softmax_vjp(logits.softmax(-1), adjoint)
-        >>> flow = [replay(vocabulary, inputs, torch.eye(2), reward, backward, ones, hops=k) for k in (0, 1)]
+        >>> flow = [replay(vocabulary, inputs, torch.eye(2), reward, backward, both, 2, hops=k) for k in (0, 1)]
         >>> first = slice(0, 1)
         >>> [bool(step.cotangent(vocabulary.at(first), first).any()) for step in flow]  # one hop carries it there
         [False, True]
     """
-    valid = mask.flatten()
     arrived: list[Adjoint] = []
 
     def at_logits(logits: Tensor, rows: slice) -> Tensor:
@@ -127,7 +128,7 @@ def replay(
         hidden = vocabulary.pull(at_logits)
         (gradient,) = torch.autograd.grad(vocabulary.hidden, inputs, hidden, retain_graph=True)
         before = list(arrived)
-        arrived[:] = [Adjoint(next_input_gradient(gradient, mask.shape[1]).flatten(0, 1)[valid], table)]
+        arrived[:] = [Adjoint(next_input_gradient(gradient, length).flatten(0, 1)[valid], table)]
         if tolerance > 0 or hop == hops - 1:
             change = arrived[0].gradient - before[0].gradient if before else arrived[0].gradient
             residual = _norm([Adjoint(change, table)], products) / _norm([*direct, *before], products)

@@ -92,8 +92,10 @@ class PPO(PolicyGradientModule):
         assert returns is not None
         errors = policy.clipped_value_loss(values, old.values, returns, self.epsilon_value)
         value_loss = (errors * self.aggregate(mask, experience.totals)).sum()
-        explained = 1 - (returns - old.values)[mask].var() / returns[mask].var()
-        metrics |= {"value/loss": value_loss.detach(), "value/explained_variance": explained}
+        unexplained, whole = (
+            advantages.mean_and_variance(x, mask, self._total)[1] for x in (returns - old.values, returns)
+        )
+        metrics |= {"value/loss": value_loss.detach(), "value/explained_variance": 1 - unexplained / whole}
         return loss + self.vf_coef * value_loss, metrics
 
     def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:

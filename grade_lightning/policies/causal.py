@@ -59,6 +59,7 @@ class Policy(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass. The rollout is not affected.
         dropout: keep the dropout of the model's own configuration. Off by default: with it the policy that learns
             is not the one that sampled, and the KL at step 0 is not 0. (LoRA's own dropout is separate.)
+        torch_compile: compile the training pass of the network below the head. The rollout is not affected.
 
     Example:
         >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
@@ -73,6 +74,7 @@ class Policy(nn.Module):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         dropout: bool = False,
+        torch_compile: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
@@ -81,6 +83,8 @@ class Policy(nn.Module):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.dropout = dropout
+        self.torch_compile = torch_compile
+        self._compiled: tuple[Callable[..., Any]] | None = None
         self.model: Any = None
         self.reference: nn.Module | None = None
 
@@ -189,7 +193,20 @@ class Policy(nn.Module):
 
     def hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Final hidden states of the last `length` positions, (b, length, width); arguments as in :meth:`forward`."""
-        return _hidden(self.base, inputs, attention_mask, length)
+        return _hidden(self._body, inputs, attention_mask, length)
+
+    @property
+    def _body(self) -> Callable[..., Any]:
+        """The network below the head."""
+        below: Callable[..., Any] = self.base.base_model
+        if not self.torch_compile:
+            return below
+        if self._compiled is None:
+            from torch._functorch import config
+
+            config.donated_buffer = False  # replay goes through one graph several times
+            self._compiled = (torch.compile(below, dynamic=True),)  # in a tuple it is no module of its own
+        return self._compiled[0]
 
     def reference_logits(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the frozen reference, in evaluation mode; as :meth:`forward`."""
@@ -198,7 +215,8 @@ class Policy(nn.Module):
     def reference_hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Final hidden states of the frozen reference, in evaluation mode; as :meth:`hidden`."""
         with self.as_reference():
-            return _hidden(self.base if self.reference is None else self.reference, inputs, attention_mask, length)
+            model: Any = self.base if self.reference is None else self.reference
+            return _hidden(model.base_model, inputs, attention_mask, length)
 
     def vocabulary(self, hidden: Tensor, elements: int | None = None) -> Vocabulary:
         """The logits of hidden states (n, width), so many `elements` at a time."""
@@ -316,8 +334,8 @@ def _all_logits(vocabulary: Callable[[Tensor], Vocabulary], hidden: Tensor) -> T
     return whole.head(whole.hidden, *whole.parameters).view(*hidden.shape[:2], -1)
 
 
-def _hidden(model: Any, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    output = model.base_model(
+def _hidden(below: Callable[..., Any], inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    output = below(
         inputs_embeds=inputs,
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),

@@ -47,6 +47,10 @@ class Rollout:
     """The other columns of the rows, handed to reward functions by name."""
     eos_ids: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Wait for the device here, where a sampler waits anyway, and not in the training pass."""
+        _ = self.valid
+
     @property
     def ids(self) -> Tensor:
         """Prompt and completion, (B, P + T)."""

@@ -85,9 +85,9 @@ class Toy:
             logps = logits.log_softmax(-1)
             return -BETA * kl_cotangent(logps, reference[rows], categorical_kl(logps, reference[rows]))
 
-        direct = [Adjoint(self.direct[self.mask], self.reward_table)]
+        direct, valid = [Adjoint(self.direct[self.mask], self.reward_table)], self.mask.flatten().nonzero().squeeze(1)
         result = replay(
-            vocabulary, inputs, self.table, direct, cotangent, self.mask, hops, tolerance, source if kl else None
+            vocabulary, inputs, self.table, direct, cotangent, valid, T, hops, tolerance, source if kl else None
         )
         gradient = self.gradient(vocabulary.push(lambda logits, rows: (result.cotangent(logits, rows), []))[0])
         counter = None
@@ -186,8 +186,9 @@ def test_an_identity_map_gives_a_plain_sum() -> None:
     """One sequence, logits = inputs, table = identity, map = identity: a_t = Σ_{u ≥ t} b_u."""
     inputs = torch.zeros(1, 4, 2, requires_grad=True)
     b = torch.arange(8.0).view(4, 2)
-    ones = torch.ones(1, 4, dtype=torch.bool)
     vocabulary = Vocabulary(inputs[0], torch.matmul, [torch.eye(2)], size=2)
     direct = [Adjoint(b, torch.eye(2))]
-    result = replay(vocabulary, inputs, torch.eye(2), direct, lambda logits, rows, adjoint: adjoint, ones, hops=3)
+    result = replay(
+        vocabulary, inputs, torch.eye(2), direct, lambda logits, rows, adjoint: adjoint, torch.arange(4), 4, hops=3
+    )
     assert torch.equal(result.cotangent(torch.zeros(4, 2), slice(0, 4)), b.flip(0).cumsum(0).flip(0))

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import grade_lightning.methods
@@ -66,6 +68,34 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class Waits(TorchDispatchMode):
+    """Keeps operations of ours after which a program waits for its device: numbers read, shapes that depend on values.
+
+    transformers looks at the attention mask; seeds are drawn by the processor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self.seeds: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = func.overloadpacket.__name__, func(*args, **kwargs or {})
+        if name == "randint":
+            self.seeds.append(result)
+        indexed = args[1] if name == "index" else []
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2")
+        waits |= any(x is not None and x.dtype == torch.bool for x in indexed)
+        files = [frame.filename for frame in traceback.extract_stack()]
+        if (
+            waits
+            and args[0].data_ptr() not in [seed.data_ptr() for seed in self.seeds]
+            and not any("masking_utils" in f for f in files)
+        ):
+            self.found.append(name)
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -429,3 +459,18 @@ def test_completions_must_fit_into_the_context(method: type[AlignmentModule]) ->
         module.setup("fit")
     module.policy.base.config.max_position_embeddings = 70
     module.setup("fit")
+
+
+@every_method
+def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) -> None:
+    """Between the rollout and the optimizer nothing is read back: no `.item()`, no shape that depends on values."""
+    module = make(method)
+    module.configure_model()
+    experience = module.explore(next(iter(batches())))
+    with Waits() as waits:
+        loss = module.loss(experience).loss
+        loss.backward()
+    assert waits.found == []
+    with waits:
+        float(loss.detach())
+    assert waits.found == ["_local_scalar_dense"]

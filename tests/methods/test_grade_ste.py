@@ -1,5 +1,6 @@
 """GradeSTE against the truth: the gradient of the sampler unrolled step by step, with the same noise."""
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -130,6 +131,18 @@ def test_a_few_positions_at_a_time_are_the_same(name: str, lora: bool, monkeypat
     whole = replayed(method, rollout)
     monkeypatch.setitem(ELEMENTS, "cpu", 4 * VOCABULARY)
     assert relative(replayed(method, rollout), whole) < (1e-12 if name == "gpt2" else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a processor")
+def test_a_compiled_policy_is_the_same() -> None:
+    method = make_method("llama", hops=2, beta=0.3)
+    rollout, names = roll(method), set(method.state_dict())
+    truth = replayed(method, rollout)
+    method.policy.torch_compile = True
+    assert relative(replayed(method, rollout), truth) < 1e-5
+    assert method.policy._compiled is not None
+    assert set(method.state_dict()) == names
 
 
 @pytest.mark.parametrize("kl_prefix", ["none", "policy", "full"])
