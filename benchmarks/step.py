@@ -8,7 +8,9 @@ clipping); the reward is a table look-up. Ours always run the reference; TRL's o
 
 The unrolled ones have the gradient of `GradeSTE(estimator=Gumbel(), hops="exact", kl_prefix="policy")` by autograd
 through straight-through tokens: "cache" keeps one graph through the key-value cache; "as published" runs the whole
-prefix again at every step and computes it once more in the backward pass (`checkpoint`, one for each step).
+prefix again at every step, with the model's own gradient checkpointing (each layer is computed again in the backward
+pass) and the logits of all positions; "one checkpoint" does so with one checkpoint for each step and one position's
+logits, the least memory that running the prefix again can have.
 
 One step of each contestant in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
 of the ratio to another contestant of the same round. Memory is the peak in a process of its own, in the second step,
@@ -35,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from threading import Semaphore, Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, model, note, policy, tokenizer, wait
@@ -73,7 +75,8 @@ class Unrolled(AlignmentModule):
     """GRADE-STE by autograd: the sampled token, as a straight-through Gumbel-softmax, is the next input.
 
     Args:
-        cached: keep keys and values, and with them the graph; else run the whole prefix again at every step.
+        prefix: `cache` keeps keys and values, and with them the graph; `published` and `checkpoint` run the whole
+            prefix again at every step.
         tau: temperature τ of the relaxed tokens.
         beta: coefficient β of the exact KL.
         **kwargs: those of :class:`~grade_lightning.module.AlignmentModule`.
@@ -81,9 +84,17 @@ class Unrolled(AlignmentModule):
 
     backpropagates_reward = True
 
-    def __init__(self, cached: bool, tau: float = 1.0, beta: float = 0.002, **kwargs: Any) -> None:
+    def __init__(
+        self, prefix: Literal["cache", "published", "checkpoint"], tau: float = 1.0, beta: float = 0.002, **kwargs: Any
+    ) -> None:
         super().__init__(beta=beta, optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4), **kwargs)
-        self.cached, self.tau = cached, tau
+        self.prefix, self.tau = prefix, tau
+
+    def configure_model(self) -> None:
+        """With the model's own checkpointing, if that is asked for."""
+        super().configure_model()
+        if self.prefix == "published":
+            self.policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def explore(self, batch: dict[str, Any]) -> Unrolling:
         """Sample with one graph; the reward is read once, of the straight-through tokens."""
@@ -110,15 +121,18 @@ class Unrolled(AlignmentModule):
         assert isinstance(table, Tensor)
         inputs = table[prompts]
         for _ in range(self.sampler.max_new_tokens):
-            run = partial(network, use_cache=self.cached, logits_to_keep=1)
-            if self.cached:
-                logits = run(inputs_embeds=inputs, past_key_values=cache).logits[:, -1]
+            if self.prefix == "cache":
+                output = network(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+            elif self.prefix == "published":
+                output = network(inputs_embeds=inputs, use_cache=False)
             else:
-                logits = checkpoint(run, inputs_embeds=inputs, use_reentrant=False).logits[:, -1]
+                run = partial(network, use_cache=False, logits_to_keep=1)
+                output = checkpoint(run, inputs_embeds=inputs, use_reentrant=False)
+            logits = output.logits[:, -1]
             token = gumbel_softmax(logits, self.tau, hard=True)
             yield logits, token
             fed = (token @ table).unsqueeze(1)
-            inputs = fed if self.cached else torch.cat([inputs, fed], dim=1)
+            inputs = fed if self.prefix == "cache" else torch.cat([inputs, fed], dim=1)
 
     def loss(self, experience: Experience) -> StepOutput:
         """Reward − β KL; the reference reads the sampled tokens, without a graph."""
@@ -317,8 +331,9 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     "RLOO": lambda o: Ours(o, RLOO, num_generations=GROUP),
     "GRPO": lambda o: Ours(o, GRPO, num_generations=GROUP),
     "PPO, 4 updates": lambda o: Ours(o, PPO, num_generations=GROUP),
-    "unrolled, cache": lambda o: Ours(o, partial(Unrolled, cached=True)),
-    "unrolled, as published": lambda o: Ours(o, partial(Unrolled, cached=False)),
+    "unrolled, cache": lambda o: Ours(o, partial(Unrolled, prefix="cache")),
+    "unrolled, as published": lambda o: Ours(o, partial(Unrolled, prefix="published")),
+    "unrolled, one checkpoint": lambda o: Ours(o, partial(Unrolled, prefix="checkpoint")),
     "TRL RLOO, β = 0": lambda o: TRL(o, "RLOO", 0.0),
     "TRL RLOO, β = 0.05": lambda o: TRL(o, "RLOO", 0.05),
     "TRL GRPO, β = 0": lambda o: TRL(o, "GRPO", 0.0),
