@@ -128,7 +128,7 @@ class Unrolled(AlignmentModule):
             else:
                 run = partial(network, use_cache=False, logits_to_keep=1)
                 output = checkpoint(run, inputs_embeds=inputs, use_reentrant=False)
-            logits = output.logits[:, -1]
+            logits = output.logits[:, -1].clone()  # a view would keep the logits of all positions
             token = gumbel_softmax(logits, self.tau, hard=True)
             yield logits, token
             fed = (token @ table).unsqueeze(1)

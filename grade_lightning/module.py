@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
@@ -250,9 +251,12 @@ class AlignmentModule(TrainableModule, ABC):
     def explore(self, batch: dict[str, Any]) -> Experience:
         """Sample completions and score them; the scores have adjoints if the method backpropagates the reward."""
         rollout = self.sampler(self.policy, **batch)
-        return Experience(
-            rollout, self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
-        )
+        return Experience(rollout, self.score(rollout))
+
+    @record_function("reward")
+    def score(self, rollout: Rollout) -> Scores:
+        """Rewards, with their adjoints if the method backpropagates them."""
+        return self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
 
     @abstractmethod
     def loss(self, experience: Experience) -> StepOutput:

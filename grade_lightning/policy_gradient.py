@@ -211,7 +211,7 @@ class PolicyGradientModule(AlignmentModule):
         size = self.num_generations  # a group is scored together
         parts = self._parts(len(rollout.ids) // size)
         rows = [(groups.unsqueeze(1) * size + torch.arange(size)).flatten() for groups in parts]
-        return Scores.join([self.reward.score(rollout.select(part)) for part in rows])
+        return Scores.join([self.score(rollout.select(part)) for part in rows])
 
     def explore(self, batch: dict[str, Any]) -> PolicyExperience:
         """Sample a window and, if it is going to be used several times, measure it first."""

@@ -79,9 +79,9 @@ class PreferenceModule(AlignmentModule):
         """Pairs: the first half of the rows is preferred to the second, row by row."""
         if self.pairs == "data":
             rollout = pairs_rollout(batch, self.policy)
-            return Experience(rollout, self.reward.score(rollout))
+            return Experience(rollout, self.score(rollout))
         rollout = self.sampler(self.policy, **repeat_prompts(batch, self.num_generations))
-        scores = self.reward.score(rollout)
+        scores = self.score(rollout)
         grouped = scores.total.unflatten(0, (-1, self.num_generations))
         best, worst = grouped.nan_to_num(nan=-torch.inf).argmax(-1), grouped.nan_to_num(nan=torch.inf).argmin(-1)
         first = torch.arange(len(grouped), device=best.device) * self.num_generations

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.profiler import record_function
 
 from grade_lightning.functional.vocabulary import Vocabulary
 
@@ -70,6 +71,7 @@ def next_input_gradient(gradient: Float[Tensor, "b l w"], length: int) -> Float[
     return torch.nn.functional.pad(gradient[:, prompt:], (0, 0, 0, 1))
 
 
+@record_function("hops")
 def replay(
     vocabulary: Vocabulary,
     inputs: Float[Tensor, "b l w"],

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 Head = Callable[..., Tensor]
 """Maps hidden states (n, h) and the head's parameters to logits (n, v)."""
@@ -24,7 +25,7 @@ Cotangent = Callable[[Tensor, slice], Tensor]
 Columns = Callable[[Tensor, slice], Iterable[Tensor]]
 """Maps the same to numbers for each position, each (m,)."""
 
-ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits that are made at a time: what a processor's cache holds, and what keeps a GPU busy."""
 
 
@@ -56,6 +57,7 @@ class Vocabulary:
         self.hidden, self.head, self.parameters = hidden, head, tuple(parameters)
         self.chunk = max(1, (elements or ELEMENTS.get(hidden.device.type, ELEMENTS["cuda"])) // size)
 
+    @record_function("vocabulary")
     def map(self, function: Columns, differentiable: int | None = None) -> tuple[Float[Tensor, " n"], ...]:
         """What `function` makes of each position's logits, with the graph of hidden states and head.
 
@@ -77,6 +79,7 @@ class Vocabulary:
         assert chunks.found is not None
         return chunks.found
 
+    @record_function("vocabulary")
     def push(
         self, function: Callable[[Tensor, slice], tuple[Tensor, Iterable[Tensor]]]
     ) -> tuple[Float[Tensor, ""], tuple[Float[Tensor, " n"], ...]]:

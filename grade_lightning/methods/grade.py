@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.profiler import record_function
 
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.module import AlignmentModule, Experience, StepOutput
@@ -76,7 +77,8 @@ class Grade(AlignmentModule):
     def explore(self, batch: dict[str, Any]) -> RelaxedExperience:
         """Unroll the policy on its own soft tokens, and score these."""
         relaxed = self.relaxed_sampler(self.policy, **batch, tau=self.tau(self.global_step, self.total_steps()))
-        scores = self.reward.relaxed(relaxed)
+        with record_function("reward"):
+            scores = self.reward.relaxed(relaxed)
         detached = Scores(scores.total.detach(), {name: value.detach() for name, value in scores.parts.items()})
         return RelaxedExperience(relaxed.discrete(), detached, relaxed=relaxed, reward=scores.total)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
@@ -191,6 +192,7 @@ class Policy(nn.Module):
         """
         return _all_logits(self.vocabulary, self.hidden(inputs, attention_mask, length))
 
+    @record_function("policy")
     def hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Final hidden states of the last `length` positions, (b, length, width); arguments as in :meth:`forward`."""
         return _hidden(self._body, inputs, attention_mask, length)
@@ -212,6 +214,7 @@ class Policy(nn.Module):
         """Logits of the frozen reference, in evaluation mode; as :meth:`forward`."""
         return _all_logits(self.reference_vocabulary, self.reference_hidden(inputs, attention_mask, length))
 
+    @record_function("reference")
     def reference_hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Final hidden states of the frozen reference, in evaluation mode; as :meth:`hidden`."""
         with self.as_reference():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.profiler import record_function
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -247,6 +248,7 @@ class Sampler:
             restricted = restricted.scatter(-1, index, scaled.gather(-1, index))
         return restricted
 
+    @record_function("sampling")
     @torch.no_grad()
     def __call__(
         self,

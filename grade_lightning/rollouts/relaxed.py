@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -126,6 +127,7 @@ class RelaxedSampler:
         self.sampler = sampler
         self.block = block
 
+    @record_function("sampling")
     def __call__(
         self,
         policy: Policy,

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import re
 import traceback
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import grade_lightning.methods
 from grade_lightning.errors import InputError
+from grade_lightning.methods import RLOO, Grade, GradeSTE
 from grade_lightning.module import AlignmentModule
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.policy_gradient import PolicyGradientModule
@@ -474,3 +477,19 @@ def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) ->
     with waits:
         float(loss.detach())
     assert waits.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"),
+    [
+        (GradeSTE, {"sampling", "reward", "policy", "reference", "hops", "vocabulary"}),
+        (RLOO, {"sampling", "reward", "policy", "reference", "vocabulary"}),
+        (Grade, {"sampling", "reward", "reference"}),
+    ],
+)
+def test_a_profiler_sees_the_phases(method: type[AlignmentModule], phases: set[str], tmp_path: Path) -> None:
+    """As `--trainer.profiler pytorch` writes them: a trace that TensorBoard and Perfetto open."""
+    run = trainer(profiler="pytorch", logger=CSVLogger(tmp_path), max_steps=6, limit_val_batches=0)
+    run.fit(make(method), batches(6))
+    (trace,) = tmp_path.rglob("*.pt.trace.json")
+    assert phases <= {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
