@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from grade_lightning.errors import InputError
@@ -77,6 +77,8 @@ def embedding_table(model: Any, rows: int | None = None) -> Tensor:
     """
     embedding = model.get_input_embeddings()
     weight: Tensor = embedding.weight
+    if type(embedding) is nn.Embedding and embedding.max_norm is None:
+        return weight.detach()[:rows]  # no copy of what may be the largest tensor of all
     with torch.no_grad():
         table: Tensor = embedding(torch.arange(weight.shape[0] if rows is None else rows, device=weight.device))
     return table
