@@ -287,9 +287,10 @@ class Sampler:
                 completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1])
                 done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
                 going = (~torch.isin(new, ends).any(-1)).nonzero().squeeze(1)
-                if cache is not None and len(going) < len(live):
+                if len(going) < len(live):
                     ids, mask, live = ids[going], mask[going], live[going]
-                    cache.batch_select_indices(going)
+                    if cache is not None:
+                        cache.batch_select_indices(going)
         mask = completion_mask(completion[:, :done], eos_ids)
         return Rollout(
             prompt_ids=input_ids,

@@ -384,6 +384,13 @@ def test_a_static_cache_changes_nothing(name: str) -> None:
     torch.testing.assert_close(dynamic.logps, static.logps, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"static_cache": True}, {}, {"block": 1}], ids=str)
+def test_sampling_stops_where_all_have_ended(settings: dict[str, Any]) -> None:
+    rollout = roll(make_policy(), seed=3, max_new_tokens=50, repeat=1, **settings)
+    assert rollout.ended.all()
+    assert rollout.completion_ids.shape[1] == rollout.lengths.max() < 50
+
+
 def test_steps_that_are_undone_leave_no_logps() -> None:
     """On a GPU transformers looks for ends a step late, and takes back what came after them."""
     torch.manual_seed(0)
