@@ -1,8 +1,8 @@
-"""How long does a step take, and how much memory, beside TRL and beside GRADE unrolled?
+r"""How long does a step take, and how much memory, beside TRL and beside GRADE unrolled?
 
 A step is all of it: sampling, reward, reference, loss, backward pass, optimizer. Every contestant trains the same GPT-2
 of random weights on the same number of completions (those with groups, four of each prompt), all of full length: the
-end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and both
+end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and the
 unrolled ones run in Lightning's Trainer, TRL's in its own with its own optimizer (no gradient checkpointing, no
 clipping); the reward is a table look-up. Ours always run the reference; TRL's only where β > 0.
 
@@ -18,7 +18,8 @@ above what was there before it without gradients (weights, reference, optimizer 
 memory with the C library told to give freed tensors back at once.
 
 python benchmarks/step.py --rounds 5
-python benchmarks/step.py --rounds 1 --warm 0 --length 256 --only GradeSTE "unrolled, as published" --beside GradeSTE
+python benchmarks/step.py --rounds 1 --warm 0 --no-memory --batch 8 --length 256 \
+  --only GradeSTE "unrolled, as published" --beside GradeSTE
 """
 
 import argparse

@@ -335,12 +335,12 @@ class AlignmentModule(TrainableModule, ABC):
         mask = rollout.completion_mask
         kl = sequences.masked_sum(step.kl, mask)
         tokens = mask.sum()
-        answered = scores.total[~scores.total.isnan()]
+        reward = scores.total.nanmean()  # over those that answered; indexing them would wait for the device
         values = {
             "train/loss": step.loss,
-            "train/reward": answered.mean(),
-            "train/reward_std": answered.std(unbiased=False),
-            "train/objective": answered.mean() - self.beta * kl.mean(),
+            "train/reward": reward,
+            "train/reward_std": (scores.total - reward).square().nanmean().sqrt(),
+            "train/objective": reward - self.beta * kl.mean(),
             "train/kl": kl.mean(),
             "train/kl_per_token": kl.sum() / tokens,
             **{

@@ -112,8 +112,8 @@ class Vocabulary:
 
 
 def linear(
-    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], bias: Float[Tensor, " v"] | None = None
-) -> Float[Tensor, "n v"]:
+    hidden: Float[Tensor, "*n h"], weight: Float[Tensor, "v h"], bias: Float[Tensor, " v"] | None = None
+) -> Float[Tensor, "*n v"]:
     """As in torch; in a head, a chunk's gradient of the weight is added to the others without a tensor of its own.
 
     Example:
@@ -146,9 +146,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         hidden, weight = ctx.saved_tensors
         if gradient.dtype == ctx.total.dtype:
-            ctx.total.addmm_(gradient.mT, hidden)
+            ctx.total.addmm_(gradient.flatten(0, -2).mT, hidden.flatten(0, -2))
         else:
-            ctx.total += gradient.mT @ hidden
+            ctx.total += gradient.flatten(0, -2).mT @ hidden.flatten(0, -2)
         return gradient @ weight, None, None
 
 

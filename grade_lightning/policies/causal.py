@@ -363,7 +363,7 @@ def _head(model: Any) -> tuple[Head, list[Tensor], int]:
         with ExitStack() as stack:
             stack.enter_context(_forward(below, lambda *args, **kwargs: _Below(hidden.unsqueeze(0))))
             if type(output) is nn.Linear:
-                stack.enter_context(_forward(output, lambda x: linear(x.squeeze(0), output.weight, output.bias)[None]))
+                stack.enter_context(_forward(output, lambda x: linear(x, output.weight, output.bias)))
             logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
         return logits.squeeze(0)
 

@@ -479,6 +479,24 @@ def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) ->
     assert waits.found == ["_local_scalar_dense"]
 
 
+@every_method
+def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first, of which the module checks that policy and reference agree."""
+    module, found = make(method), list[list[str]]()
+    finish = module._finish_step
+
+    def watched(*args: Any) -> Tensor:
+        with Waits() as waits:
+            loss = finish(*args)
+        found.append(waits.found)
+        return loss
+
+    monkeypatch.setattr(module, "_finish_step", watched)
+    trainer(limit_val_batches=0).fit(module, batches(3))
+    assert found[0] != []
+    assert found[1:] == [[], []]
+
+
 @pytest.mark.parametrize(
     ("method", "phases"),
     [
