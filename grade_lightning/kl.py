@@ -139,7 +139,7 @@ class KL:
             >>> round(KL(0.1, target=5.0, horizon=100).adapted(0.1, kl=10.0, completions=10), 4)
             0.102
         """
-        if self.target is None:
+        if self.target is None or math.isnan(kl):
             return beta
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return beta * (1 + error * min(1.0, completions / self.horizon))

@@ -1,6 +1,7 @@
 """AlignmentModule: rollout → score → loss, logging, optimizers and checkpoint contents, once for every method."""
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +31,10 @@ from grade_lightning.rollouts import Rollout, Sampler
 
 View = Literal["prompts", "labelled", "text", "pairs"]
 Stage = Literal["train", "val", "test", "predict"]
+
+
+BAD_BATCHES = 3
+"""Batches in a row without a finite gradient that end a run."""
 
 
 @dataclass
@@ -123,6 +130,9 @@ class TrainableModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.strict_loading = False  # `on_load_checkpoint` is stricter
+        self.skipped = 0
+        """Steps that were left out because their gradient was not finite."""
+        self._bad: set[tuple[int, int]] = set()
 
     @property
     @abstractmethod
@@ -161,6 +171,36 @@ class TrainableModule(LightningModule):
             settings |= {"monitor": scheduler.monitor, "strict": False}  # a validation's metric comes later
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave out a step whose gradient is not finite, so that the weights stay finite.
+
+        Raises:
+            InputError: there was no other on the latest three batches.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(norm.isfinite()):
+            self._bad.clear()
+        else:
+            for parameter in parameters:
+                parameter.grad = None
+            self.skipped += 1
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # in 16 bits it looks for its scale
+                # all steps on one rollout are one
+                batch = self.trainer.fit_loop.epoch_loop.batch_idx // self.visits
+                self._bad.add((self.trainer.current_epoch, batch))
+        self.log("train/skipped_steps", float(self.skipped))
+        if len(self._bad) == BAD_BATCHES:
+            raise InputError(
+                f"{BAD_BATCHES} batches in a row gave gradients that are not finite, the last at step "
+                f"{self.global_step}; the weights are those before them. {self.evidence()}"
+                "lower --model.optimizer.lr or look at the reward"
+            )
+
+    def evidence(self) -> str:
+        """Save what a step that went wrong was made of, and say where, in a sentence."""
+        return ""
+
     def _remaining(self, step: int) -> float:
         """The part of the run that is left; all of it where it has no known end."""
         # asked for the total before it has restored its loops, Lightning makes a loader that never finds its place
@@ -180,7 +220,7 @@ class TrainableModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the method, so that no other loads it unawares."""
-        checkpoint["grade_lightning"] = {"method": type(self).__name__}
+        checkpoint["grade_lightning"] = {"method": type(self).__name__, "skipped": self.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is this method's and holds exactly what is trained.
@@ -190,6 +230,7 @@ class TrainableModule(LightningModule):
         """
         method = checkpoint.get("grade_lightning", {}).get("method")
         own = type(self).__name__
+        self.skipped = checkpoint.get("grade_lightning", {}).get("skipped", 0)
         if method != own:
             whose = f"of {method}" if method else "not of grade_lightning"
             raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
@@ -324,12 +365,24 @@ class AlignmentModule(TrainableModule, ABC):
         return self._finish_step(experience, self.loss(experience))
 
     def _finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
+        # an infinite reward must not pass for a large one, or for the best
+        step.loss = step.loss * torch.where(experience.scores.total.isinf().any(), torch.nan, 1.0)
         if self._trainer is not None:
             if self._fresh:
                 self._check_first_batch(experience.rollout, step)
                 self._fresh = False
             self._log_step(experience.rollout, experience.scores, step)
         return step.loss
+
+    def evidence(self) -> str:
+        """Write the completions of the latest step with their rewards."""
+        rollout, scores, _ = self.last_rollout
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        path = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.json"
+        rows = zip(rollout.prompts, rollout.completions, scores.total.tolist(), strict=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([{"prompt": p, "completion": c, "reward": r} for p, c, r in rows], indent=1))
+        return f"Its completions and rewards lie in {path}; "
 
     def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
         mask = rollout.completion_mask

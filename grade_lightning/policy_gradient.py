@@ -314,7 +314,7 @@ class PolicyGradientModule(AlignmentModule):
         if self.decay is not None:
             baseline = torch.tensor(self.running.get("baseline", torch.nan), dtype=torch.float64)
             moved = advantages.ema(baseline, self._mean_reward(window.scores.total).cpu().double(), self.decay)
-            if not moved.isnan():
+            if moved.isfinite():
                 self.running["baseline"] = float(moved)
 
     def baseline(self, rewards: Tensor) -> Tensor:

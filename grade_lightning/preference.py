@@ -99,7 +99,7 @@ class PreferenceModule(AlignmentModule):
         decided = torch.ones_like(losses, dtype=torch.bool)
         if self.pairs == "rollouts":
             better, worse = experience.scores.total.chunk(2)
-            decided = better > worse
+            decided = (better > worse) | better.isinf()  # infinite ones must reach the loss, which leaves the step out
         margin = (chosen.sum(-1) - rejected.sum(-1)).detach()
         count = decided.sum().clamp(min=1)
         return StepOutput(

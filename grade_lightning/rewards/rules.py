@@ -1,5 +1,6 @@
 """Rewards that are Python functions."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,8 @@ class FunctionReward(Reward):
 
     Args:
         function: the function, or its dotted path in YAML. It gets the texts and every other column of the data by
-            keyword, and returns one number for each completion; None abstains.
+            keyword, and returns one number for each completion; None abstains. A step in which one is infinite or NaN
+            is left out.
 
     Example:
         >>> def shortness(prompts, completions, **columns):
@@ -47,9 +49,14 @@ class FunctionReward(Reward):
             reason = " ".join(str(error).split())
             raise InputError(f"reward {self.name}: the function raised {type(error).__name__}: {reason}") from error
         try:
-            scores = [float("nan") if value is None else float(value) for value in values]
+            scores = [math.nan if value is None else _number(value) for value in values]
         except (TypeError, ValueError) as error:
             raise InputError(f"reward {self.name}: must return a list of numbers or None ({error})") from error
         if len(scores) != len(rollout.completions):
             raise InputError(f"reward {self.name}: {len(scores)} values for {len(rollout.completions)} completions")
         return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids.device)
+
+
+def _number(value: float) -> float:
+    """A NaN that the function computed is a mistake and no abstention."""
+    return math.inf if math.isnan(value) else float(value)
