@@ -189,7 +189,6 @@ class TrainableModule(LightningModule):
                 # all steps on one rollout are one
                 batch = self.trainer.fit_loop.epoch_loop.batch_idx // self.visits
                 self._bad.add((self.trainer.current_epoch, batch))
-        self.log("train/skipped_steps", float(self.skipped))
         if len(self._bad) == BAD_BATCHES:
             raise InputError(
                 f"{BAD_BATCHES} batches in a row gave gradients that are not finite, the last at step "
@@ -200,6 +199,10 @@ class TrainableModule(LightningModule):
     def evidence(self) -> str:
         """Save what a step that went wrong was made of, and say where, in a sentence."""
         return ""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log how many steps were left out so far."""
+        self.log("train/skipped_steps", float(self.skipped))
 
     def _remaining(self, step: int) -> float:
         """The part of the run that is left; all of it where it has no known end."""
@@ -416,6 +419,7 @@ class AlignmentModule(TrainableModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock, when the batch is a new one."""
+        super().on_train_batch_start(batch, batch_idx)
         if batch_idx % self.visits == 0 or self._began is None:
             self._began, self._tokens = time.perf_counter(), 0
 
