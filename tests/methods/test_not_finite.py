@@ -80,6 +80,36 @@ def test_three_in_a_row_end_the_run_and_leave_their_batch(method: type[Alignment
     assert {*rows[0]} == {"prompt", "completion", "reward"}
 
 
+@every_method
+def test_a_policy_that_collapsed_to_one_token(method: type[AlignmentModule]) -> None:
+    """All mass on a token, for the policy alone: entropy 0, and all that is measured or trained stays finite."""
+    module = make_loaded(method, lr=1e-3)
+    with torch.no_grad():
+        module.policy.base.model.norm.weight.mul_(1e6)
+    module._fresh = False  # it is not its reference
+    run = trainer(limit_val_batches=0)
+    run.fit(module, batches(2 * module.visits))
+    assert float(run.callback_metrics["train/entropy"]) == pytest.approx(0, abs=1e-3)
+    assert all(value.isfinite() for value in run.callback_metrics.values())
+    assert all(value.isfinite().all() for value in weights(module).values())
+    assert module.skipped == 0
+
+
+@every_method
+def test_a_gradient_that_overflows(method: type[AlignmentModule]) -> None:
+    """Rewards beyond what float32 can square."""
+
+    class Huge(Toy):
+        def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+            return super().score_embeddings(embeddings, mask) * 3e38
+
+    module = make_loaded(method)
+    before, module.reward = weights(module), Huge()
+    trainer(limit_val_batches=0).fit(module, batches(module.visits))
+    assert all(value.isfinite().all() for value in weights(module).values())
+    assert module.skipped == 0 or not changed(before, weights(module))
+
+
 def returning(values: Callable[[int], list[float | None]]) -> FunctionReward:
     return FunctionReward(lambda prompts, completions, **columns: values(len(completions)))
 
@@ -95,8 +125,8 @@ def test_a_function_that_returns_it(method: type[AlignmentModule], number: float
     assert module.skipped == module.visits
 
 
-def make_loaded(method: type[AlignmentModule]) -> AlignmentModule:
-    module = make(method)
+def make_loaded(method: type[AlignmentModule], **kwargs: Any) -> AlignmentModule:
+    module = make(method, **kwargs)
     module.configure_model()
     return module
 
