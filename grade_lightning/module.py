@@ -192,16 +192,25 @@ class TrainableModule(LightningModule):
         if len(self._bad) == BAD_BATCHES:
             raise InputError(
                 f"{BAD_BATCHES} batches in a row gave gradients that are not finite, the last at step "
-                f"{self.global_step}; the weights are those before them. {self.evidence()}"
-                "lower --model.optimizer.lr or look at the reward"
+                f"{self.global_step}; the weights are those before them. What the last was made of lies in "
+                f"{self._save_evidence()}; lower --model.optimizer.lr or look at the reward and the data"
             )
 
-    def evidence(self) -> str:
-        """Save what a step that went wrong was made of, and say where, in a sentence."""
-        return ""
+    def _save_evidence(self) -> Path:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        path = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.evidence(), indent=1, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    def evidence(self) -> list[dict[str, Any]]:
+        """What the latest batch was, row by row: for those who ask why it gave no finite gradient."""
+        texts = self.tokenizer.batch_decode(self._batch["input_ids"], skip_special_tokens=True)
+        return [{"text": text} for text in texts]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log how many steps were left out so far."""
+        self._batch = batch
         self.log("train/skipped_steps", float(self.skipped))
 
     def _remaining(self, step: int) -> float:
@@ -377,15 +386,11 @@ class AlignmentModule(TrainableModule, ABC):
             self._log_step(experience.rollout, experience.scores, step)
         return step.loss
 
-    def evidence(self) -> str:
-        """Write the completions of the latest step with their rewards."""
+    def evidence(self) -> list[dict[str, Any]]:
+        """Completions of the latest step, with their rewards."""
         rollout, scores, _ = self.last_rollout
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        path = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.json"
         rows = zip(rollout.prompts, rollout.completions, scores.total.tolist(), strict=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([{"prompt": p, "completion": c, "reward": r} for p, c, r in rows], indent=1))
-        return f"Its completions and rewards lie in {path}; "
+        return [{"prompt": prompt, "completion": completion, "reward": reward} for prompt, completion, reward in rows]
 
     def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
         mask = rollout.completion_mask

@@ -1,5 +1,6 @@
 """The stages before alignment: supervised fine-tuning and reward modelling, on toy text."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -181,6 +182,25 @@ def test_reward_metrics_are_those_of_the_whole_epoch(folder: Path) -> None:
     pairs = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative)
     assert found["val/auroc"] == pytest.approx(float(pairs.mean()), abs=1e-5)
     assert found["val/accuracy"] == pytest.approx(float(((probs > 0.5) == labels.bool()).double().mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [SupervisedFineTuning, RewardModel])
+def test_what_is_not_finite_reaches_no_weight(stage: type[Any], folder: Path, tmp_path: Path) -> None:
+    """Three such batches end the run; the texts of the last lie where its logs would."""
+
+    class Spoilt(stage):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss * (math.nan if batch_idx > 0 else 1.0)
+
+    where = {"policy": Policy(str(folder))} if stage is SupervisedFineTuning else {"backbone": str(folder)}
+    module, run = Spoilt(optimizer=adam, **where), trainer(default_root_dir=tmp_path)
+    with pytest.raises(InputError, match=r"3 batches in a row .* the last at step 3; .* lies in"):
+        run.fit(module, text(5) if stage is SupervisedFineTuning else labelled(5))
+    assert module.skipped == 3
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    (path,) = tmp_path.glob("not_finite_step_3_rank_0.json")
+    assert json.loads(path.read_text())[0]["text"].startswith("w")
 
 
 def test_a_checkpoint_of_another_stage_is_named(folder: Path, tmp_path: Path) -> None:
