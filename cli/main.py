@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from grade_lightning.callbacks import (
     Summary,
 )
 from grade_lightning.data import TextDataModule, reviews
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.module import AlignmentModule, TrainableModule
 from grade_lightning.policies.loading import BUNDLED
 
@@ -75,6 +76,7 @@ class GradeCLI(LightningCLI):
         """Let a configuration that names no method come before `--model`, too."""
         Parser.given = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(_model_first(Parser.given))
+        check_range("[0, 4294967295]", seed_everything=self.config.seed_everything)
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside the trainer's, the model's and the data's."""
@@ -155,7 +157,8 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for rewards and sources of the user's own
-    cli = GradeCLI(args, command)
+    with _refusals():
+        cli = GradeCLI(args, command)
     ckpt_path = cli.config.ckpt_path
     if ckpt_path is not None:
         _check_readable(ckpt_path)
@@ -164,6 +167,21 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
     if any(getattr(module, "path", None) == BUNDLED for module in cli.model.modules()):
         bundled.prepare()
     return cli
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What Lightning or jsonargparse itself refuses is the user's to mend; any other error is a fault of somebody's."""
+    try:
+        yield
+    except Exception as error:
+        root: BaseException = error
+        while (deeper := root.__cause__ or root.__context__) is not None:
+            root = deeper
+        packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(root.__traceback__)]
+        if packages[-1:] not in (["lightning"], ["jsonargparse"], ["typing"]):
+            raise
+        raise InputError(f"{' '.join(str(root).split()).rstrip('.')}; check the value") from error
 
 
 def _check_readable(path: str) -> None:

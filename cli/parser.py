@@ -4,10 +4,12 @@ import difflib
 import inspect
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -23,7 +25,9 @@ BASES: dict[str, type] = {
     "tau": Schedule,
     "source": Source,
 }
-_NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|^tip:")
+_NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value|^tip:"
+)
 
 
 def choices(base: type) -> list[str]:
@@ -54,11 +58,12 @@ def explain(message: str, args: Sequence[str] = ()) -> str:
         >>> explain("Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: x")
         "--trainer.max_steps: Expected a <class 'int'>. Got value: x"
     """
-    if message.startswith("Problems parsing config"):
+    if message.startswith(("Problems parsing config", "Unexpected config")):
         files = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
         files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-        return f"--config {' or '.join(files)}: {' '.join(message.split())}"
-    keys = re.findall(r'Parser key "([^"]+)"', message)
+        reason = "no options by name in it" if message.startswith("Unexpected") else " ".join(message.split())
+        return f"--config {' or '.join(files)}: {reason}"
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     where = _option(keys, args) if keys else ""
     wrong = re.search(r"Expected a dot import path string: (\S+)", message)
     base = BASES.get(keys[-1].rpartition(".")[2]) if keys else None
@@ -68,7 +73,8 @@ def explain(message: str, args: Sequence[str] = ()) -> str:
         hint = f", did you mean '{near[0]}'?" if near else ""
         return f"{where} {wrong[1]}: no such class{hint}; ours are {', '.join(names)}, or give a dotted path"
     lines = [re.sub(r'Parser key "[^"]+":?', "", line).strip().lstrip("- ") for line in message.splitlines()]
-    useful = list(dict.fromkeys(line for line in lines if line and not _NOISE.search(line)))
+    lines = list(dict.fromkeys(line.replace('"', "'") for line in lines if line))
+    useful = [line for line in lines if not _NOISE.search(line)] or lines
     given = re.search(r"Given value: (.+)", message)
     if given and not any("Got value" in line for line in useful):
         useful.append(f"(given: {given[1]})")
@@ -83,10 +89,24 @@ def _option(keys: list[str], args: Sequence[str]) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """The parser of LightningCLI with short errors."""
+    """The parser of LightningCLI with short errors, and to which null is a value like others."""
 
     given: ClassVar[list[str]] = []
     """The arguments as the user wrote them, shared with the parsers of nested parts."""
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Check the values; jsonargparse itself lets each null pass, and lists where it expects options by name.
+
+        Raises:
+            TypeError: one is not what the option takes.
+        """
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            value = namespace.get(action.dest, action.default)
+            if action.default is SUPPRESS and value is not SUPPRESS and not isinstance(value, (Namespace, dict, str)):
+                raise TypeError(f'Parser key "{action.dest}":\n  Expected options by name. Got value: {value}')
+            if value is None and action.default not in (None, SUPPRESS):
+                self._check_value_key(action, value, action.dest, namespace)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and leave with status 2."""

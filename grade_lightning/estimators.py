@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 from grade_lightning.functional import estimators, gumbel
 
 
@@ -48,8 +48,7 @@ class Gumbel(TokenEstimator):
     """
 
     def __init__(self, draws: int = 1) -> None:
-        if draws < 1:
-            raise InputError(f"estimator.draws = {draws}: must be at least 1")
+        check_range("[1, inf)", "estimator", draws=draws)
         self.draws = draws
 
     def cotangent(

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences, sequences
 
 Estimator = Literal["k1", "k2", "k3", "full"]
@@ -52,12 +52,11 @@ class KL:
 
     def __post_init__(self) -> None:
         """Check the numbers and name a choice whose gradient is not the KL's."""
-        if self.beta < 0 or not math.isfinite(self.beta):
-            raise InputError(f"kl.beta = {self.beta}: must be 0 or more")
-        if self.target is not None and (self.target <= 0 or self.beta == 0):
-            raise InputError("kl.target: must be above 0, with a kl.beta above 0 to start from")
-        if self.horizon < 1:
-            raise InputError(f"kl.horizon = {self.horizon}: must be 1 or more")
+        check_range("[0, inf)", "kl", beta=self.beta)
+        check_range("(0, inf)", "kl", target=self.target)
+        check_range("[1, inf)", "kl", horizon=self.horizon)
+        if self.target is not None and self.beta == 0:
+            raise InputError("kl.target: needs a kl.beta above 0 to start from")
         if self.fault is not None:
             rank_zero_warn(f"kl: {self.fault}")
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
@@ -160,12 +160,20 @@ class TrainableModule(LightningModule):
         return 0 if math.isinf(steps) else max(0, int(steps))
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and scheduler over the parameters that require grad."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(optimizer)
-        else:
-            scheduler = LambdaLR(optimizer, lambda step: self._remaining(step))  # a longer resumed run stretches it
+        """Optimizer and scheduler over the parameters that require grad.
+
+        Raises:
+            InputError: their arguments are not what they take.
+        """
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            if self.lr_scheduler is not None:
+                scheduler = self.lr_scheduler(optimizer)
+            else:
+                scheduler = LambdaLR(optimizer, lambda step: self._remaining(step))  # a longer resumed run stretches it
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{reason}; check --model.optimizer and --model.lr_scheduler") from error
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"monitor": scheduler.monitor, "strict": False}  # a validation's metric comes later
@@ -288,6 +296,7 @@ class AlignmentModule(TrainableModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        check_range("[0, inf)", beta=beta)
         self.policy = policy or Policy()
         self.reward = reward or ClassifierReward()
         self.judges = nn.ModuleList(judges or [])

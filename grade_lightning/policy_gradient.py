@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import advantages, policy, sequences
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -101,9 +101,7 @@ class PolicyGradientModule(AlignmentModule):
     ) -> None:
         super().__init__(policy, reward, judges, sampler, kl.beta, optimizer, lr_scheduler)
         self.kl = kl
-        for name, value in (("num_generations", num_generations), ("epochs", epochs), ("minibatches", minibatches)):
-            if value < 1:
-                raise InputError(f"{name} = {value}: must be 1 or more")
+        check_range("[1, inf)", num_generations=num_generations, epochs=epochs, minibatches=minibatches)
         if num_generations < self.least_generations:
             raise InputError(
                 f"num_generations = {num_generations}: {type(self).__name__} compares the completions of a prompt with "

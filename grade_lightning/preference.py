@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.module import AlignmentModule, Experience, StepOutput
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import NoReward, Reward
@@ -48,10 +48,8 @@ class PreferenceModule(AlignmentModule):
         if pairs == "data" and reward is None:
             reward = NoReward()
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
-        if beta <= 0:
-            raise InputError(f"beta = {beta}: must be above 0")
-        if num_generations < 2:
-            raise InputError(f"num_generations = {num_generations}: a pair needs 2 or more")
+        check_range("(0, inf)", beta=beta)
+        check_range("[2, inf)", num_generations=num_generations)
         self.pairs = pairs
         self.num_generations = num_generations
         self.view = "pairs" if pairs == "data" else "prompts"

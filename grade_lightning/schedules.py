@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 
 
 class Schedule(ABC):
@@ -16,8 +16,8 @@ class Schedule(ABC):
     """
 
     def __init__(self, start: float = 2.0, end: float = 0.5, steps: int | None = None) -> None:
-        if start <= 0 or end <= 0:
-            raise InputError(f"schedule from {start} to {end}: both must be positive")
+        check_range("(0, inf)", type(self).__name__, start=start, end=end)
+        check_range("[1, inf)", type(self).__name__, steps=steps)
         self.start = start
         self.end = end
         self.steps = steps

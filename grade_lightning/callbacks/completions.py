@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 from grade_lightning.module import AlignmentModule
 from grade_lightning.rollouts import Rollout
 
@@ -20,8 +20,7 @@ class Completions(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, rows: int = 8) -> None:
-        if every_n_steps < 1 or rows < 1:
-            raise InputError(f"completions: every_n_steps = {every_n_steps} and rows = {rows} must be at least 1")
+        check_range("[1, inf)", "completions", every_n_steps=every_n_steps, rows=rows)
         self.every_n_steps = every_n_steps
         self.rows = rows
         self._written = 0

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from grade_lightning.callbacks.probe import loss_scale, probe, trained
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.moments import (
     Interval,
     moments_from_norms,
@@ -68,11 +68,9 @@ class GradientVariance(Callback):
         draws: int = 4,
         sketch: int | None = 4096,
     ) -> None:
-        least = {"window": 2, "probe_every_n_steps": 0, "prompts": 2, "draws": 2, "sketch": 1}
-        given = {"window": window, "probe_every_n_steps": probe_every_n_steps, "prompts": prompts, "draws": draws}
-        for name, value in (given | {"sketch": 1 if sketch is None else sketch}).items():
-            if value < least[name]:
-                raise InputError(f"gradient_variance.{name} = {value}: must be {least[name]} or more")
+        check_range("[2, inf)", "gradient_variance", window=window, prompts=prompts, draws=draws)
+        check_range("[0, inf)", "gradient_variance", probe_every_n_steps=probe_every_n_steps)
+        check_range("[1, inf)", "gradient_variance", sketch=sketch)
         self.window, self.probe_every_n_steps = window, probe_every_n_steps
         self.prompts, self.draws, self.sketch = prompts, draws, sketch
         self.metrics: dict[str, float] = {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.data.batches import CollateLabelled, CollatePairs, CollatePrompts, CollateTexts, encode
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.module import View
 
 Split = Literal["reward", "prompts", "validation", "test"]
@@ -123,19 +123,13 @@ class TextDataModule(LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        sizes = {"reward_size": reward_size, "prompt_size": prompt_size, "val_size": val_size}
-        sizes |= {"test_size": test_size or 0, "num_workers": num_workers}
-        counts = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "max_prompt_chars": max_prompt_chars,
-        }
+        sizes = {"reward_size": reward_size, "prompt_size": prompt_size, "val_size": val_size, "test_size": test_size}
+        check_range("[0, inf)", "data", **sizes, num_workers=num_workers)
+        check_range("[0, 4294967295]", "data", seed=seed)
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_prompt_chars": max_prompt_chars}
+        check_range("[1, inf)", "data", **counts)
         # with a BOS, one token would be no prompt
-        lengths = {"max_prompt_tokens": max_prompt_tokens, "max_text_tokens": max_text_tokens}
-        for least, fields in enumerate((sizes, counts, lengths)):
-            for name, value in fields.items():
-                if value < least:
-                    raise InputError(f"data.{name}: {value} is too small; use {least} or more")
+        check_range("[2, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
         self.source = source or BundledReviews()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.reward_size, self.prompt_size, self.val_size, self.test_size = (

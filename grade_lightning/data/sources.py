@@ -12,7 +12,7 @@ from datasets import (
 )
 
 from grade_lightning.data.reviews import generate_reviews
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 _LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "neg": 0, "positive": 1, "pos": 1}
@@ -47,6 +47,8 @@ class BundledReviews(Source):
     """
 
     def __init__(self, num_train: int = 18_000, num_test: int = 2_000, seed: int = 0) -> None:
+        check_range("[1, inf)", "data.source", num_train=num_train)
+        check_range("[0, inf)", "data.source", num_test=num_test)
         self.num_train, self.num_test, self.seed = num_train, num_test, seed
 
     def load(self) -> DatasetDict:

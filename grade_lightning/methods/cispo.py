@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -40,6 +41,8 @@ class CISPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
+        check_range("[0, 1]", low=low)
+        check_range("[1, inf]", high=high)
         self.low = low
         self.high = high
 

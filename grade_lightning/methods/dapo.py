@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -52,8 +52,9 @@ class DAPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
-        if max_retries < 0 or (overlong_buffer or 0) < 0:
-            raise InputError(f"max_retries = {max_retries}, overlong_buffer = {overlong_buffer}: must be 0 or more")
+        check_range("[0, 1]", epsilon_low=epsilon_low)
+        check_range("[0, inf]", epsilon_high=epsilon_high)
+        check_range("[0, inf)", max_retries=max_retries, overlong_buffer=overlong_buffer)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
         self.max_retries = max_retries

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import preferences
 from grade_lightning.preference import PreferenceModule
 
@@ -24,6 +25,7 @@ class DPO(PreferenceModule):
 
     def __init__(self, label_smoothing: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_range("[0, 0.5]", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     def pair_loss(self, chosen: Tensor, rejected: Tensor, mask: tuple[Tensor, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -34,6 +35,7 @@ class DrGRPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, kl=kl, **kwargs)
+        check_range("[0, inf]", epsilon=epsilon)
         self.epsilon = epsilon
 
     def group_advantages(self, rewards: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -45,6 +46,10 @@ class GPPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
+        check_range("[0, 1]", epsilon_low=epsilon_low)
+        check_range("[0, inf]", epsilon_high=epsilon_high)
+        check_range("[0, inf)", low_scale=low_scale, high_scale=high_scale)
+        check_range("[1, inf]", dual=dual)
         self.low = 1 - epsilon_low
         self.high = 1 + epsilon_high
         self.low_scale = low_scale

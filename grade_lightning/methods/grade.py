@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.profiler import record_function
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.module import AlignmentModule, Experience, StepOutput
 from grade_lightning.policies import Policy
@@ -68,6 +69,7 @@ class Grade(AlignmentModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        check_range("[1, inf)", top_k=top_k)
         sampler = copy.copy(sampler or Sampler())
         sampler.top_k = sampler.top_k or top_k
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
@@ -93,7 +95,7 @@ class Grade(AlignmentModule):
             reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], tokens.shape[1])
             logps, ref_logps = (self.sampler.log_distribution(x) for x in (rollout.logits, reference))
             kl = divergences.categorical_kl(logps, ref_logps)
-        objective = reward.mean() - self.beta * sequences.masked_sum(kl, mask).mean()
+        objective = reward.nansum() / len(reward) - self.beta * sequences.masked_sum(kl, mask).mean()
         logps, ref_logps, kl = logps.detach(), ref_logps.detach(), kl.detach()
         weights = rollout.weights.detach()
         gap = sequences.masked_sum(1 - weights.amax(-1), mask).sum() / mask.sum()

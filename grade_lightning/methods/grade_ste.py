@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
@@ -64,8 +64,7 @@ class GradeSTE(AlignmentModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
-        if hops != "exact" and hops < 0:
-            raise InputError(f"hops = {hops}: must be 0 or more, or exact")
+        check_range("[0, inf)", hops=None if hops == "exact" else hops, tolerance=tolerance)
         self.estimator = estimator or StraightThrough()
         self.hops = hops
         self.tolerance = tolerance

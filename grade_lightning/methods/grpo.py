@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -36,6 +37,7 @@ class GRPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, kl=kl, **kwargs)
+        check_range("[0, inf]", epsilon=epsilon)
         self.epsilon = epsilon
         self.scale_rewards = scale_rewards
 

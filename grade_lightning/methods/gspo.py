@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -37,6 +38,8 @@ class GSPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
+        check_range("[0, 1]", epsilon_low=epsilon_low)
+        check_range("[0, inf]", epsilon_high=epsilon_high)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -49,6 +50,9 @@ class PPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(epochs=epochs, kl=kl, **kwargs)
+        check_range("[0, inf]", epsilon=epsilon, epsilon_value=epsilon_value)
+        check_range("[0, inf)", vf_coef=vf_coef)
+        check_range("[0, 1]", gamma=gamma, lam=lam, decay=decay)
         self.epsilon = epsilon
         self.epsilon_value = epsilon_value
         self.vf_coef = vf_coef

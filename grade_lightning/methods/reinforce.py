@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -26,6 +27,7 @@ class Reinforce(PolicyGradientModule):
 
     def __init__(self, decay: float = 0.9, kl: KL = KL(0.01), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
+        check_range("[0, 1]", decay=decay)
         self.decay = decay
 
     def group_advantages(self, rewards: Tensor) -> Tensor:

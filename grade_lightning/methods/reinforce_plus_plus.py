@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -26,6 +27,8 @@ class ReinforcePlusPlus(PolicyGradientModule):
 
     def __init__(self, epsilon: float = 0.2, gamma: float = 1.0, kl: KL = KL(0.01), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
+        check_range("[0, inf]", epsilon=epsilon)
+        check_range("[0, 1]", gamma=gamma)
         self.gamma = gamma
         self.epsilon = epsilon
 

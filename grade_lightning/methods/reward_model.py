@@ -9,9 +9,10 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.errors import check_range
 from grade_lightning.module import TrainableModule
 from grade_lightning.policies import Policy
-from grade_lightning.policies.loading import resolve_model, torch_dtype
+from grade_lightning.policies.loading import check_vocabulary, resolve_model, torch_dtype
 from grade_lightning.rewards import Classifier
 
 
@@ -45,6 +46,7 @@ class RewardModel(TrainableModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        check_range("[1, inf)", hidden=hidden)
         self.source = Policy(backbone)
         self.freeze_backbone = freeze_backbone
         self.hidden = hidden
@@ -68,6 +70,7 @@ class RewardModel(TrainableModule):
             self.classifier = Classifier.from_backbone(
                 resolve_model(self.source.path, "policy"), self.hidden, torch_dtype(self.dtype_name)
             )
+            check_vocabulary(self.source.path, self.classifier.backbone, self.tokenizer)
             self.classifier.train()
             self.classifier.backbone.requires_grad_(not self.freeze_backbone)
 

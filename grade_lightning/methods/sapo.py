@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, policy
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
@@ -38,6 +39,7 @@ class SAPO(PolicyGradientModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
+        check_range("[0, inf)", tau_pos=tau_pos, tau_neg=tau_neg)
         self.tau_pos = tau_pos
         self.tau_neg = tau_neg
 

@@ -14,11 +14,18 @@ from torch.func import functional_call
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.functional.vocabulary import Head, Vocabulary, linear
 
-from .loading import config_without_dropout, embedding_table, load_pretrained, resolve_model, torch_dtype
+from .loading import (
+    check_vocabulary,
+    config_without_dropout,
+    embedding_table,
+    load_pretrained,
+    resolve_model,
+    torch_dtype,
+)
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -43,6 +50,12 @@ class LoRA:
     alpha: int = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_range("[1, inf)", "lora", r=self.r)
+        check_range("(0, inf)", "lora", alpha=self.alpha)
+        check_range("[0, 1)", "lora", dropout=self.dropout)
 
 
 class Policy(nn.Module):
@@ -114,9 +127,14 @@ class Policy(nn.Module):
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype, use_safetensors=True, **kwargs)
+        check_vocabulary(self.path, model, self.tokenizer)
         self._adopt(model.train(), reference)
 
     def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
+        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        rows, logits = (end.weight.shape[0] for end in ends)
+        if rows != logits:
+            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
         if self.lora is None:
             if reference:
                 self.reference = copy.deepcopy(model).requires_grad_(False).eval()

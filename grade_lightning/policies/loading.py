@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 
@@ -68,6 +68,20 @@ def load_pretrained(loader: Any, path: str, **kwargs: Any) -> Any:
         if type(error).__module__.partition(".")[0] != "safetensors":
             raise
         raise InputError(f"{path}: the weights cannot be read ({error}); the file is damaged") from error
+
+
+def check_vocabulary(path: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model embeds all tokens of its tokenizer; it may embed more.
+
+    Raises:
+        InputError: it does not, as when a token was added to the tokenizer alone.
+    """
+    last, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise InputError(
+            f"{path}: the tokenizer's last token is {last} ({tokenizer.convert_ids_to_tokens(last)!r}), but the model "
+            f"embeds {rows} tokens; call its resize_token_embeddings and save it again, or use its own tokenizer"
+        )
 
 
 def embedding_table(model: Any, rows: int | None = None) -> Tensor:

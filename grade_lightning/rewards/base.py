@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.replay import Adjoint
 from grade_lightning.rollouts import RelaxedRollout, Rollout
 
@@ -22,7 +22,7 @@ class Scores:
     parts: dict[str, Tensor]
     """Each named reward's own value, (B,)."""
     adjoints: list[Adjoint] = field(default_factory=list)
-    """Gradient of `total.sum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
+    """Gradient of `total.nansum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
 
     def select(self, rows: Tensor) -> "Scores":
         """Those of some of the sequences; without adjoints."""
@@ -133,6 +133,7 @@ class DifferentiableReward(Reward):
             total = self.score_embeddings(torch.cat([prompt, completion], dim=1), rollout.mask)
             (gradient,) = torch.autograd.grad(total.sum(), completion)
         total = total.detach()
+        gradient = gradient.masked_fill(total.isnan().view(-1, 1, 1), 0)  # who abstains moves nothing
         return Scores(total, {self.name: total}, [Adjoint(gradient, table)])
 
     def relaxed(self, rollout: RelaxedRollout) -> Scores:
@@ -160,6 +161,8 @@ class WeightedSum(Reward):
             raise InputError(
                 f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each"
             )
+        for weight in weights:
+            check_range("(-inf, inf)", "WeightedSum", weight=weight)
         self.rewards = nn.ModuleList(rewards)
         self.weights = weights
         self.differentiable = all(reward.differentiable for reward in rewards)
@@ -195,7 +198,9 @@ class WeightedSum(Reward):
 
     def _add(self, scores: list[Scores]) -> Scores:
         weighted = torch.stack([w * s.total for w, s in zip(self.weights, scores, strict=True)])
-        total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), torch.nan)
+        total = weighted.nansum(0)
+        total = total.where(~total.isnan(), torch.inf)  # of +∞ and −∞: a mistake, and no abstention
+        total = total.masked_fill(weighted.isnan().all(0), torch.nan)
         parts: dict[str, Tensor] = {}
         for score in scores:
             for name, value in score.parts.items():

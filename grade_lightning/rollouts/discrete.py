@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps, truncate_logits
 from grade_lightning.policies import Policy
 
@@ -180,16 +180,10 @@ class Sampler:
         block: int = 16,
         static_cache: bool = False,
     ) -> None:
-        for name, value, fits in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= max_new_tokens),
-            ("temperature", temperature, temperature > 0),
-            ("top_k", top_k, top_k is None or top_k >= 1),
-            ("top_p", top_p, 0 < top_p <= 1),
-            ("block", block, block >= 1),
-        ):
-            if not fits:
-                raise InputError(f"sampler.{name} = {value}: out of range; nothing can be generated with it")
+        check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k, block=block)
+        check_range(f"[0, {max_new_tokens}]", "sampler", min_new_tokens=min_new_tokens)
+        check_range("(0, inf)", "sampler", temperature=temperature)
+        check_range("(0, 1]", "sampler", top_p=top_p)
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = min_new_tokens
         self.temperature = temperature

@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from grade_lightning.errors import InputError
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.gumbel import exponential_noise, relaxed_tokens
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.policies import Policy
@@ -122,8 +122,7 @@ class RelaxedSampler:
     """
 
     def __init__(self, sampler: Sampler, block: int = 8) -> None:
-        if block < 1:
-            raise InputError(f"block = {block}: must be at least 1 step")
+        check_range("[1, inf)", block=block)
         self.sampler = sampler
         self.block = block
 

@@ -88,12 +88,6 @@ def test_a_table_of_so_many_rows() -> None:
     assert len(completion_table(said, torch.zeros(5), torch.zeros(5), rows=9).splitlines()) == 7
 
 
-@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"rows": 0}, {"every_n_steps": -1, "rows": -1}])
-def test_arguments_of_completions(wrong: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"completions: every_n_steps = .* and rows = .* must be at least 1"):
-        Completions(**wrong)
-
-
 @pytest.mark.parametrize(("function", "histogram"), [(ones, True), (nothing, False)])
 def test_completions_of_a_reward_that_abstains(function: Any, histogram: bool, tmp_path: Path) -> None:
     """Its rows are shown; there is nothing to put into a histogram."""

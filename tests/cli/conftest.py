@@ -163,6 +163,7 @@ def own(shell: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 USERS_OWN = """
+import threading
 import torch
 from datasets import Dataset, DatasetDict
 from grade_lightning.data import Source
@@ -209,6 +210,16 @@ def short(prompts, completions, **columns):
 
 def texts(prompts, completions, **columns):
     return ["good" for text in completions]
+
+def hangs(prompts, completions, **columns):
+    threading.Event().wait()
+
+class Brevity:
+    def __init__(self, most: int):
+        self.most = most
+
+    async def __call__(self, prompts, completions, **columns):
+        return [float(len(text.split()) < self.most) for text in completions]
 
 def raises(prompts, completions, **columns):
     raise KeyError("no such column")

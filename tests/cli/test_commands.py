@@ -375,10 +375,13 @@ def test_judges_in_a_file(run: Run, own: str, shelf: Shelf) -> None:
     Path("judges.yaml").write_text(
         "model: {init_args: {judges: ["
         f"{{class_path: FunctionReward, init_args: {{function: {own}.words}}}}, "
+        f"{{class_path: FunctionReward, init_args: "
+        f"{{function: {{class_path: {own}.Brevity, init_args: {{most: 3}}}}, timeout: 60}}}}, "
         f"{{class_path: {own}.Late, init_args: {{above: 9}}}}]}}}}\n"
     )
     run("fit", "--config=judges.yaml", *shelf.all, *OFTEN)
     assert 0 < scalar(version(), "val/rewards/words")[0] <= 6
+    assert 0 <= scalar(version(), "val/rewards/Brevity")[0] <= 1
     assert 0 < scalar(version(), "val/rewards/Late")[0] < 1
     assert scalar(version(), "val/rewards/classifier") == scalar(version(), "val/reward")
 

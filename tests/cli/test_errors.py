@@ -135,10 +135,21 @@ def test_misspelt_key_in_a_file(refuse: Refuse, shelf: Shelf) -> None:
         ("--model.sampler.top_k", "x"),
         ("--model.reward.output", "odds"),
         ("--seed_everything", "luck"),
+        ("--model.beta", "null"),
+        ("--model.kl_prefix", "null"),
+        ("--model.sampler.top_p", "null"),
+        ("--data.batch_size", "null"),
+        ("--model.optimizer", "null"),
     ],
 )
 def test_wrong_type(key: str, value: str, refuse: Refuse, shelf: Shelf) -> None:
-    says(refuse("fit", *shelf.all, f"{key}={value}"), key.rpartition(".")[2], value)
+    says(refuse("fit", *shelf.all, f"{key}={value}"), key.rpartition(".")[2], "None" if value == "null" else value)
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "[1, 2]", "3"])
+def test_options_by_name_that_are_something_else(value: str, refuse: Refuse, shelf: Shelf) -> None:
+    model = ["--model=RLOO", *without(shelf.grade, "--model=")]
+    says(refuse("fit", *model, "--model.reward=NoReward", f"--model.kl={value}"), "--model.kl: ")
 
 
 @pytest.mark.parametrize(
@@ -152,14 +163,26 @@ def test_wrong_type(key: str, value: str, refuse: Refuse, shelf: Shelf) -> None:
         ("--model.policy.dtype", "int8"),
         ("--data.batch_size", "0"),
         ("--completions.rows", "0"),
+        ("--seed_everything", "-1"),
+        ("--trainer.max_steps", "-5"),
+        ("--trainer.accelerator", "abacus"),
+        ("--trainer.num_nodes", "0"),
+        ("--trainer.limit_val_batches", "1.5"),
+        ("--model.optimizer.lr", "-1"),
     ],
 )
 def test_impossible_value(key: str, value: str, refuse: Refuse, shelf: Shelf) -> None:
-    says(refuse("fit", *shelf.all, f"{key}={value}"), key.rpartition(".")[2], value)
+    says(refuse("fit", *shelf.all, f"{key}={value}"), key.lstrip("-").rpartition(".")[2], value)
 
 
 def test_missing_config_file(refuse: Refuse) -> None:
     says(refuse("fit", "--model=GradeSTE", "--config=nowhere.yaml"), "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "null\n", "[1, 2]\n", "only words\n"])
+def test_config_file_without_options(text: str, refuse: Refuse) -> None:
+    Path("c.yaml").write_text(text)
+    says(refuse("fit", "--model=GradeSTE", "--config=c.yaml"), "--config c.yaml: no options by name in it")
 
 
 def test_damaged_config_file(refuse: Refuse) -> None:
@@ -237,7 +260,7 @@ def test_prompt_column_longer_than_allowed(refuse: Refuse, shelf: Shelf) -> None
 
 def test_no_tokens_left_to_generate(refuse: Refuse, shelf: Shelf) -> None:
     line = refuse("fit", *shelf.all, "--model.sampler.max_new_tokens=0")
-    says(line, "max_new_tokens", "0", "generate")
+    says(line, "max_new_tokens = 0", "must be 1 or more")
 
 
 # ---- tokenizer and models -------------------------------------------------------------------------------------
@@ -452,10 +475,12 @@ def test_nor_does_a_checkpoint_of_another_method(
         ("short", ("reward short", "1 values for 6 completions")),
         ("texts", ("reward texts", "must return a list of numbers or None")),
         ("raises", ("reward raises", "KeyError", "no such column")),
+        ("hangs", ("reward hangs: no answer within 0.1 s for 6 completions", "raise its timeout")),
     ],
 )
 def test_a_judge_that_fails(function: str, parts: tuple[str, ...], refuse: Refuse, shelf: Shelf, own: str) -> None:
     judge = ["--model.judges+=FunctionReward", f"--model.judges.function={own}.{function}"]
+    judge += ["--model.judges.timeout=0.1"] if function == "hangs" else []
     says(refuse("predict", *shelf.all, *judge, "--output=a.jsonl"), *parts)
 
 

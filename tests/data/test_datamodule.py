@@ -175,21 +175,6 @@ def test_too_few_rows(source: Source, options: dict[str, Any], message: str) -> 
         ready(source, **options)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("batch_size", 0),
-        ("reward_size", -1),
-        ("test_size", -1),
-        ("max_prompt_chars", 0),
-        ("max_prompt_tokens", 1),
-    ],
-)
-def test_options_out_of_range(option: str, value: Any) -> None:
-    with pytest.raises(InputError, match=rf"data.{option}: {value} is too small; use"):
-        TextDataModule(**{option: value})
-
-
 def test_without_labels_the_reward_split_is_empty() -> None:
     data = ready(Rows({"text": texts(50)}, {"text": texts(5, 50)}), "labelled")
     assert [len(rows) for rows in data.splits.values()] == [5, 10, 30, 0]

@@ -1,6 +1,7 @@
 """The policy against transformers itself, for every architecture."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grade_lightning.errors import InputError
-from grade_lightning.methods import GradeSTE
+from grade_lightning.methods import GradeSTE, RewardModel
 from grade_lightning.module import Experience
 from grade_lightning.policies import LoRA, Policy, ValueHead, bundled_folder, resolve_model
 from grade_lightning.rewards import Classifier, ClassifierReward
@@ -49,6 +50,27 @@ def reference_logits(policy: Policy, length: int = 3) -> Tensor:
     prompts = make_prompts()
     with torch.no_grad():
         return policy.reference_logits(policy.reference_embed(prompts["input_ids"]), prompts["attention_mask"], length)
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY - 1, VOCABULARY + 1])
+def test_as_many_logits_as_embedded_tokens(rows: int) -> None:
+    model: Any = make_model("llama")
+    model.lm_head = torch.nn.Linear(16, rows, bias=False)
+    with pytest.raises(InputError, match=rf"embeds {VOCABULARY} tokens, but has logits of {rows}"):
+        Policy.from_model(model, make_tokenizer())
+
+
+@pytest.mark.parametrize("load", [lambda path: Policy(path).load(), lambda path: RewardModel(path).configure_model()])
+def test_a_token_that_the_model_does_not_embed_is_named(load: Callable[[str], None], tmp_path: Path) -> None:
+    """As of who adds a padding token to the tokenizer alone."""
+    make_model("llama").save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    load(str(tmp_path))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"last token is {VOCABULARY} .*PAD.* the model embeds {VOCABULARY}"):
+        load(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
