@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -113,6 +114,17 @@ class StepOutput:
     """Further scalars, logged as `train/{name}`, or as they are called where they say what they belong to."""
 
 
+@contextmanager
+def wide_numbers() -> Iterator[None]:
+    """New tensors and quotients of integers are float32 or better; in a step of `bf16-true` they would be bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(before, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class TrainableModule(LightningModule):
     """What every module of this library shares: optimizers over what is trained, checkpoints of what is trained.
 
@@ -165,8 +177,14 @@ class TrainableModule(LightningModule):
         Raises:
             InputError: their arguments are not what they take.
         """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained):
+            rank_zero_warn(
+                "weights in half precision are trained: updates of less than a 500th of a weight are rounded away; "
+                "--trainer.precision bf16-mixed keeps them"
+            )
         try:
-            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            optimizer = self.optimizer(trained)
             if self.lr_scheduler is not None:
                 scheduler = self.lr_scheduler(optimizer)
             else:
@@ -324,6 +342,7 @@ class AlignmentModule(TrainableModule, ABC):
     def loss(self, experience: Experience) -> StepOutput:
         """The method: one loss of what :meth:`explore` found."""
 
+    @wide_numbers()
     def draw_loss(self, batch: dict[str, Any]) -> Tensor:
         """The loss of one independent estimate of the gradient: samples anew, logs nothing, moves no statistic.
 
@@ -379,6 +398,7 @@ class AlignmentModule(TrainableModule, ABC):
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
+    @wide_numbers()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Sample, score, and let the method make the loss."""
         self._seed("train", batch_idx)
@@ -484,6 +504,7 @@ class AlignmentModule(TrainableModule, ABC):
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @wide_numbers()
     def evaluate(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> dict[str, Any]:
         """Sample with a fixed seed and measure each completion.
 

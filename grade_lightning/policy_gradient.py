@@ -17,7 +17,7 @@ from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import advantages, policy, sequences
 from grade_lightning.functional.policy import Totals
 from grade_lightning.kl import KL
-from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput
+from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput, wide_numbers
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import Reward, Scores
 from grade_lightning.rollouts import Rollout, Sampler
@@ -279,6 +279,7 @@ class PolicyGradientModule(AlignmentModule):
 
     # ---- one training step --------------------------------------------------------------------------------------
 
+    @wide_numbers()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch of the window; the first samples it."""
         self._seed("train", batch_idx)

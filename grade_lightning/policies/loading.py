@@ -62,10 +62,14 @@ def load_pretrained(loader: Any, path: str, **kwargs: Any) -> Any:
         return loader.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path}: needs code of its author, which is never run; give a model of transformers' own"
+            ) from error
         hint = "; HF_HUB_OFFLINE=1 is set" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise InputError(f"{path}: cannot be loaded by {loader.__name__} ({reason}){hint}") from error
     except Exception as error:  # safetensors raises its own class for a truncated file
-        if type(error).__module__.partition(".")[0] != "safetensors":
+        if not type(error).__module__.startswith("safetensors"):
             raise
         raise InputError(f"{path}: the weights cannot be read ({error}); the file is damaged") from error
 

@@ -15,7 +15,7 @@ from grade_lightning.rollouts import RelaxedRollout, Rollout
 
 @dataclass
 class Scores:
-    """Rewards of a rollout; NaN where a reward abstains."""
+    """Rewards of a rollout, in float32 or better whatever computed them; NaN where a reward abstains."""
 
     total: Tensor
     """(B,)"""
@@ -23,6 +23,11 @@ class Scores:
     """Each named reward's own value, (B,)."""
     adjoints: list[Adjoint] = field(default_factory=list)
     """Gradient of `total.nansum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
+
+    def __post_init__(self) -> None:
+        """Rewards of a group differ by less than half precision can tell."""
+        self.total = _full(self.total)
+        self.parts = {name: _full(value) for name, value in self.parts.items()}
 
     def select(self, rows: Tensor) -> "Scores":
         """Those of some of the sequences; without adjoints."""
@@ -33,6 +38,10 @@ class Scores:
         """Those of several rollouts; without adjoints."""
         parts = {name: torch.cat([score.parts[name] for score in scores]) for name in scores[0].parts}
         return cls(torch.cat([score.total for score in scores]), parts)
+
+
+def _full(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def unique_name(name: str, taken: Container[str]) -> str:

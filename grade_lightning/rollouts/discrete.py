@@ -261,7 +261,7 @@ class Sampler:
         """
         eos_ids, pad_id, width = policy.eos_ids, policy.tokenizer.pad_token_id, input_ids.shape[1]
         completion = input_ids.new_full((len(input_ids), self.max_new_tokens), pad_id)
-        logps = torch.zeros(completion.shape, device=input_ids.device)
+        logps = torch.zeros(completion.shape, dtype=torch.float32, device=input_ids.device)
         ids, mask, live = input_ids, attention_mask, torch.arange(len(input_ids), device=input_ids.device)
         ends, done = torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device), 0
         with policy.evaluating() as model, _without_own_settings(policy.base):
@@ -278,7 +278,7 @@ class Sampler:
                 )
                 new = ids[:, width + done :]
                 span = slice(done, done + new.shape[1])
-                completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1])
+                completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1]).to(logps.dtype)
                 done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
                 going = (~torch.isin(new, ends).any(-1)).nonzero().squeeze(1)
                 if len(going) < len(live):
