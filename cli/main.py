@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 # imported whole, so that bare class names are known
 import grade_lightning.methods
@@ -28,6 +29,7 @@ from grade_lightning.callbacks import (
     GradientVariance,
     PredictionWriter,
     Progress,
+    Requeue,
     Summary,
 )
 from grade_lightning.data import TextDataModule, reviews
@@ -36,6 +38,7 @@ from grade_lightning.module import AlignmentModule, TrainableModule
 from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
+from .resume import find_start
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -80,7 +83,10 @@ class GradeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside the trainer's, the model's and the data's."""
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to start from.")
+        help = "A .ckpt file to start a new run from; to go on with a run: its folder, or `last` for the latest one."
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=help)
+        # no callback in Lightning's sense, which there is no getting rid of
+        parser.add_class_arguments(Checkpoint, "checkpoint", fail_untyped=False, sub_configs=True)
         parser.add_lightning_class_args(Completions, "completions")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(GradientVariance, "gradient_variance")
@@ -96,8 +102,14 @@ class GradeCLI(LightningCLI):
         method = self.config.model.class_path.rpartition(".")[2]
         if self.config.data.source is None and "judges" in self.config.model.init_args:
             self.config.model.init_args.judges = self.config.model.init_args.judges or _grammar_judges()
+        self.runs = Path(trainer.default_root_dir or "runs") / method
+        self.start = find_start(self.config.ckpt_path, self.runs, self.command, Parser.given)
+        self.save_config_kwargs = {"config_filename": self.start.config_name}
+        ours = _tensorboard(str(self.runs.parent), method)
         if trainer.logger in (None, True):
-            trainer.logger = _tensorboard(trainer.default_root_dir or "runs", method)
+            trainer.logger = ours
+        logger = trainer.logger
+        self.logs_as_usual = isinstance(logger, Namespace) and all(logger.get(k) == v for k, v in ours.items())
         on_cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if trainer.precision is None and on_cuda and torch.cuda.is_bf16_supported():
             trainer.precision = "bf16-mixed"
@@ -105,12 +117,23 @@ class GradeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has."""
         self.summary = Summary()
+        folder, runs, version, purge = self.start.folder, self.runs, None, 0
+        if folder is not None:
+            runs, version, purge = folder.parent, folder.name, self.start.step
+            kwargs["default_root_dir"] = str(folder)
+        if self.logs_as_usual:
+            # TensorBoard hides what was logged after a restart's step; a restart is what follows a start
+            kwargs["logger"] = TensorBoardLogger(
+                runs.parent, runs.name, version, default_hp_metric=False, purge_step=purge
+            )
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         callbacks = [*(given if isinstance(given, list) else [given]), self.summary]
         if self.config.trainer.enable_checkpointing is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
-            callbacks.append(Checkpoint())
+            callbacks.append(self._get(self.config_init, "checkpoint"))
+        if self.command == "fit":
+            callbacks.append(Requeue())
         kwargs["callbacks"] = callbacks
         if self.config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(Progress())
@@ -159,9 +182,6 @@ def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:
         sys.path.append(os.getcwd())  # for rewards and sources of the user's own
     with _refusals():
         cli = GradeCLI(args, command)
-    ckpt_path = cli.config.ckpt_path
-    if ckpt_path is not None:
-        _check_readable(ckpt_path)
     if command == "predict" and isinstance(cli.model, TrainableModule) and not isinstance(cli.model, AlignmentModule):
         raise InputError(f"--model {type(cli.model).__name__}: makes no completions to write; name an alignment method")
     if any(getattr(module, "path", None) == BUNDLED for module in cli.model.modules()):
@@ -184,21 +204,6 @@ def _refusals() -> Iterator[None]:
         raise InputError(f"{' '.join(str(root).split()).rstrip('.')}; check the value") from error
 
 
-def _check_readable(path: str) -> None:
-    """Find a missing or damaged checkpoint before anything is built for it."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint file; give --ckpt_path the path of a .ckpt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"{path}: cannot be read as a checkpoint of weights ({reason}); it is damaged or foreign"
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-        raise InputError(f"{path}: is no checkpoint of Lightning; give the .ckpt file that grade-fit wrote")
-
-
 def fit(args: ArgsType = None) -> None:
     """`grade-fit`: measure, train, measure again, and say what changed and where it lies."""
     with _for_people("grade-fit"):
@@ -207,9 +212,9 @@ def fit(args: ArgsType = None) -> None:
         trainer, model, data = cli.trainer, cli.model, cli.datamodule
         measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         with _no_trace_of_what_never_began(trainer):
-            if measures and cli.config.ckpt_path is None:
+            if measures and cli.start.checkpoint is None:
                 trainer.validate(model, data, verbose=False)
-            trainer.fit(model, data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+            trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
             if measures and cli.summary.last_step != trainer.global_step:
                 trainer.validate(model, data, verbose=False)
         _report(cli, time.perf_counter() - began)
@@ -250,7 +255,7 @@ def _run(args: ArgsType, command: str) -> None:
         entry = getattr(cli.trainer, command)
         kwargs = {"return_predictions": False} if command == "predict" else {}
         with _no_trace_of_what_never_began(cli.trainer):
-            entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **kwargs)
+            entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, **kwargs)
         if command == "predict" and cli.trainer.is_global_zero:
             writer = next(c for c in cli.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
             print(f"written: {writer.path}")
@@ -299,6 +304,8 @@ def _quieten() -> None:
         r".*in eval mode at the start of training.*",
         r".*LeafSpec.*",
         r".*is_gradient_checkpointing.*",
+        r"Checkpoint directory .* exists and is not empty.*",
+        r"The dirpath has changed from.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)

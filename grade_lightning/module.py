@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -258,7 +260,11 @@ class TrainableModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the method, so that no other loads it unawares."""
-        checkpoint["grade_lightning"] = {"method": type(self).__name__, "skipped": self.skipped}
+        checkpoint["grade_lightning"] = {
+            "method": type(self).__name__,
+            "processes": self._processes(),
+            "skipped": self.skipped,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is this method's and holds exactly what is trained.
@@ -282,6 +288,29 @@ class TrainableModule(LightningModule):
                 f"checkpoint: its weights do not fit this model ({len(expected - saved)} are missing, "
                 f"{len(saved - expected)} are unknown, such as {odd[0][0]}); give the policy and LoRA settings it had"
             )
+        saved_by, now = checkpoint["grade_lightning"].get("processes", 1), self._processes()
+        if saved_by != now and self._trainer is not None and self.trainer.training:
+            rank_zero_warn(
+                f"checkpoint: it is of {saved_by} processes and this run has {now}. Weights, optimizer, schedule and "
+                f"running statistics go on as they were; which rows come next, and the noise, are those of {now}"
+            )
+
+    def _seed(self, stage: Stage, batch_idx: int) -> None:
+        """Tie a step's randomness to (seed, stage, step, micro-batch, rank): a resumed run draws the same."""
+        key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, self._step(stage), batch_idx, self._rank())
+        seed = hash_seed(*key)
+        torch.manual_seed(seed)
+        random.seed(seed)  # for rewards of the user's own
+        numpy.random.seed(seed % 2**32)
+
+    def _step(self, stage: Stage) -> int:
+        return self.global_step if stage == "train" and self._trainer is not None else 0
+
+    def _rank(self) -> int:
+        return self.global_rank if self._trainer is not None else 0
+
+    def _processes(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
 
 
 class AlignmentModule(TrainableModule, ABC):
@@ -489,17 +518,6 @@ class AlignmentModule(TrainableModule, ABC):
                 f"log-probabilities of the training pass differ from the sampler's by {gap:.3g} on average: the "
                 "completions were not sampled from the policy that is trained"
             )
-
-    def _seed(self, stage: Stage, batch_idx: int) -> None:
-        """Tie a step's randomness to (seed, stage, step, micro-batch, rank): a resumed run draws the same."""
-        key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, self._step(stage), batch_idx, self._rank())
-        torch.manual_seed(hash_seed(*key))
-
-    def _step(self, stage: Stage) -> int:
-        return self.global_step if stage == "train" and self._trainer is not None else 0
-
-    def _rank(self) -> int:
-        return self.global_rank if self._trainer is not None else 0
 
     # ---- evaluation -------------------------------------------------------------------------------------------
 

@@ -273,8 +273,7 @@ class PolicyGradientModule(AlignmentModule):
         if self.kl.target is not None:
             self.beta = self.running.get("beta", self.beta)
         windows = saved.get("windows", [None])
-        processes = 1 if self._trainer is None else self.trainer.world_size
-        own = windows[self._rank()] if len(windows) == processes else None
+        own = windows[self._rank()] if len(windows) == self._processes() else None
         self._packed = own if own is not None and len(own["plan"]) == self.visits else None
 
     # ---- one training step --------------------------------------------------------------------------------------
@@ -308,7 +307,7 @@ class PolicyGradientModule(AlignmentModule):
             kl: exact KL of each completion when it was sampled, nats, (B,).
         """
         if self.kl.target is not None:
-            completions = len(kl) * (1 if self._trainer is None else self.trainer.world_size)
+            completions = len(kl) * self._processes()
             self.beta = self.running["beta"] = self.kl.adapted(self.beta, float(self._mean(kl.mean())), completions)
         if self.decay is not None:
             baseline = torch.tensor(self.running.get("baseline", torch.nan), dtype=torch.float64)

@@ -1,21 +1,169 @@
-"""The latest checkpoint."""
+"""Checkpoints from which a run goes on as if it had never stopped."""
 
+import os
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from grade_lightning.errors import InputError
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and moves it there once it is whole and on the disk.
+
+    So a kill or a full disk leaves what lay there before. Stock Lightning writes into the temporary folder of the
+    machine, and from there copies over the earlier file where that is on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write it.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written to.
+        """
+        files, name = url_to_fs(str(path))
+        if storage_options is not None or not isinstance(files, LocalFileSystem):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        whole = Path(name)
+        # Lightning counts what has "ckpt_" in its name, whatever the rest of it
+        part = whole.with_name("." + whole.name.replace("ckpt", "part"))
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(whole)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            reason = error if isinstance(error, OSError) else error.__context__  # torch hides what failed
+            if not isinstance(reason, OSError):
+                raise
+            raise InputError(
+                f"{whole}: the checkpoint cannot be written ({reason.strerror}); earlier ones are as they were: make "
+                "room, and go on from the latest with --ckpt_path last"
+            ) from error
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, which also keeps the last step of a run that is counted in steps.
+    """Lightning's `ModelCheckpoint`, for runs that are to go on exactly.
 
-    Stock Lightning saves after a validation only, so that the last steps of a run would be lost.
+    Beside what that does, it also keeps the last step of a run that is counted in steps, writes by
+    :class:`WholeFiles`, sees to it that the curves on the disk reach up to the checkpoint, and never saves between the
+    micro-batches of an optimizer step, whose gradients a checkpoint does not hold.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[Checkpoint(every_n_train_steps=50)], logger=False, accelerator="cpu")
     """
+
+    _overdue = False
+    _behind = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write whole files, unless the user chose how to write."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """After a checkpoint, bring to the disk what Lightning has logged of its step since."""
+        self._catch_up(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._catch_up(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the last step."""
+        """Save when it is time, and at the last step."""
+        if trainer.fit_loop._should_accumulate():
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._overdue:
+            super().on_validation_end(trainer, pl_module)
         if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._overdue = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; amid the micro-batches of a step, only once it is complete."""
+        self._overdue = trainer.state.fn == "fit" and trainer.fit_loop._should_accumulate()
+        if not self._overdue:
+            super().on_validation_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        _flush(trainer)  # a kill would take with it what loggers still hold
+        super()._save_checkpoint(trainer, filepath)
+        self._behind = True
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        if self._behind:
+            self._behind = False
+            _flush(trainer)
+
+
+class Requeue(Callback):
+    """Where SLURM is about to end the job: save at the end of the step, and ask SLURM to start the job again.
+
+    Stock Lightning does so at once, in the middle of whatever it is at, and a run that goes on from there is another
+    one. The checkpoint is `checkpoints/requeue.ckpt` in the trainer's `default_root_dir`. Without SLURM, or where its
+    environment says `auto_requeue=False`, nothing happens.
+    """
+
+    _waits = False
+    _asked = False
+    _done = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signal from Lightning, which puts things back at the end."""
+        if SLURMEnvironment.detect() and callable(signal.getsignal(signal.SIGUSR1)):
+            self._waits = True
+            signal.signal(signal.SIGUSR1, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From the request to the end of the job, leave nothing with the loggers."""
+        if self._done:
+            _flush(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answer, if a step is complete."""
+        if not trainer.fit_loop._should_accumulate():
+            self._answer(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that is complete needs no other job."""
+        self._waits = False
+
+    def _answer(self, trainer: Trainer) -> None:
+        """On all processes, if one of them was asked: the signal may reach them in different steps."""
+        if not self._waits or not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            return
+        self._waits, self._done = False, True
+        _flush(trainer)
+        trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "requeue.ckpt"))
+        if trainer.is_global_zero:
+            array = os.environ.get("SLURM_ARRAY_JOB_ID")
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+            subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def _flush(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        logger.save()

@@ -30,7 +30,7 @@ class Completions(Callback):
     ) -> None:
         """Write what was sampled."""
         due = trainer.global_step != self._written and (trainer.global_step - 1) % self.every_n_steps == 0
-        if isinstance(pl_module, AlignmentModule) and due:
+        if isinstance(pl_module, AlignmentModule) and due and not trainer.fit_loop._should_accumulate():
             self._written = trainer.global_step
             rollout, scores, kl = pl_module.last_rollout
             self._write(trainer, "train", rollout, scores.total, kl)
@@ -52,10 +52,11 @@ class Completions(Callback):
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
         writer = trainer.logger.experiment
-        writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), trainer.global_step)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scalars of the moment
+        writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), step)
         answered = reward[~reward.isnan()]
         if len(answered):
-            writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), trainer.global_step)
+            writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), step)
 
 
 def completion_table(rollout: Rollout, reward: Tensor, kl: Tensor, rows: int) -> str:

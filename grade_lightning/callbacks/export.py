@@ -26,15 +26,28 @@ class Export(Callback):
         Raises:
             InputError: it does.
         """
-        if stage == "fit" and self.enabled and self.folder is not None:
-            folder = Path(self.folder)
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise InputError(f"{folder}: exists and is not empty; give --export.folder another name")
+        if stage == "fit" and self.folder is not None:
+            self._refuse_what_exists(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train a run further that has been exported.
+
+        Raises:
+            InputError: it has been.
+        """
+        self._refuse_what_exists(trainer)
+
+    def _refuse_what_exists(self, trainer: Trainer) -> None:
+        folder = self.path(trainer)
+        if folder is not None and _holds_something(folder):
+            raise InputError(f"{folder}: exists and is not empty; give --export.folder another name")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it."""
+        """Write it, unless there was nothing left to train."""
         folder = self.path(trainer)
-        if folder is not None and trainer.is_global_zero and isinstance(pl_module, TrainableModule):
+        if folder is None or _holds_something(folder):
+            return
+        if trainer.is_global_zero and isinstance(pl_module, TrainableModule):
             folder.mkdir(parents=True, exist_ok=True)
             pl_module.save_pretrained(str(folder))
 
@@ -45,3 +58,7 @@ class Export(Callback):
         if self.folder is not None:
             return Path(self.folder)
         return Path(trainer.log_dir) / "export" if trainer.log_dir and trainer.logger else None
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))

@@ -82,6 +82,7 @@ class RewardModel(TrainableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of labelled text."""
+        self._seed("train", batch_idx)
         loss = nn.functional.binary_cross_entropy_with_logits(self(batch), batch["labels"].float())
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -59,6 +59,7 @@ class SupervisedFineTuning(TrainableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of text."""
+        self._seed("train", batch_idx)
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
