@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 # imported whole, so that bare class names are known
 import grade_lightning.methods
@@ -211,7 +213,7 @@ def fit(args: ArgsType = None) -> None:
         cli = build(args, "fit")
         trainer, model, data = cli.trainer, cli.model, cli.datamodule
         measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        with _no_trace_of_what_never_began(trainer):
+        with _no_trace_of_what_never_began(trainer), _all_end_together(trainer):
             if measures and cli.start.checkpoint is None:
                 trainer.validate(model, data, verbose=False)
             trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
@@ -254,7 +256,7 @@ def _run(args: ArgsType, command: str) -> None:
         cli = build(args, command)
         entry = getattr(cli.trainer, command)
         kwargs = {"return_predictions": False} if command == "predict" else {}
-        with _no_trace_of_what_never_began(cli.trainer):
+        with _no_trace_of_what_never_began(cli.trainer), _all_end_together(cli.trainer):
             entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, **kwargs)
         if command == "predict" and cli.trainer.is_global_zero:
             writer = next(c for c in cli.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
@@ -278,20 +280,43 @@ def _no_trace_of_what_never_began(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
+def _all_end_together(trainer: Trainer) -> Iterator[None]:
+    """When this process fails, end those that it started: they would wait for it."""
+    try:
+        yield
+    except Exception as error:
+        launcher, known = trainer.strategy.launcher, _error_of_input(error)
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            raise
+        patience = time.monotonic() + (10 if known is None else 0)
+        while not any(process.poll() for process in launcher.procs) and time.monotonic() < patience:
+            time.sleep(0.1)  # one that failed first has closed its connections, and is about to end
+        failed = [process.returncode for process in launcher.procs if process.returncode]
+        launcher.kill(signal.SIGKILL)  # in a collective a process hears nothing less
+        if known is None and failed:
+            raise InputError(f"another process ended with status {failed[0]}; what it said is above") from error
+        raise
+
+
+@contextmanager
 def _for_people(name: str) -> Iterator[None]:
     """Quiet what says nothing to the user; turn errors of input into one line and status 2."""
     _quieten()
     try:
         yield
     except Exception as error:
-        # jsonargparse wraps what the classes that it makes raise
-        chain: BaseException | None = error
-        while chain is not None and not isinstance(chain, InputError):
-            chain = chain.__cause__ or chain.__context__
-        if chain is None:
+        known = _error_of_input(error)
+        if known is None:
             raise
-        print(f"{name}: error: {chain}", file=sys.stderr)
+        print(f"{name}: error: {known}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _error_of_input(error: BaseException | None) -> InputError | None:
+    """What is behind it: jsonargparse wraps what the classes that it makes raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _quieten() -> None:

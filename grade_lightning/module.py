@@ -17,7 +17,9 @@ from typing import Any, ClassVar, Literal
 import numpy
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,6 +33,7 @@ from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import ClassifierReward, Reward, Scores, unique_name
 from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.strategies import FSDP2
 
 View = Literal["prompts", "labelled", "text", "pairs"]
 Stage = Literal["train", "val", "test", "predict"]
@@ -138,6 +141,8 @@ class TrainableModule(LightningModule):
 
     view: View
     """Which view of the data the module trains on."""
+    unrolls: ClassVar[bool] = False
+    """Whether a step's graph goes through the network more than once."""
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
         super().__init__()
@@ -155,7 +160,7 @@ class TrainableModule(LightningModule):
 
     @abstractmethod
     def save_pretrained(self, folder: str) -> None:
-        """Write what was trained as a Hugging Face folder."""
+        """Write what was trained as a Hugging Face folder; where it is spread over processes, all must call this."""
 
     @property
     def visits(self) -> int:
@@ -166,12 +171,37 @@ class TrainableModule(LightningModule):
         """Rows of the data in a training batch, of which `batch_size` sequences are trained on in each step."""
         return batch_size
 
+    def check_accumulation(self) -> None:
+        """For a module whose batch is that of an optimizer step.
+
+        Raises:
+            InputError: the number of micro-batches in a step is to change during the run.
+        """
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError(
+                "GradientAccumulationScheduler: a batch is read for a fixed number of micro-batches; "
+                "set --trainer.accumulate_grad_batches instead"
+            )
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 where it has no known end."""
         if self._trainer is None:
             return 0
         steps = self.trainer.estimated_stepping_batches
         return 0 if math.isinf(steps) else max(0, int(steps))
+
+    def setup(self, stage: str) -> None:
+        """Check that the strategy can do what the methods do.
+
+        Raises:
+            InputError: it cannot.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, FSDP2):
+            raise InputError(
+                f"--trainer.strategy: under {type(strategy).__name__} a method could not call parts of the network by "
+                "themselves; use fsdp2, or ddp"
+            )
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler over the parameters that require grad.
@@ -394,7 +424,8 @@ class AlignmentModule(TrainableModule, ABC):
             reward.load(self.tokenizer, vocabulary)
 
     def setup(self, stage: str) -> None:
-        """Check that prompt and completion fit into the context."""
+        """Check that prompt and completion fit into the context, too."""
+        super().setup(stage)
         data = getattr(self._trainer, "datamodule", None)
         longest = getattr(data, "max_prompt_tokens", None)
         completions, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
@@ -453,28 +484,33 @@ class AlignmentModule(TrainableModule, ABC):
     def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
         mask = rollout.completion_mask
         kl = sequences.masked_sum(step.kl, mask)
-        tokens = mask.sum()
-        reward = scores.total.nanmean()  # over those that answered; indexing them would wait for the device
-        values = {
-            "train/loss": step.loss,
-            "train/reward": reward,
-            "train/reward_std": (scores.total - reward).square().nanmean().sqrt(),
-            "train/objective": reward - self.beta * kl.mean(),
-            "train/kl": kl.mean(),
-            "train/kl_per_token": kl.sum() / tokens,
+        one = kl.new_ones(())
+        tokens, rows = mask.sum(), one * len(kl)
+        reward, answered = _answered(scores.total)  # indexing those that answered would wait for the device
+        mean = reward / answered.clamp(min=1)
+        terms = {  # of each figure a sum and what it is divided by, over all processes
+            "train/loss": (step.loss, one),
+            "train/reward": (reward, answered),
+            "within": ((scores.total - mean).square().nansum(), answered),
+            "between": (reward * mean, answered),
+            "train/kl": (kl.sum(), rows),
+            "train/kl_per_token": (kl.sum(), tokens),
             **{
-                f"train/kl_{name}": sequences.masked_sum(estimate(step.log_ratio), mask).mean()
+                f"train/kl_{name}": (sequences.masked_sum(estimate(step.log_ratio), mask).sum(), rows)
                 for name, estimate in divergences.ESTIMATORS.items()
             },
-            "train/entropy": sequences.masked_sum(step.entropy, mask).sum() / tokens,
-            "train/response_length": rollout.lengths.float().mean(),
-            "train/eos_rate": rollout.ended.float().mean(),
-            **{name if "/" in name else f"train/{name}": value for name, value in step.metrics.items()},
-            **{f"rewards/{name}": value.nanmean() for name, value in scores.parts.items()},
+            "train/entropy": (sequences.masked_sum(step.entropy, mask).sum(), tokens),
+            "train/response_length": (tokens, rows),
+            "train/eos_rate": (rollout.ended.sum(), rows),
+            **{name if "/" in name else f"train/{name}": (value, one) for name, value in step.metrics.items()},
+            **{f"rewards/{name}": _answered(value) for name, value in scores.parts.items()},
         }
-        packed = torch.stack([value.detach().float() for value in values.values()])
-        packed = self.trainer.strategy.reduce(packed, reduce_op="mean")  # one synchronisation for all
-        logged = dict(zip(values, packed, strict=True))
+        packed = torch.stack([torch.stack([x.detach().float() for x in pair]) for pair in terms.values()])
+        sums, counts = self.trainer.strategy.reduce(packed, reduce_op="sum").unbind(1)  # one synchronisation for all
+        logged = dict(zip(terms, sums / counts, strict=True))
+        variance = logged.pop("within") + logged.pop("between") - logged["train/reward"].square()
+        logged["train/reward_std"] = variance.clamp(min=0).sqrt()
+        logged["train/objective"] = logged["train/reward"] - self.beta * logged["train/kl"]
         self.log_dict(logged, batch_size=len(kl))
         for name in ("reward", "kl"):
             self.log(name, logged[f"train/{name}"], prog_bar=True, logger=False, batch_size=len(kl))
@@ -695,6 +731,11 @@ def hash_seed(*key: int | str) -> int:
 def _keys(root: nn.Module, module: nn.Module) -> list[str]:
     prefix = next(name for name, child in root.named_modules() if child is module)
     return [f"{prefix}.{name}" for name in nn.Module.state_dict(module)]
+
+
+def _answered(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of those that are not NaN."""
+    return values.nansum(), (~values.isnan()).sum()
 
 
 def _number(value: Tensor) -> float | None:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -125,16 +124,8 @@ class PolicyGradientModule(AlignmentModule):
                     module.p = 0.0
 
     def on_train_start(self) -> None:
-        """Check that windows stay whole.
-
-        Raises:
-            InputError: the number of micro-batches in a step is to change during the run.
-        """
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise InputError(
-                "GradientAccumulationScheduler: completions are sampled for a fixed number of micro-batches; "
-                "set --trainer.accumulate_grad_batches instead"
-            )
+        """Check that windows stay whole."""
+        self.check_accumulation()
         batches = self.trainer.num_training_batches
         if not math.isinf(batches) and batches % self.visits:
             rank_zero_warn(

@@ -43,11 +43,11 @@ class Export(Callback):
             raise InputError(f"{folder}: exists and is not empty; give --export.folder another name")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it, unless there was nothing left to train."""
+        """Write it, unless there was nothing left to train: all processes gather what is spread, and the first one writes."""
         folder = self.path(trainer)
-        if folder is None or _holds_something(folder):
+        if folder is None or trainer.strategy.broadcast(_holds_something(folder)):
             return
-        if trainer.is_global_zero and isinstance(pl_module, TrainableModule):
+        if isinstance(pl_module, TrainableModule):
             folder.mkdir(parents=True, exist_ok=True)
             pl_module.save_pretrained(str(folder))
 

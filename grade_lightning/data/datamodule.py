@@ -252,8 +252,10 @@ class TextDataModule(LightningDataModule):
         if view == "pairs":
             self._check_pairs()
         rows = self._rows_per_batch(self.batch_size) if self._rows_per_batch else self.batch_size
-        if 0 < len(self.splits[split]) < rows:
+        processes = self.trainer.world_size if self.trainer is not None else 1
+        if 0 < len(self.splits[split]) <= (rows - 1) * processes:  # what is left over is given out twice
             takes = f", which takes {rows} rows a batch" if rows != self.batch_size else ""
+            takes += f" on each of {processes} devices" if processes > 1 else ""
             raise InputError(
                 f"data.batch_size: {self.batch_size}{takes}, but the split '{split}' has "
                 f"{len(self.splits[split])} rows; lower it or raise data.{_OPTIONS[split]}"

@@ -55,6 +55,7 @@ class Grade(AlignmentModule):
     """
 
     backpropagates_reward = True
+    unrolls = True
 
     def __init__(
         self,

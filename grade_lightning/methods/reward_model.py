@@ -14,6 +14,7 @@ from grade_lightning.module import TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.policies.loading import check_vocabulary, resolve_model, torch_dtype
 from grade_lightning.rewards import Classifier
+from grade_lightning.strategies import is_first_process
 
 
 class RewardModel(TrainableModule):
@@ -112,4 +113,5 @@ class RewardModel(TrainableModule):
         """Write a folder for `ClassifierReward`, with the tokenizer."""
         assert self.classifier is not None
         self.classifier.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if is_first_process():
+            self.tokenizer.save_pretrained(folder)

@@ -44,6 +44,19 @@ class SupervisedFineTuning(TrainableModule):
         """Load the policy; supervised training has no reference."""
         self.policy.load(reference=False)
 
+    @property
+    def visits(self) -> int:
+        """Micro-batches of an optimizer step: each is a part of one batch, so that the tokens of all can be counted."""
+        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+
+    def rows_per_batch(self, batch_size: int) -> int:
+        """Texts of an optimizer step."""
+        return batch_size * self.visits
+
+    def on_train_start(self) -> None:
+        """Check that the number of micro-batches stays."""
+        self.check_accumulation()
+
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean negative log-likelihood of the tokens after the first, nats."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -58,10 +71,16 @@ class SupervisedFineTuning(TrainableModule):
         return -logps.mean()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One batch of text."""
+        """One micro-batch; each token of the optimizer step weighs the same, wherever it is."""
         self._seed("train", batch_idx)
-        loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        mask = batch["attention_mask"]
+        part = {
+            name: batch[name].chunk(self.visits)[batch_idx % self.visits] for name in ("input_ids", "attention_mask")
+        }
+        tokens = _targets(mask) / self.visits
+        mean = tokens if self._trainer is None else self.trainer.strategy.reduce(tokens, reduce_op="mean")
+        loss = self.loss(part) * (_targets(part["attention_mask"]) / mean)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -73,8 +92,8 @@ class SupervisedFineTuning(TrainableModule):
         self._measure(batch)
 
     def _measure(self, batch: dict[str, Any]) -> None:
-        tokens = batch["attention_mask"][:, 1:].sum()
-        self._seen.append(torch.stack([self.loss(batch).float() * tokens, tokens.float()]))
+        tokens = _targets(batch["attention_mask"])
+        self._seen.append(torch.stack([self.loss(batch).float() * tokens, tokens]))
 
     def _finish(self, stage: str) -> None:
         nll, tokens = self.all_gather(torch.stack(self._seen)).reshape(-1, 2).sum(0)  # type: ignore[union-attr]
@@ -92,3 +111,8 @@ class SupervisedFineTuning(TrainableModule):
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face folder."""
         self.policy.save_pretrained(folder)
+
+
+def _targets(mask: Tensor) -> Tensor:
+    """How many tokens are predicted."""
+    return mask[:, 1:].sum().float()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.functional.vocabulary import Head, Vocabulary, linear
+from grade_lightning.strategies import is_first_process, whole
 
 from .loading import (
     check_vocabulary,
@@ -293,9 +294,14 @@ class Policy(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder with tokenizer; adapters are merged into the weights that are written."""
-        self.base.save_pretrained(folder, state_dict=None if self.lora is None else _merged_state(self.base))
-        self.tokenizer.save_pretrained(folder)
+        """Write a Hugging Face folder with tokenizer; adapters are merged into the weights that are written.
+
+        Where the weights are spread over processes, all of them must call it. The first one writes.
+        """
+        state = whole(self.base.state_dict() if self.lora is None else _merged_state(self.base))
+        if is_first_process():
+            self.base.save_pretrained(folder, state_dict=state)
+            self.tokenizer.save_pretrained(folder)
 
 
 class ValueHead(nn.Linear):

@@ -18,6 +18,7 @@ from grade_lightning.policies.loading import (
     resolve_model,
     torch_dtype,
 )
+from grade_lightning.strategies import is_first_process, whole
 
 from .base import DifferentiableReward
 
@@ -66,11 +67,13 @@ class Classifier(nn.Module):
         return logits
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the backbone as a Hugging Face folder, with the head beside it."""
+        """Write the backbone as a Hugging Face folder, with the head beside it; by all processes, as a policy's."""
         folder = Path(folder)
-        self.backbone.save_pretrained(folder)
-        save_file(self.head.state_dict(), folder / HEAD_WEIGHTS)
-        (folder / HEAD_CONFIG).write_text(json.dumps({"hidden": self.hidden, "pooling": "mean"}, indent=2) + "\n")
+        backbone, head = whole(self.backbone.state_dict()), whole(self.head.state_dict())
+        if is_first_process():
+            self.backbone.save_pretrained(folder, state_dict=backbone)
+            save_file(head, folder / HEAD_WEIGHTS)
+            (folder / HEAD_CONFIG).write_text(json.dumps({"hidden": self.hidden, "pooling": "mean"}, indent=2) + "\n")
 
     @classmethod
     def from_backbone(cls, path: str, hidden: int = 256, dtype: torch.dtype = torch.float32) -> "Classifier":

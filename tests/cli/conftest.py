@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import GPT2Config, GPT2Model
 
 from grade_lightning.rewards import Classifier
+from tests.cli.ranks import launch
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 
 QUIET = [
@@ -224,6 +225,27 @@ class Brevity:
 def raises(prompts, completions, **columns):
     raise KeyError("no such column")
 """
+
+
+Together = tuple[Path, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model."""
+    folder = tmp_path_factory.mktemp("backbone")
+    make_model("llama", scale=3.0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def together(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    """What each of two processes found, which do all that tests of two processes want: the start takes longest."""
+    folder = tmp_path_factory.mktemp("together")
+    done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def version(number: int = 0, method: str = "GradeSTE") -> Path:

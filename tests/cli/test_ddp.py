@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Rollout
 from grade_lightning.rows import slice_rows
-from tests.cli.conftest import Shelf, assert_same, checkpoint, scalar, version
+from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpoint, scalar, version, weights
+from tests.cli.ranks import EVERY, launch, two_steps
+from tests.cli.test_fsdp import sharded
 from tests.methods.test_contract import Toy
 from tests.test_policy_gradient import Watch, build, distance, loader, own_weights, prompts
 
@@ -52,7 +54,6 @@ class Watched(GradeSTE):
 def ranks(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "watched.py").write_text(WATCHED)
-    (folder / "tmp").mkdir()
     parallel = [
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
@@ -60,16 +61,7 @@ def ranks(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "--trainer.log_every_n_steps=1",
     ]
     args = [arg for arg in shelf.all if not arg.startswith("--model=")]
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "grade_lightning_cli", "--model=watched.Watched", *args, *parallel],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "HF_DATASETS_CACHE": str(folder / "tmp"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = launch("-m", "grade_lightning_cli", "--model=watched.Watched", *args, *parallel, folder=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("before (step 0)") == 1  # one process speaks
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -124,6 +116,11 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
 }
 
 
+PARALLEL = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+FIGURES = """train/loss train/reward train/reward_std train/objective train/kl train/kl_per_token train/kl_k2
+train/entropy train/response_length train/eos_rate"""
+
+
 def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[PolicyGradientModule, Watch, Trainer]:
     """Four steps on completions of 1 to 12 tokens: the first process has the short ones, or one process has all."""
     method, settings, accumulate = CASES[name]
@@ -151,41 +148,25 @@ def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[
     return module, watch, fitted
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, backbone: Path) -> None:
     """What each of two processes does."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {}
     for name in CASES:
         module, watch, _ = fit_case(name, rank, folder)
         found[name] = {"weights": own_weights(module), "running": module.running, "gradients": watch.gradients}
+        found[name]["logged"] = watch.logged
     middle = folder / "values" / "step=3.ckpt"
     module, _, _ = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
+    for strategy in ("ddp", "fsdp2"):
+        found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in EVERY}
+    found["sharded"] = sharded(folder, backbone, rank)
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("together")
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.test_ddp", str(folder)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_have_the_gradient_of_one(
-    name: str, together: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_two_processes_have_the_gradient_of_one(name: str, together: Together, tmp_path: Path) -> None:
     """One has all the short completions: denominators, whitening, baseline and adaptive β are those of all of them."""
     one, two = (found[name] for found in together[1])
     alone, watch, _ = fit_case(name, None, tmp_path)
@@ -197,9 +178,27 @@ def test_two_processes_have_the_gradient_of_one(
     assert_same(one["weights"], two["weights"])
 
 
-def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(
-    together: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["token mean", "one process without rewards"])
+def test_what_is_logged_is_what_one_process_would_log(name: str, together: Together, tmp_path: Path) -> None:
+    """Over all completions, or all tokens, or all that have a reward: not the mean of what each process finds."""
+    _, watch, _ = fit_case(name, None, tmp_path)
+    for one, two, truth in zip(*(found[name]["logged"] for found in together[1]), watch.logged, strict=True):
+        expected = {figure: pytest.approx(truth[figure], rel=1e-5, abs=1e-6) for figure in FIGURES.split()}
+        assert {figure: one[figure] for figure in expected} == {figure: two[figure] for figure in expected} == expected
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_every_method_has_the_gradient_of_one_process(case: str, together: Together, backbone: Path) -> None:
+    """In both of two steps, the second from weights that a clipped gradient has moved, without unused parameters."""
+    one, two = together[1]
+    alone = two_steps(case, backbone)["gradients"]
+    assert len(alone) == 2
+    for rank in (one, two):
+        for ours, truth in zip(rank["ddp"][case]["gradients"], alone, strict=True):
+            assert distance(ours, truth) < 1e-6
+
+
+def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(together: Together, tmp_path: Path) -> None:
     """Each goes on with its own; a single process begins a new one."""
     folder, (one, two) = together
     path = folder / "values" / "step=3.ckpt"
@@ -215,5 +214,76 @@ def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(
     assert fitted.global_step == 4
 
 
+# ---- by the command line --------------------------------------------------------------------------------------------
+
+
+RAISES = """
+import os
+
+def reward(prompts, completions, **columns):
+    raises = os.environ["LOCAL_RANK"] == os.environ["RAISES"] if "LOCAL_RANK" in os.environ else False
+    if raises:
+        raise KeyError("no such column")
+    return [1.0 for _ in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "rank"), [("lightning", 1), ("lightning", 0), ("torchrun", 1), ("torchrun", 0)], ids=str
+)
+def test_one_process_that_fails_ends_all(launcher: str, rank: int, shelf: Shelf, tmp_path: Path) -> None:
+    """While the other waits for it: with what went wrong on stderr, and no success."""
+    (tmp_path / "users_own.py").write_text(RAISES)
+    reward = ["--model.reward=FunctionReward", "--model.reward.function=users_own.reward"]
+    args = ["--model=Reinforce", *(arg for arg in shelf.grade if arg != "--model=GradeSTE"), *reward, *PARALLEL]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"] if launcher == "torchrun" else []
+    done = launch(*torchrun, "-m", "grade_lightning_cli", *args, folder=tmp_path, deadline=60, RAISES=str(rank))
+    assert done.returncode != 0
+    assert "error: reward reward: the function raised KeyError: 'no such column'" in done.stderr
+    if launcher == "lightning":
+        assert "Traceback" not in done.stderr  # of the one that waited
+
+
+STAGES: dict[str, tuple[list[str], int]] = {
+    "SupervisedFineTuning": (["--model.policy.path={policy}"], 4),
+    "RewardModel": (["--model.backbone={policy}"], 4),
+    "DPO": (["--model.policy.path={policy}", "--model.pairs=data"], 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STAGES)
+def test_the_same_rows_in_a_step_are_the_same_steps(method: str, shelf: Shelf, run: Run, tmp_path: Path) -> None:
+    """However they are divided among processes and micro-batches; texts and completions have different lengths."""
+    settings, size = STAGES[method]
+    train = tmp_path / "rows.jsonl"
+    rng = random.Random(0)
+    words = [[" ".join(rng.choices(WORDS, k=rng.randint(2, 9))) for _ in range(3)] for _ in range(60)]
+    rows = [
+        {"text": a, "prompt": b[:5], "chosen": a, "rejected": c, "label": i % 2} for i, (a, b, c) in enumerate(words)
+    ]
+    keys = ("prompt", "chosen", "rejected") if method == "DPO" else ("text", "label")
+    train.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows))
+    args = [f"--model={method}", *(part.format(policy=shelf.policy) for part in settings)]
+    args += [arg for arg in shelf.grade if arg.startswith(("--data", "--trainer")) and "source.train" not in arg]
+    args += [f"--data.source.train={train}", "--model.optimizer=SGD", "--model.optimizer.lr=0.1"]
+    args += ["--trainer.limit_val_batches=0", f"--data.reward_size={0 if method == 'DPO' else 8}"]
+    found: list[dict[str, Tensor]] = []
+    for processes, accumulate in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        divided = [
+            f"--data.batch_size={size // processes // accumulate}",
+            f"--trainer.accumulate_grad_batches={accumulate}",
+        ]
+        if processes == 1:
+            run("fit", *args, *divided)
+        else:
+            done = launch("-m", "grade_lightning_cli", *args, *divided, *PARALLEL, folder=tmp_path)
+            assert done.returncode == 0, done.stderr
+        found.append(weights(checkpoint(version(len(found), method))))
+    for other in found[1:]:
+        assert distance(other, found[0]) < 1e-6
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    work(*map(Path, sys.argv[1:]))

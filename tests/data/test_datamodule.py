@@ -651,3 +651,21 @@ def test_imdb(shared: Path) -> None:
         assert sum(map(len, parts)) == len(set().union(*parts))
     assert not any("<br" in text for text in data.splits["test"]["text"])
     assert next(iter(data.train_dataloader()))["input_ids"].shape == (16, 32)
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(15, 2), (16, 2), (8, 4), (9, 4), (30, 1)])
+def test_each_device_needs_a_batch_of_its_own(batch_size: int, processes: int) -> None:
+    """Else Lightning's sampler would leave each of them without a single one."""
+    data = TextDataModule(BundledReviews(80, 20), **SMALL | {"batch_size": batch_size})
+    data.attach(letters(), "prompts")
+    data.setup()
+    data.trainer = Trainer(accelerator="cpu", logger=False)
+    data.trainer.strategy.world_size = processes  # type: ignore[attr-defined]
+    sampler: DistributedSampler[Any] = DistributedSampler(data.splits["prompts"], processes, rank=0)
+    if len(sampler) // batch_size:
+        assert len(data.train_dataloader())
+    else:
+        with pytest.raises(
+            InputError, match=rf"{batch_size} on each of {processes} devices, but .* has 30 rows; lower"
+        ):
+            data.train_dataloader()

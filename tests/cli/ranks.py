@@ -1,0 +1,139 @@
+"""Two steps of every method on fixed completions: on one process, or on two of which each has half of the rows."""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from grade_lightning.methods import RewardModel, SupervisedFineTuning
+from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.policies import LoRA, Policy
+from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.preference import PreferenceModule
+from tests.conftest import VOCABULARY, make_model, make_tokenizer
+from tests.methods.test_contract import METHODS, Toy
+from tests.test_policy_gradient import Prescribed, constant, loader, prompts
+
+Case = tuple[type[TrainableModule], bool]
+EVERY: dict[str, Case] = {
+    f"{method.__name__}{' with LoRA' if lora else ''}": (method, lora)
+    for method in (*METHODS, SupervisedFineTuning, RewardModel)
+    for lora in (False, True)
+    if not (lora and method is RewardModel)
+}
+
+
+class Keep(Callback):
+    """The whole gradient of each step, and how much of the trained weights this process has then."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.share = 1.0
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.gradients.append({name: full(p.grad).clone() for name, p in trained.items() if p.grad is not None})
+        own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained.values())
+        self.share = own / sum(p.numel() for p in trained.values())
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
+    method: Any
+    method, lora = EVERY[case]
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        "lr_scheduler": constant,
+    }
+    if method is RewardModel:
+        module: TrainableModule = method(backbone=str(backbone), hidden=6, **settings | kwargs)
+        return module
+    model = make_model("llama" if lora else "gpt2", scale=4.0)  # an untied head and a tied one
+    settings["policy"] = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
+    if issubclass(method, AlignmentModule):
+        settings |= {"reward": Toy(), "sampler": Prescribed(max_new_tokens=12)}
+    if issubclass(method, PolicyGradientModule):
+        settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
+    options = {"max_retries": 0, "hops": "exact"}
+    settings |= {name: value for name, value in options.items() if name in inspect.signature(method).parameters}
+    module = method(**settings | kwargs)
+    return module
+
+
+def batches(case: str, rank: int | None, steps: int = 2) -> list[dict[str, Any]]:
+    """Eight rows for each step; of two processes the first has those with the short completions."""
+    method, _ = EVERY[case]
+    size = 4 if issubclass(method, (PolicyGradientModule, PreferenceModule)) else 1
+    found = [prompts(8, size, seed) for seed in range(steps)]
+    if not issubclass(method, AlignmentModule):
+        for seed, batch in enumerate(found):
+            generator = torch.Generator().manual_seed(seed)
+            batch["input_ids"] = torch.randint(2, VOCABULARY, (8, 7), generator=generator)
+            batch["attention_mask"] = (torch.arange(7) < torch.tensor([2, 3, 3, 4, 5, 6, 7, 7]).unsqueeze(1)).long()
+            batch["labels"] = torch.arange(8) % 3 % 2
+    return found if rank is None else [rows(batch, slice(4 * rank, 4 * rank + 4)) for batch in found]
+
+
+def rows(batch: dict[str, Any], some: slice) -> dict[str, Any]:
+    return {name: rows(value, some) if isinstance(value, dict) else value[some] for name, value in batch.items()}
+
+
+def trainer(rank: int | None, strategy: str, **kwargs: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1 if rank is None else 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+        "max_steps": 2,
+        "gradient_clip_val": 0.5,
+    }
+    return Trainer(**settings | ({} if rank is None else {"strategy": strategy}) | kwargs)
+
+
+@contextmanager
+def no_noise() -> Iterator[None]:
+    """So that the soft tokens of one process are those of two."""
+    with patch("grade_lightning.rollouts.relaxed.exponential_noise", torch.ones_like):
+        yield
+
+
+def two_steps(case: str, backbone: Path, rank: int | None = None, strategy: str = "auto") -> dict[str, Any]:
+    """The second step starts from weights that a clipped gradient has moved."""
+    module, keep = make(case, backbone), Keep()
+    with no_noise():
+        trainer(rank, strategy, callbacks=[keep]).fit(module, loader(*batches(case, rank)))
+    return {"gradients": keep.gradients, "share": keep.share}
+
+
+def launch(*command: str, folder: Path, deadline: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([str(folder), root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=deadline,
+        check=False,
+    )
