@@ -1,5 +1,6 @@
 """The four commands: fit, validate, test and predict, over one flat configuration."""
 
+import argparse
 import logging
 import os
 import shutil
@@ -40,6 +41,7 @@ from grade_lightning.module import AlignmentModule, TrainableModule
 from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
+from .preflight import preflight
 from .resume import find_start
 
 
@@ -94,6 +96,9 @@ class GradeCLI(LightningCLI):
         parser.add_lightning_class_args(GradientVariance, "gradient_variance")
         if self.command == "predict":
             parser.add_argument("--output", type=str | None, default=None, help="File of JSON lines to write.")
+        if self.command == "fit":  # suppressed where it is not given: configurations are for all commands
+            help = "Show what the run is going to do and to need, and end before any training."
+            parser.add_argument("--preflight", action="store_true", default=argparse.SUPPRESS, help=help)
 
     def _parse_ckpt_path(self) -> None:
         """Stock Lightning merges the checkpoint's settings over the user's flags; here the flags stand."""
@@ -212,6 +217,9 @@ def fit(args: ArgsType = None) -> None:
         began = time.perf_counter()
         cli = build(args, "fit")
         trainer, model, data = cli.trainer, cli.model, cli.datamodule
+        if cli.config.get("preflight"):
+            preflight(trainer, model, data, cli.start.checkpoint)
+            return
         measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         with _no_trace_of_what_never_began(trainer), _all_end_together(trainer):
             if measures and cli.start.checkpoint is None:

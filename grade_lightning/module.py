@@ -33,7 +33,7 @@ from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.rewards import ClassifierReward, Reward, Scores, unique_name
 from grade_lightning.rollouts import Rollout, Sampler
-from grade_lightning.strategies import FSDP2
+from grade_lightning.strategies import FSDP2, is_first_process
 
 View = Literal["prompts", "labelled", "text", "pairs"]
 Stage = Literal["train", "val", "test", "predict"]
@@ -159,8 +159,11 @@ class TrainableModule(LightningModule):
         """Tokenizer for the data."""
 
     @abstractmethod
-    def save_pretrained(self, folder: str) -> None:
-        """Write what was trained as a Hugging Face folder; where it is spread over processes, all must call this."""
+    def save_pretrained(self, folder: str, merge: bool = True) -> None:
+        """Write what was trained as a Hugging Face folder; adapters are merged into the weights, or written alone.
+
+        Where it is spread over processes, all of them must call this.
+        """
 
     @property
     def visits(self) -> int:
@@ -452,9 +455,11 @@ class AlignmentModule(TrainableModule, ABC):
         reference = [self.policy.reference] if self.policy.reference is not None else []
         return [self.reward, self.judges, *reference]
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write the policy, adapters merged, with its tokenizer."""
-        self.policy.save_pretrained(folder)
+    def save_pretrained(self, folder: str, merge: bool = True) -> None:
+        """Write the policy with its tokenizer, and settings with which `generate` samples as the sampler does."""
+        self.policy.save_pretrained(folder, merge)
+        if is_first_process():
+            self.sampler.settings(self.policy).save_pretrained(folder)
 
     # ---- one step ---------------------------------------------------------------------------------------------
 

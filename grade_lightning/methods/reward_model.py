@@ -109,8 +109,8 @@ class RewardModel(TrainableModule):
         """The metrics."""
         return [self.metrics]
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write a folder for `ClassifierReward`, with the tokenizer."""
+    def save_pretrained(self, folder: str, merge: bool = True) -> None:
+        """Write a folder for `ClassifierReward`, with the tokenizer; there are no adapters."""
         assert self.classifier is not None
         self.classifier.save_pretrained(folder)
         if is_first_process():

@@ -108,9 +108,9 @@ class SupervisedFineTuning(TrainableModule):
         """Log the means over all tokens."""
         self._finish("test")
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str, merge: bool = True) -> None:
         """Write a Hugging Face folder."""
-        self.policy.save_pretrained(folder)
+        self.policy.save_pretrained(folder, merge)
 
 
 def _targets(mask: Tensor) -> Tensor:

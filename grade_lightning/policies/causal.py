@@ -293,14 +293,21 @@ class Policy(nn.Module):
             self.reference.eval()
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder with tokenizer; adapters are merged into the weights that are written.
+    def save_pretrained(self, folder: str | Path, merge: bool = True) -> None:
+        """Write a Hugging Face folder with tokenizer.
 
         Where the weights are spread over processes, all of them must call it. The first one writes.
+
+        Args:
+            folder: where.
+            merge: add the adapters to the weights that are written; else write them alone, with the name of their base.
         """
-        state = whole(self.base.state_dict() if self.lora is None else _merged_state(self.base))
+        merged, alone = self.lora is not None and merge, self.lora is not None and not merge
+        model: Any = self.model if alone else self.base
+        options = {"save_embedding_layers": False} if alone else {}
+        state = whole(_merged_state(self.base) if merged else model.state_dict())
         if is_first_process():
-            self.base.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=state, **options)
             self.tokenizer.save_pretrained(folder)
 
 

@@ -297,6 +297,20 @@ class Sampler:
             eos_ids=eos_ids,
         )
 
+    def settings(self, policy: Policy) -> GenerationConfig:
+        """With which `generate` of transformers samples from the same distribution by itself."""
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens or None,
+            temperature=self.temperature,
+            top_k=self.top_k or 0,
+            top_p=self.top_p,
+            eos_token_id=policy.eos_ids or None,
+            pad_token_id=policy.tokenizer.pad_token_id,
+            bos_token_id=policy.tokenizer.bos_token_id,
+        )
+
     def _settings(self, length: int, eos_ids: list[int], pad_id: int) -> GenerationConfig:
         return GenerationConfig(
             do_sample=True,
