@@ -202,13 +202,14 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        root: BaseException = error
-        while (deeper := root.__cause__ or root.__context__) is not None:
-            root = deeper
-        packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(root.__traceback__)]
-        if packages[-1:] not in (["lightning"], ["jsonargparse"], ["typing"]):
+        chain: list[BaseException] = [error]
+        while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(deeper)
+        packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(chain[-1].__traceback__)]
+        told = any(isinstance(link, InputError) for link in chain)
+        if told or packages[-1:] not in (["lightning"], ["jsonargparse"], ["typing"]):
             raise
-        raise InputError(f"{' '.join(str(root).split()).rstrip('.')}; check the value") from error
+        raise InputError(f"{' '.join(str(chain[-1]).split()).rstrip('.')}; check the value") from error
 
 
 def fit(args: ArgsType = None) -> None:

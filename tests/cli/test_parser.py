@@ -109,6 +109,12 @@ def test_long_messages_are_one_line_with_what_matters(message: str, parts: tuple
 
 def test_nothing_is_said_twice() -> None:
     assert explain('Parser key "a":\n  - Wrong.\n  - Wrong.') == "--a: Wrong."
+    assert explain('Parser key "a": No \'x\'\n  - Parser key "a": No "x"') == "--a: No 'x'"
+
+
+def test_what_is_no_file_is_said_where_nothing_else_is() -> None:
+    assert explain('Parser key "a":\n  Expected a path but x\n  Expected a number') == "--a: Expected a number"
+    assert explain('Parser key "a":\n  Expected a path but x') == "--a: Expected a path but x"
 
 
 def test_choices_are_ours_and_can_be_made() -> None:

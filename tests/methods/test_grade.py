@@ -256,3 +256,26 @@ def test_the_support_is_the_papers_unless_the_sampler_has_its_own() -> None:
     assert sampler.top_k is None
     assert Grade(policy, reward, sampler=Sampler(top_k=7)).sampler.top_k == 7
     assert Grade(policy, reward, top_k=None).sampler.top_k is None
+
+
+class Abstains(ClassifierReward):
+    """Of the first completion."""
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        scores = super().score_embeddings(embeddings, mask)
+        return scores.where(torch.arange(len(scores)) > 0, torch.nan)
+
+
+def test_a_reward_that_abstains_counts_as_nothing() -> None:
+    """Neither in the value nor in the gradient; the mean is over all completions."""
+    method, whole = make_method(beta=0.0), make_method(beta=0.0)
+    assert isinstance(method.reward, ClassifierReward)
+    assert method.reward.classifier is not None
+    method.reward = Abstains.from_classifier(method.reward.classifier)
+    _, result, gradient = step(method, 3)
+    experience, _, _ = step(whole, 3)
+    rewards = experience.reward.detach()
+    torch.testing.assert_close(result.loss.detach(), -rewards[1:].sum() / len(rewards))
+    torch.manual_seed(3)
+    (-whole.explore(make_prompts()).reward[1:].sum() / len(rewards)).backward()
+    torch.testing.assert_close(gradient, gradients(whole))
