@@ -335,7 +335,9 @@ class ValueHead(nn.Linear):
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     try:
         import peft
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise  # it is there, and does not fit what else is
         raise InputError("LoRA needs peft: pip install 'grade-lightning[lora]'") from error
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = lora.target_modules or [name for name in ATTENTION_PROJECTIONS if name in leaves] or None
