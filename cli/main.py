@@ -227,6 +227,8 @@ def fit(args: ArgsType = None) -> None:
                 trainer.validate(model, data, verbose=False)
             trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
             if measures and cli.summary.last_step != trainer.global_step:
+                # where a checkpoint left nothing to train Lightning is one short, and so would the curves be
+                trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
                 trainer.validate(model, data, verbose=False)
         _report(cli, time.perf_counter() - began)
 

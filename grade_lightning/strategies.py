@@ -43,8 +43,10 @@ class FSDP2(ModelParallelStrategy):
         """Shard the module the first time; its steps go through the root, as under DDP."""
         module = self.lightning_module
         assert module is not None
-        if self._whole is None or self._whole.module is not module:
-            self._whole = _shard(self.precision_plugin.convert_module(module), self.device_mesh["data_parallel"])
+        own = vars(module)  # beside its parts: another Trainer finds it there
+        if "_whole" not in own:
+            own["_whole"] = _shard(self.precision_plugin.convert_module(module), self.device_mesh["data_parallel"])
+        self._whole = own["_whole"]
         super().setup(trainer)
         self.model = self._whole
 
@@ -124,7 +126,7 @@ class _Whole(nn.Module):
 
 
 def _shard(module: Any, mesh: DeviceMesh) -> _Whole:
-    """Shard what is not frozen, in place: each layer by itself, and the rest together."""
+    """Shard in place what is not frozen beside the network: each layer by itself, and the rest together."""
     frozen = {part for top in module.frozen_modules() for part in top.modules()}
     trained = [part for part in module.modules() if part not in frozen]
     names = {name for part in trained if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()}
@@ -154,6 +156,7 @@ def whole(state: dict[str, Any]) -> dict[str, Any]:
     All processes must call it. The first has the tensors, in its own memory; the others have empty ones.
 
     Example:
+        >>> import torch
         >>> whole({"step": 1, "weight": torch.ones(2)})
         {'step': 1, 'weight': tensor([1., 1.])}
     """

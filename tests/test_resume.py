@@ -135,6 +135,9 @@ class Killer(Callback):
             setattr(torch, "save", lambda what, file: save(what, Half(file, self.rng.randrange(100_000))))  # noqa: B010
         if self.due(trainer, "before a checkpoint is moved"):
             setattr(os, "fsync", die)  # noqa: B010
+        if self.due(trainer, LATE):
+            move = Path.replace
+            setattr(Path, "replace", lambda *paths: die(move(*paths)))  # noqa: B010
 
     def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
         if self.due(trainer, "before the optimizer"):
@@ -157,6 +160,7 @@ KINDS = (
     "before a checkpoint is moved",
     "before a validation",
 )
+LATE = "after a checkpoint is moved"  # and before anything else; saved after a validation, here
 
 
 def run(name: str, folder: Path, *more: Callback) -> None:
@@ -212,9 +216,9 @@ def main(root: Path, names: list[str]) -> None:
     config.resid_pdrop = config.embd_pdrop = 0.3
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "backbone")
     make_tokenizer().save_pretrained(root / "backbone")
-    for number, name in enumerate(names):
+    for name in names:
         rng = random.Random(name)
-        kind = KINDS[(number + NAMES.index(name)) % len(KINDS)]
+        kind = LATE if name == "RLOO" else KINDS[NAMES.index(name) % len(KINDS)]
         killer = Killer(kind, rng.randrange(EVERY + 1, STEPS - EVERY), rng)
         print(name, kind, killer.step)
         assert fork(run, name, root / f"{name}-whole") == 0

@@ -67,21 +67,12 @@ class Checkpoint(ModelCheckpoint):
     """
 
     _overdue = False
-    _behind = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write whole files, unless the user chose how to write."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         super().setup(trainer, pl_module, stage)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """After a checkpoint, bring to the disk what Lightning has logged of its step since."""
-        self._catch_up(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
-        self._catch_up(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,14 +95,8 @@ class Checkpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        _flush(trainer)  # a kill would take with it what loggers still hold
+        _flush(trainer)
         super()._save_checkpoint(trainer, filepath)
-        self._behind = True
-
-    def _catch_up(self, trainer: Trainer) -> None:
-        if self._behind:
-            self._behind = False
-            _flush(trainer)
 
 
 class Requeue(Callback):
@@ -124,21 +109,25 @@ class Requeue(Callback):
 
     _waits = False
     _asked = False
-    _done = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signal from Lightning, which puts things back at the end."""
-        if SLURMEnvironment.detect() and callable(signal.getsignal(signal.SIGUSR1)):
-            self._waits = True
+        self._take_over()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same: there are validations before and after the training."""
+        self._take_over()
+
+    def _take_over(self) -> None:
+        if not SLURMEnvironment.detect():
+            return
+        handler = signal.getsignal(signal.SIGUSR1)
+        if callable(handler) and handler != self._ask:
+            self._waits, self._asked = True, False
             signal.signal(signal.SIGUSR1, self._ask)
 
     def _ask(self, *_: Any) -> None:
         self._asked = True
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From the request to the end of the job, leave nothing with the loggers."""
-        if self._done:
-            _flush(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -147,17 +136,19 @@ class Requeue(Callback):
         if not trainer.fit_loop._should_accumulate():
             self._answer(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that is complete needs no other job."""
-        self._waits = False
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same; before and after the training there is nothing to save."""
+        if trainer.state.fn != "fit" or not trainer.fit_loop._should_accumulate():
+            self._answer(trainer)
 
     def _answer(self, trainer: Trainer) -> None:
         """On all processes, if one of them was asked: the signal may reach them in different steps."""
         if not self._waits or not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             return
-        self._waits, self._done = False, True
+        self._waits = False
         _flush(trainer)
-        trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "requeue.ckpt"))
+        if trainer.state.fn == "fit":
+            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "requeue.ckpt"))
         if trainer.is_global_zero:
             array = os.environ.get("SLURM_ARRAY_JOB_ID")
             job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
@@ -165,5 +156,6 @@ class Requeue(Callback):
 
 
 def _flush(trainer: Trainer) -> None:
+    """Bring to the disk what loggers still hold, which a kill would take; Lightning does so after its own metrics."""
     for logger in trainer.loggers:
         logger.save()

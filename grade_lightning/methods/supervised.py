@@ -15,7 +15,8 @@ from grade_lightning.policies import Policy
 class SupervisedFineTuning(TrainableModule):
     """Next-token prediction on plain text.
 
-    Logs `{stage}/loss` (nats per token) and `{stage}/perplexity`.
+    Logs `{stage}/loss` (nats per token) and `{stage}/perplexity`. With gradient accumulation a batch holds the texts of
+    the whole optimizer step, and each of its micro-batches is a part of it; TextDataModule gives it out as often.
 
     Args:
         policy: the language model.

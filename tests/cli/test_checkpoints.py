@@ -1,5 +1,6 @@
 """What lies on the disk: as large as what was trained, whole or not there at all, and checked when it is read."""
 
+import csv
 import random
 import resource
 import subprocess
@@ -11,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli.resume import find_start
-from grade_lightning.callbacks import WholeFiles
+from grade_lightning.callbacks import Checkpoint, WholeFiles
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
 from tests.cli.conftest import Run, Shelf, version
 from tests.conftest import VOCABULARY, make_tokenizer
-from tests.methods.test_contract import Toy, batches, trainer
+from tests.methods.test_contract import Toy, batches, make, trainer
 
 # ---- size -----------------------------------------------------------------------------------------------------
 
@@ -62,7 +66,7 @@ CONTENT = {"state_dict": STATE, "global_step": 1}
 KILLED = """
 import os, signal, sys
 import torch
-from grade_lightning.callbacks import WholeFiles
+from grade_lightning.callbacks import Checkpoint, WholeFiles
 
 class Half:
     def __init__(self, file, room):
@@ -158,6 +162,27 @@ def test_the_last_good_one_is_removed_only_when_the_new_one_is_whole(
     run("fit", *shelf.all, "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1")
     assert seen == [set(), {"epoch=0-step=1.ckpt"}, {"epoch=0-step=2.ckpt"}]
     assert {path.name for path in version().glob("checkpoints/*")} == {"epoch=0-step=3.ckpt"}
+
+
+class Late(Callback):
+    """Logs by itself."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.loggers[0].log_metrics({"late": 1.0}, trainer.global_step)
+
+
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, found, save = CSVLogger(tmp_path), list[list[str]](), WholeFiles.save_checkpoint
+
+    def look(self: WholeFiles, *args: Any, **kwargs: Any) -> None:
+        rows = csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines())
+        found.append([row["step"] for row in rows if row.get("late")])
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", look)
+    callbacks = [Late(), Checkpoint(every_n_train_steps=2)]
+    trainer(max_steps=5, logger=logger, enable_checkpointing=True, callbacks=callbacks).fit(make(GradeSTE), batches(5))
+    assert found == [["1", "2"], ["1", "2", "3", "4"], ["1", "2", "3", "4", "5"]]
 
 
 # ---- reading --------------------------------------------------------------------------------------------------

@@ -233,12 +233,12 @@ def reward(prompts, completions, **columns):
     ("launcher", "rank"), [("lightning", 1), ("lightning", 0), ("torchrun", 1), ("torchrun", 0)], ids=str
 )
 def test_one_process_that_fails_ends_all(launcher: str, rank: int, shelf: Shelf, tmp_path: Path) -> None:
-    """While the other waits for it: with what went wrong on stderr, and no success."""
+    """While the other waits for it, long before a collective gives up: with its message, and without success."""
     (tmp_path / "users_own.py").write_text(RAISES)
     reward = ["--model.reward=FunctionReward", "--model.reward.function=users_own.reward"]
     args = ["--model=Reinforce", *(arg for arg in shelf.grade if arg != "--model=GradeSTE"), *reward, *PARALLEL]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"] if launcher == "torchrun" else []
-    done = launch(*torchrun, "-m", "grade_lightning_cli", *args, folder=tmp_path, deadline=60, RAISES=str(rank))
+    done = launch(*torchrun, "-m", "grade_lightning_cli", *args, folder=tmp_path, deadline=120, RAISES=str(rank))
     assert done.returncode != 0
     assert "error: reward reward: the function raised KeyError: 'no such column'" in done.stderr
     if launcher == "lightning":

@@ -38,7 +38,7 @@ def sharded(folder: Path, backbone: Path, rank: int | None) -> dict[str, Any]:
         evaluated: Trainer = trainer(rank, strategy)
         first = evaluated.validate(module, evaluation(rank), verbose=False)
         evaluated.fit(module, evaluation(rank), evaluation(rank))
-        found[strategy] = [*first, *evaluated.validate(module, evaluation(rank), verbose=False)]
+        found[strategy] = [*first, *trainer(rank, strategy).validate(module, evaluation(rank), verbose=False)]
     return found
 
 

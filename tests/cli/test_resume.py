@@ -29,10 +29,17 @@ class Interrupt(Callback):
         if "SAVE" in os.environ:
             trainer.save_checkpoint("start.ckpt")
 
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.state.fn == "validate":
+            self.strike(100 + trainer.global_step)
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.strike(trainer.global_step + 1)
+
+    def strike(self, now):
         for what in filter(None, os.environ.get("INTERRUPT", "").split(",")):
             name, step = what.split("@")
-            if trainer.global_step + 1 == int(step):
+            if now == int(step):
                 if name == "PowerCut":
                     raise OSError("power cut")
                 os.kill(os.getpid(), getattr(signal, name))
@@ -267,6 +274,29 @@ def test_a_job_that_is_requeued_goes_on(
     run("fit", *shelf.all, *SIX, "--checkpoint.every_n_train_steps=100", "--trainer.limit_val_batches=0")
     assert len(scalar(job(4712)[0], "train/loss")) == 6
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize(("when", "complete"), [("SIGUSR1@100,PowerCut@1", False), ("SIGUSR1@103", True)])
+def test_a_job_that_is_requeued_while_it_measures(
+    when: str, complete: bool, slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
+) -> None:
+    """Before the training and after it: there is nothing to save, and Lightning leaves nothing that it would load."""
+    if complete:
+        slurm.setenv("INTERRUPT", when)
+        run("fit", *shelf.all, *SIX, "--trainer.max_steps=3", "--trainer.val_check_interval=2")
+        slurm.delenv("INTERRUPT")
+    else:
+        cut(when, *shelf.all, *SIX)
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    assert not list(Path().rglob("hpc_ckpt*"))
+    assert not list(Path().rglob("requeue.ckpt"))
+    slurm.setenv("SLURM_RESTART_COUNT", "1")
+    if complete:
+        run("fit", *shelf.all, *SIX, "--trainer.max_steps=3", "--trainer.val_check_interval=2")
+        assert [event.step for event in events(job()[0]).Scalars("val/reward")] == [0, 1, 3]
+    else:
+        run("fit", *shelf.all, *SIX)
+        assert_is(job()[0], whole)
 
 
 def test_a_task_of_an_array_is_requeued_alone(slurm: pytest.MonkeyPatch, cut: Cut, shelf: Shelf) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -226,3 +227,24 @@ def test_stages_resume_where_they_stopped(folder: Path, tmp_path: Path) -> None:
     trainer(max_epochs=2).fit(resumed, labelled(3), ckpt_path=tmp_path / "a.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_every_token_of_a_step_weighs_the_same() -> None:
+    """Two micro-batches whose texts have different lengths are one batch, which is given out twice."""
+    found = []
+    for parts in (1, 2):
+        policy = Policy.from_model(make_model("llama", scale=3.0), make_tokenizer(), reference=False)
+        module = SupervisedFineTuning(policy, lambda parameters: torch.optim.SGD(parameters, lr=0.1), constant)
+        (batch,) = text(1)
+        order = batch["attention_mask"].sum(1).argsort()
+        rows: Any = [{name: value[order] for name, value in batch.items()}] * parts
+        trainer(accumulate_grad_batches=parts).fit(module, DataLoader(rows, batch_size=None))
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+def test_the_number_of_micro_batches_must_stay() -> None:
+    policy = Policy.from_model(make_model("llama"), make_tokenizer(), reference=False)
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(InputError, match=r"GradientAccumulationScheduler.*accumulate_grad_batches"):
+        trainer(callbacks=[scheduler]).fit(SupervisedFineTuning(policy), text(1))
