@@ -165,7 +165,7 @@ def _grammar_judges() -> list[Namespace]:
     return [
         Namespace(
             class_path="grade_lightning.rewards.FunctionReward",
-            init_args=Namespace(function=f"{function.__module__}.{function.__name__}"),
+            init_args=Namespace(function=function),
         )
         for function in functions
     ]

@@ -103,7 +103,8 @@ class Parser(LightningArgumentParser):
         super().validate(namespace, *args, **kwargs)
         for action in self._actions:
             value = namespace.get(action.dest, action.default)
-            if action.default is SUPPRESS and value is not SUPPRESS and not isinstance(value, (Namespace, dict, str)):
+            by_name = action.default is SUPPRESS and action.nargs != 0  # which a switch has, too
+            if by_name and value is not SUPPRESS and not isinstance(value, (Namespace, dict, str)):
                 raise TypeError(f'Parser key "{action.dest}":\n  Expected options by name. Got value: {value}')
             if value is None and action.default not in (None, SUPPRESS):
                 self._check_value_key(action, value, action.dest, namespace)

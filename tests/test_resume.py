@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM
 
 import grade_lightning.methods
-from cli.resume import Start, find_start
 from grade_lightning.callbacks import Checkpoint, Completions, GradientVariance
 from grade_lightning.data import Source, TextDataModule
 from grade_lightning.kl import KL
@@ -42,6 +42,8 @@ from grade_lightning.rewards import FunctionReward
 from grade_lightning.rollouts import Sampler
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_tokenizer
 from tests.methods.test_contract import METHODS, Toy
+
+resume = import_module("grade_lightning_cli.resume")  # its name once it is installed
 
 NAMES = sorted(method.__name__ for method in [*METHODS, RewardModel, SupervisedFineTuning])
 QUICK = ["GradeSTE", "PPO"]
@@ -167,7 +169,7 @@ def run(name: str, folder: Path, *more: Callback) -> None:
     """Fit, from the folder's checkpoint if it has one."""
     torch.set_num_threads(1)
     seed_everything(5, verbose=False)
-    start = find_start(str(folder), folder.parent, "fit", []) if folder.exists() else Start()
+    start = resume.find_start(str(folder), folder.parent, "fit", []) if folder.exists() else resume.Start()
     fitted = Trainer(
         accelerator="cpu",
         logger=TensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False, purge_step=start.step),
@@ -248,7 +250,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def latest(folder: Path) -> dict[str, Any]:
-    start = find_start(str(folder), folder.parent, "test", [])
+    start = resume.find_start(str(folder), folder.parent, "test", [])
     assert start.checkpoint is not None
     content: dict[str, Any] = torch.load(start.checkpoint, weights_only=True)
     return content

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cli.resume import find_start
 from grade_lightning.callbacks import Checkpoint, WholeFiles
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RLOO, GradeSTE
@@ -26,6 +26,8 @@ from grade_lightning.rollouts import Sampler
 from tests.cli.conftest import Run, Shelf, version
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.methods.test_contract import Toy, batches, make, trainer
+
+resume = import_module("grade_lightning_cli.resume")  # its name once it is installed
 
 # ---- size -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def read(data: bytes | bytearray, folder: Path) -> dict[str, Any]:
     path = folder / "a.ckpt"
     path.write_bytes(data)
-    find_start(str(path), folder, "test", [])
+    resume.find_start(str(path), folder, "test", [])
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
 
