@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from tests.cli.conftest import Run, Shelf, events, new_shell, scalar, version
 from tests.test_resume import assert_same, curves, latest
@@ -97,6 +98,8 @@ Cut = Callable[..., None]
 @pytest.fixture
 def cut(run: Run, shell: pytest.MonkeyPatch) -> Cut:
     """Run a command that does not come to its end: `cut("PowerCut@5", "--model=…", …)`."""
+    # files of one second and one process are told apart by a number, and read as 10, 9
+    shell.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
     def cut(what: str, *args: str) -> None:
         shell.setenv("INTERRUPT", what)
