@@ -745,4 +745,4 @@ def _answered(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _number(value: Tensor) -> float | None:
     number = float(value)
-    return None if math.isnan(number) else number
+    return number if math.isfinite(number) else None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,12 +196,14 @@ def test_predictions_have_their_name_only_when_they_are_complete(tmp_path: Path)
     assert {row["reward"] for row in found} == {1.0}
 
 
-def test_predictions_that_abstain_are_valid_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_predictions_that_are_no_number_are_valid_json(value: float | None, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.jsonl"
-    trainer(tmp_path, PredictionWriter(str(path))).predict(module(nothing), rows(1), return_predictions=False)
-    for line in path.read_text().splitlines():
-        assert "NaN" not in line
-        assert json.loads(line)["reward"] is None
+    policy = module(lambda completions, **columns: [value] * len(completions))
+    trainer(tmp_path, PredictionWriter(str(path))).predict(policy, rows(1), return_predictions=False)
+    lines = path.read_text().splitlines()
+    assert lines
+    assert [json.loads(line)["reward"] for line in lines] == [None] * len(lines)
 
 
 def test_predictions_are_not_overwritten(tmp_path: Path) -> None:
