@@ -54,7 +54,7 @@ class Completions(Callback):
         writer = trainer.logger.experiment
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scalars of the moment
         writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), step)
-        answered = reward[~reward.isnan()]
+        answered = reward[reward.isfinite()]
         if len(answered):
             writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), step)
 

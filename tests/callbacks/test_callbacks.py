@@ -67,6 +67,10 @@ def nothing(prompts: list[str], completions: list[str], **columns: Any) -> list[
     return [None for _ in completions]
 
 
+def infinite(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    return [math.inf for _ in completions]
+
+
 # ---- Completions ----------------------------------------------------------------------------------------------
 
 
@@ -89,8 +93,8 @@ def test_a_table_of_so_many_rows() -> None:
     assert len(completion_table(said, torch.zeros(5), torch.zeros(5), rows=9).splitlines()) == 7
 
 
-@pytest.mark.parametrize(("function", "histogram"), [(ones, True), (nothing, False)])
-def test_completions_of_a_reward_that_abstains(function: Any, histogram: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("function", "histogram"), [(ones, True), (nothing, False), (infinite, False)])
+def test_completions_of_a_reward_without_a_number(function: Any, histogram: bool, tmp_path: Path) -> None:
     """Its rows are shown; there is nothing to put into a histogram."""
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer(tmp_path, Completions(), logger=logger).validate(module(function), rows(), verbose=False)
