@@ -1,6 +1,7 @@
 """The four commands: fit, validate, test and predict, over one flat configuration."""
 
 import argparse
+import errno
 import logging
 import os
 import shutil
@@ -37,7 +38,7 @@ from grade_lightning.callbacks import (
 )
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.module import AlignmentModule, TrainableModule, check_method
 from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
@@ -111,12 +112,20 @@ class GradeCLI(LightningCLI):
             self.config.model.init_args.judges = self.config.model.init_args.judges or _grammar_judges()
         self.runs = Path(trainer.default_root_dir or "runs") / method
         self.start = find_start(self.config.ckpt_path, self.runs, self.command, Parser.given)
+        if self.start.folder is not None and self.start.method is not None:
+            check_method({"grade_lightning": {"method": self.start.method}}, method)  # before the run is written to
         self.save_config_kwargs = {"config_filename": self.start.config_name}
         ours = _tensorboard(str(self.runs.parent), method)
         if trainer.logger in (None, True):
             trainer.logger = ours
         logger = trainer.logger
         self.logs_as_usual = isinstance(logger, Namespace) and all(logger.get(k) == v for k, v in ours.items())
+        elsewhere = not self.logs_as_usual or self.config.checkpoint.dirpath is not None
+        if self.config.ckpt_path == "last" and self.start.checkpoint is None and elsewhere:
+            raise InputError(
+                f"--ckpt_path last: looks for runs in {self.runs}, but with this --trainer.logger or "
+                "--checkpoint.dirpath checkpoints lie elsewhere; give the path of a .ckpt file"
+            )
         on_cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if trainer.precision is None and on_cuda and torch.cuda.is_bf16_supported():
             trainer.precision = "bf16-mixed"
@@ -138,7 +147,10 @@ class GradeCLI(LightningCLI):
         if self.config.trainer.enable_checkpointing is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
-            callbacks.append(self._get(self.config_init, "checkpoint"))
+            checkpoint: Checkpoint = self._get(self.config_init, "checkpoint")
+            if folder is not None and checkpoint.dirpath is None:
+                checkpoint.dirpath = str(folder / "checkpoints")  # whichever logger there is
+            callbacks.append(checkpoint)
         if self.command == "fit":
             callbacks.append(Requeue())
         kwargs["callbacks"] = callbacks
@@ -316,11 +328,16 @@ def _for_people(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = _error_of_input(error)
+        known: Exception | str | None = _error_of_input(error)
+        if known is None and isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
+            known = f"{error.filename}: cannot be written ({error.strerror}); give another folder, or make room"
         if known is None:
             raise
         print(f"{name}: error: {known}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 def _error_of_input(error: BaseException | None) -> InputError | None:

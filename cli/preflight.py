@@ -34,12 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from grade_lightning.callbacks import Export
 from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.functional.vocabulary import ELEMENTS
 from grade_lightning.module import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.rows import slice_rows
+from grade_lightning.strategies import FSDP2
 
 USED = 0.9
 """The part of the memory that tensors are planned to take."""
@@ -65,8 +67,17 @@ def preflight(trainer: Trainer, model: LightningModule, data: TextDataModule, ck
     Raises:
         InputError: the run cannot work, or its batch is not going to fit into the memory.
     """
+    if isinstance(trainer.strategy, FSDP2):
+        raise InputError(
+            "preflight: under fsdp2 nothing is measured; leave --trainer.strategy and --trainer.devices out, and "
+            "divide weights, gradients and optimizer state by the processes (a step has one whole copy of the weights)"
+        )
     measure = _Measure(data)
-    quiet = (ProgressBar, ModelSummary, SaveConfigCallback)
+    quiet = (ProgressBar, ModelSummary, SaveConfigCallback, Export)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Export):  # while there is the logger, by which it finds its folder
+            callback.setup(trainer, model, "fit")
+            callback.on_train_start(trainer, model)
     trainer.callbacks = [measure, *(c for c in trainer.callbacks if not isinstance(c, quiet))]  # type: ignore[attr-defined]
     trainer.logger = DummyLogger()
     try:

@@ -24,6 +24,8 @@ class Start:
     """The run's folder where it is known beforehand: of a run that goes on, and of a job of SLURM."""
     step: int = 0
     """Optimizer steps that the checkpoint has behind it."""
+    method: str | None = None
+    """Whose the checkpoint is, if it is of a module of ours."""
 
     @property
     def config_name(self) -> str:
@@ -69,12 +71,12 @@ def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[s
             raise InputError(f"{folder}: holds no checkpoint of a run; give --ckpt_path a run's folder or a .ckpt file")
         checkpoint = own
     else:
-        return Start(Path(ckpt_path), job, _check(Path(ckpt_path)))
-    step = _check(checkpoint)
+        return Start(Path(ckpt_path), job, *_check(Path(ckpt_path)))
+    step, method = _check(checkpoint)
     if command != "fit":
         return Start(checkpoint)
     rank_zero_info(f"The run in {folder} goes on at step {step}, from {checkpoint.relative_to(folder)}")
-    return Start(checkpoint, folder, step)
+    return Start(checkpoint, folder, step, method)
 
 
 def _latest(folder: Path) -> Path | None:
@@ -101,11 +103,11 @@ def _job_folder(runs: Path, args: Sequence[str]) -> Path | None:
     return runs / (f"{name}_{len(earlier) + 1}" if earlier else name)
 
 
-def _check(path: Path) -> int:
+def _check(path: Path) -> tuple[int, str | None]:
     """Find a missing or damaged checkpoint before anything is built for it.
 
     Returns:
-        The checkpoint's step.
+        The checkpoint's step, and its method.
     """
     if not path.is_file():
         raise InputError(
@@ -124,4 +126,4 @@ def _check(path: Path) -> int:
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
         raise InputError(f"{path}: is no checkpoint of Lightning; give the .ckpt file that grade-fit wrote")
-    return int(checkpoint.get("global_step", 0))
+    return int(checkpoint.get("global_step", 0)), checkpoint.get("grade_lightning", {}).get("method")

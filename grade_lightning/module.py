@@ -174,8 +174,8 @@ class TrainableModule(LightningModule):
         """Rows of the data in a training batch, of which `batch_size` sequences are trained on in each step."""
         return batch_size
 
-    def check_accumulation(self) -> None:
-        """For a module whose batch is that of an optimizer step.
+    def check_windows(self) -> None:
+        """For a module that is given the same batch several times in a row.
 
         Raises:
             InputError: the number of micro-batches in a step is to change during the run.
@@ -184,6 +184,12 @@ class TrainableModule(LightningModule):
             raise InputError(
                 "GradientAccumulationScheduler: a batch is read for a fixed number of micro-batches; "
                 "set --trainer.accumulate_grad_batches instead"
+            )
+        batches = self.trainer.num_training_batches
+        if not math.isinf(batches) and batches % self.visits:
+            rank_zero_warn(
+                f"an epoch has {batches} batches, no multiple of the {self.visits} that are trained on what is read or "
+                "sampled at once: the last of each epoch is cut short"
             )
 
     def total_steps(self) -> int:
@@ -243,13 +249,13 @@ class TrainableModule(LightningModule):
         if bool(norm.isfinite()):
             self._bad.clear()
         else:
+            self.skipped += 1
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                return  # in 16 bits it leaves the step out itself, and looks for its scale
             for parameter in parameters:
                 parameter.grad = None
-            self.skipped += 1
-            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # in 16 bits it looks for its scale
-                # all steps on one rollout are one
-                batch = self.trainer.fit_loop.epoch_loop.batch_idx // self.visits
-                self._bad.add((self.trainer.current_epoch, batch))
+            # all steps on one rollout are one
+            self._bad.add((self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx // self.visits))
         if len(self._bad) == BAD_BATCHES:
             raise InputError(
                 f"{BAD_BATCHES} batches in a row gave gradients that are not finite, the last at step "
@@ -297,6 +303,7 @@ class TrainableModule(LightningModule):
             "method": type(self).__name__,
             "processes": self._processes(),
             "skipped": self.skipped,
+            "bad": sorted(self._bad),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,12 +312,9 @@ class TrainableModule(LightningModule):
         Raises:
             InputError: it is not, or does not.
         """
-        method = checkpoint.get("grade_lightning", {}).get("method")
-        own = type(self).__name__
-        self.skipped = checkpoint.get("grade_lightning", {}).get("skipped", 0)
-        if method != own:
-            whose = f"of {method}" if method else "not of grade_lightning"
-            raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
+        check_method(checkpoint, type(self).__name__)
+        own = checkpoint["grade_lightning"]
+        self.skipped, self._bad = own.get("skipped", 0), {tuple(batch) for batch in own.get("bad", [])}
         saved, expected = (
             {(name, tuple(value.shape)) for name, value in state.items()}
             for state in (checkpoint["state_dict"], self.state_dict())
@@ -321,7 +325,7 @@ class TrainableModule(LightningModule):
                 f"checkpoint: its weights do not fit this model ({len(expected - saved)} are missing, "
                 f"{len(saved - expected)} are unknown, such as {odd[0][0]}); give the policy and LoRA settings it had"
             )
-        saved_by, now = checkpoint["grade_lightning"].get("processes", 1), self._processes()
+        saved_by, now = own.get("processes", 1), self._processes()
         if saved_by != now and self._trainer is not None and self.trainer.training:
             rank_zero_warn(
                 f"checkpoint: it is of {saved_by} processes and this run has {now}. Weights, optimizer, schedule and "
@@ -344,6 +348,18 @@ class TrainableModule(LightningModule):
 
     def _processes(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
+
+
+def check_method(checkpoint: dict[str, Any], own: str) -> None:
+    """Check whose a checkpoint is.
+
+    Raises:
+        InputError: it is not of the module `own`.
+    """
+    method = checkpoint.get("grade_lightning", {}).get("method")
+    if method != own:
+        whose = f"of {method}" if method else "not of grade_lightning"
+        raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
 
 
 class AlignmentModule(TrainableModule, ABC):
@@ -484,7 +500,7 @@ class AlignmentModule(TrainableModule, ABC):
         """Completions of the latest step, with their rewards."""
         rollout, scores, _ = self.last_rollout
         rows = zip(rollout.prompts, rollout.completions, scores.total.tolist(), strict=True)
-        return [{"prompt": prompt, "completion": completion, "reward": reward} for prompt, completion, reward in rows]
+        return [{"prompt": p, "completion": c, "reward": r if math.isfinite(r) else str(r)} for p, c, r in rows]
 
     def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
         mask = rollout.completion_mask
@@ -493,11 +509,11 @@ class AlignmentModule(TrainableModule, ABC):
         tokens, rows = mask.sum(), one * len(kl)
         reward, answered = _answered(scores.total)  # indexing those that answered would wait for the device
         mean = reward / answered.clamp(min=1)
+        spread = (scores.total - mean).square().nansum()
         terms = {  # of each figure a sum and what it is divided by, over all processes
             "train/loss": (step.loss, one),
             "train/reward": (reward, answered),
-            "within": ((scores.total - mean).square().nansum(), answered),
-            "between": (reward * mean, answered),
+            "train/reward_std": (spread, answered),
             "train/kl": (kl.sum(), rows),
             "train/kl_per_token": (kl.sum(), tokens),
             **{
@@ -511,10 +527,13 @@ class AlignmentModule(TrainableModule, ABC):
             **{f"rewards/{name}": _answered(value) for name, value in scores.parts.items()},
         }
         packed = torch.stack([torch.stack([x.detach().float() for x in pair]) for pair in terms.values()])
-        sums, counts = self.trainer.strategy.reduce(packed, reduce_op="sum").unbind(1)  # one synchronisation for all
+        every = self._gather(packed.unsqueeze(0))  # (processes, figures, 2); one synchronisation for all
+        sums, counts = every.sum(0).unbind(1)
         logged = dict(zip(terms, sums / counts, strict=True))
-        variance = logged.pop("within") + logged.pop("between") - logged["train/reward"].square()
-        logged["train/reward_std"] = variance.clamp(min=0).sqrt()
+        # to the spread within the processes that of their means; squares less a square would lose it to rounding
+        rewards, answers = every[:, list(terms).index("train/reward")].unbind(1)
+        apart = (answers * (rewards / answers - logged["train/reward"]).square()).nansum() / answers.sum()
+        logged["train/reward_std"] = (logged["train/reward_std"] + apart).sqrt()
         logged["train/objective"] = logged["train/reward"] - self.beta * logged["train/kl"]
         self.log_dict(logged, batch_size=len(kl))
         for name in ("reward", "kl"):

@@ -1,6 +1,5 @@
 """What all policy gradients share: a window of completions, several optimizer steps on it, and one loss line."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -8,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -125,13 +123,7 @@ class PolicyGradientModule(AlignmentModule):
 
     def on_train_start(self) -> None:
         """Check that windows stay whole."""
-        self.check_accumulation()
-        batches = self.trainer.num_training_batches
-        if not math.isinf(batches) and batches % self.visits:
-            rank_zero_warn(
-                f"an epoch has {batches} batches, no multiple of the {self.visits} that are trained on each window of "
-                "completions: the last window of each epoch is cut short"
-            )
+        self.check_windows()
 
     # ---- what a method says -------------------------------------------------------------------------------------
 

@@ -766,7 +766,7 @@ def test_a_window_must_not_change_its_size() -> None:
 
 
 def test_a_window_that_is_cut_short_is_named() -> None:
-    with pytest.warns(UserWarning, match="no multiple of the 2 that are trained on each window"):
+    with pytest.warns(UserWarning, match="no multiple of the 2 that are trained on what is read or sampled at once"):
         trainer(limit_train_batches=3).fit(build(PPO, epochs=2), loader(prompts(4), prompts(4), visits=2))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no multiple of.*")

@@ -10,9 +10,11 @@ import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 from grade_lightning.errors import InputError
 
@@ -83,10 +85,34 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._overdue:
             super().on_validation_end(trainer, pl_module)
-        if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if trainer.global_step == trainer.max_steps:
+            self._save_the_end(trainer)
         self._overdue = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step of a run that is counted in epochs or minutes."""
+        super().on_train_end(trainer, pl_module)
+        self._save_the_end(trainer)
+
+    def _save_the_end(self, trainer: Trainer) -> None:
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None or self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
+        else:
+            rank_zero_warn(f"checkpoint.monitor = {self.monitor} was never logged; the last step is saved instead")
+            self._save_none_monitor_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        try:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        except MisconfigurationException as error:
+            names = ", ".join(sorted(name for name in monitor_candidates if name.startswith("val/")))
+            raise InputError(
+                f"checkpoint.monitor = {self.monitor}: nothing is logged by that name; there are {names}"
+            ) from error
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; amid the micro-batches of a step, only once it is complete."""
@@ -152,7 +178,10 @@ class Requeue(Callback):
         if trainer.is_global_zero:
             array = os.environ.get("SLURM_ARRAY_JOB_ID")
             job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-            subprocess.run(["scontrol", "requeue", job], check=False)
+            try:
+                subprocess.run(["scontrol", "requeue", job], check=True)
+            except (OSError, subprocess.SubprocessError) as error:  # it is not in every container
+                rank_zero_warn(f"the run is saved, but SLURM could not be asked to start it again: {error}")
 
 
 def _flush(trainer: Trainer) -> None:

@@ -54,7 +54,7 @@ class Completions(Callback):
         writer = trainer.logger.experiment
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scalars of the moment
         writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), step)
-        answered = reward[reward.isfinite()]
+        answered = reward[reward.abs() < 1e19]  # TensorBoard knows no larger numbers
         if len(answered):
             writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), step)
 

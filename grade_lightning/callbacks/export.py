@@ -81,8 +81,13 @@ class Export(Callback):
 
     def _refuse_what_exists(self, trainer: Trainer) -> None:
         folder = self.path(trainer)
-        if folder is not None and not _is_free(folder):
+        if folder is None:
+            return
+        if not _is_free(folder):
             raise InputError(f"{folder}: exists and is not empty; give --export.folder another name")
+        there = next(path for path in folder.absolute().parents if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"{folder}: cannot be written; give --export.folder another name")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, and push it. All processes gather what is spread, and the first one writes."""

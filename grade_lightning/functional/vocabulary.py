@@ -131,7 +131,7 @@ def linear(
 
 
 def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 class _Linear(torch.autograd.Function):

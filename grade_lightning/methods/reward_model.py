@@ -81,10 +81,14 @@ class RewardModel(TrainableModule):
         logits: Tensor = self.classifier(self.classifier.embed(batch["input_ids"]), batch["attention_mask"])
         return logits
 
+    def draw_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy, nats; its noise is that of the generators as they are."""
+        return nn.functional.binary_cross_entropy_with_logits(self(batch), batch["labels"].float())
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of labelled text."""
         self._seed("train", batch_idx)
-        loss = nn.functional.binary_cross_entropy_with_logits(self(batch), batch["labels"].float())
+        loss = self.draw_loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -55,11 +55,18 @@ class SupervisedFineTuning(TrainableModule):
         return batch_size * self.visits
 
     def on_train_start(self) -> None:
-        """Check that the number of micro-batches stays."""
-        self.check_accumulation()
+        """Check that the micro-batches of a step stay together."""
+        self.check_windows()
+
+    def draw_loss(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of one estimate of the gradient, whose noise is that of the generators as they are."""
+        return self.loss(batch)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean negative log-likelihood of the tokens after the first, nats."""
+        return self._nll(batch) / _targets(batch["attention_mask"])
+
+    def _nll(self, batch: dict[str, Any]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         inputs = self.policy.embed(ids[:, :-1])
         valid = mask[:, 1:].bool()
@@ -69,7 +76,7 @@ class SupervisedFineTuning(TrainableModule):
         (logps,) = vocabulary.map(
             lambda logits, rows: [sequences.token_logps(logits.float().log_softmax(-1), tokens[rows])]
         )
-        return -logps.mean()
+        return -logps.sum()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; each token of the optimizer step weighs the same, wherever it is."""
@@ -80,7 +87,7 @@ class SupervisedFineTuning(TrainableModule):
         }
         tokens = _targets(mask) / self.visits
         mean = tokens if self._trainer is None else self.trainer.strategy.reduce(tokens, reduce_op="mean")
-        loss = self.loss(part) * (_targets(part["attention_mask"]) / mean)
+        loss = self._nll(part) / mean
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
@@ -93,8 +100,7 @@ class SupervisedFineTuning(TrainableModule):
         self._measure(batch)
 
     def _measure(self, batch: dict[str, Any]) -> None:
-        tokens = _targets(batch["attention_mask"])
-        self._seen.append(torch.stack([self.loss(batch).float() * tokens, tokens]))
+        self._seen.append(torch.stack([self._nll(batch).float(), _targets(batch["attention_mask"])]))
 
     def _finish(self, stage: str) -> None:
         nll, tokens = self.all_gather(torch.stack(self._seen)).reshape(-1, 2).sum(0)  # type: ignore[union-attr]

@@ -187,6 +187,23 @@ def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path: Path, mo
     assert found == [["1", "2"], ["1", "2", "3", "4"], ["1", "2", "3", "4", "5"]]
 
 
+def test_a_monitor_that_is_not_logged(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a validation it is one line; without any the last step is saved all the same."""
+    with pytest.raises(SystemExit) as exit:
+        run("fit", *shelf.all, "--checkpoint.monitor=val/rewrad", "--trainer.val_check_interval=1")
+    assert exit.value.code == 2
+    assert "checkpoint.monitor = val/rewrad: nothing is logged by that name; there are val/" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="the last step is saved instead"):
+        run("fit", *shelf.all, "--checkpoint.monitor=nope", "--trainer.limit_val_batches=0")
+    assert [path.name for path in version(1).glob("checkpoints/*")] == ["epoch=0-step=2.ckpt"]
+
+
+def test_the_last_step_of_a_run_in_epochs(run: Run, shelf: Shelf) -> None:
+    run("fit", *shelf.all, "--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.val_check_interval=3")
+    (path,) = version().glob("checkpoints/*")
+    assert path.name == "epoch=1-step=4.ckpt"
+
+
 # ---- reading --------------------------------------------------------------------------------------------------
 
 

@@ -438,6 +438,12 @@ def test_export_folder_that_is_not_empty(refuse: Refuse, shelf: Shelf) -> None:
     says(refuse("fit", *shelf.all, "--export.folder=export/thesis.tex"), "thesis.tex")
 
 
+@pytest.mark.parametrize("option", ["export.folder", "trainer.default_root_dir", "checkpoint.dirpath"])
+def test_a_folder_that_cannot_be(option: str, refuse: Refuse, shelf: Shelf) -> None:
+    Path("file").touch()
+    assert "file" in refuse("fit", *shelf.all, f"--{option}=file/folder")
+
+
 def test_predictions_that_exist(refuse: Refuse, shelf: Shelf) -> None:
     Path("a.jsonl").write_text("the only copy\n")
     says(refuse("predict", *shelf.all, "--output=a.jsonl"), "a.jsonl: exists already", "--output")

@@ -259,10 +259,22 @@ def test_memory_that_is_not_known(look: Look, shelf: Shelf, monkeypatch: pytest.
         ('--model.policy.lora={"r": 2, "target_modules": ["nothing"]}', "LoRA"),
         ("--ckpt_path=nowhere.ckpt", "no such checkpoint"),
         ("--trainer.max_steps=0", "ends before its first step"),
+        ("--trainer.strategy=fsdp2", "under fsdp2 nothing is measured"),
     ],
 )
 def test_what_a_run_would_refuse(wrong: str, part: str, refuse: Any, shelf: Shelf) -> None:
     assert part in refuse(*shelf.all, wrong)
+
+
+def test_an_export_is_looked_at_as_by_the_run(
+    look: Look, run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look(*shelf.all, "--export.push_to_hub=me/x")
+    run("fit", *shelf.all)
+    with pytest.raises(SystemExit) as exit:
+        run("fit", *shelf.all, "--ckpt_path=last", "--trainer.max_steps=9", "--preflight")
+    assert exit.value.code == 2
+    assert "export: exists and is not empty" in capsys.readouterr().err
 
 
 def test_only_fit_has_it(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,7 @@ class Interrupt(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         rollout = pl_module.last_rollout[0].ids.tolist() if hasattr(pl_module, "last_rollout") else None
         seen = [trainer.global_step, batch["input_ids"].tolist(), rollout, torch.initial_seed()]
+        os.makedirs(trainer.default_root_dir, exist_ok=True)
         with open(os.path.join(trainer.default_root_dir, f"rank{trainer.global_rank}.jsonl"), "a") as file:
             print(json.dumps(seen), file=file)
 '''
@@ -184,6 +185,25 @@ def test_last_is_of_the_method(run: Run, shelf: Shelf, whole: Path, capsys: pyte
     assert len(scalar(version(), "train/loss")) == 1
 
 
+def test_last_is_of_our_logger(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    for elsewhere in ("--trainer.logger=false", "--checkpoint.dirpath=mine"):
+        with pytest.raises(SystemExit) as exit:
+            run("fit", *shelf.all, elsewhere, "--ckpt_path=last")
+        assert exit.value.code == 2
+        assert "checkpoints lie elsewhere; give the path of a .ckpt file" in capsys.readouterr().err
+
+
+def test_a_run_of_another_method_is_not_touched(
+    run: Run, shelf: Shelf, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(SystemExit) as exit:
+        run("fit", *shelf.all, "--model=Reinforce", f"--ckpt_path={whole}")
+    assert exit.value.code == 2
+    assert "it is of GradeSTE, but --model is Reinforce" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
 def test_an_empty_folder_is_named(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     with pytest.raises(SystemExit):
@@ -300,6 +320,29 @@ def test_a_job_that_is_requeued_while_it_measures(
     else:
         run("fit", *shelf.all, *SIX)
         assert_is(job()[0], whole)
+
+
+def test_a_job_whose_logs_are_elsewhere_goes_on(
+    slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
+) -> None:
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=logs"]
+    cut("PowerCut@4", *shelf.all, *SIX, *logger)
+    slurm.setenv("SLURM_RESTART_COUNT", "1")
+    run("fit", *shelf.all, *SIX, *logger)
+    assert_same(content(job()[0])["state_dict"], content(whole)["state_dict"])
+    assert_same(content(job()[0])["optimizer_states"], content(whole)["optimizer_states"])
+
+
+def test_a_job_that_cannot_ask_for_another_is_saved_and_ends(
+    slurm: pytest.MonkeyPatch, tmp_path: Path, run: Run, shelf: Shelf
+) -> None:
+    """As in a container without SLURM's programs."""
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    slurm.setenv("INTERRUPT", "SIGUSR1@3")
+    with pytest.warns(UserWarning, match="SLURM could not be asked to start it again"):
+        run("fit", *shelf.all, *SIX)
+    slurm.delenv("INTERRUPT")
+    assert {path.name for path in job()[0].glob("checkpoints/*")} == {"requeue.ckpt", "epoch=1-step=6.ckpt"}
 
 
 def test_a_task_of_an_array_is_requeued_alone(slurm: pytest.MonkeyPatch, cut: Cut, shelf: Shelf) -> None:

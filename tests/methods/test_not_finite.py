@@ -75,7 +75,7 @@ def test_three_in_a_row_end_the_run_and_leave_their_batch(method: type[Alignment
     assert module.skipped == 4
     assert all(value.isfinite().all() for value in weights(module).values())
     (path,) = tmp_path.rglob("not_finite_step_4_rank_0.json")
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert len(rows) == len(module.last_rollout[0].prompts)
     assert {*rows[0]} == {"prompt", "completion", "reward"}
 
@@ -141,6 +141,18 @@ def test_none_abstains() -> None:
     assert float(run.callback_metrics["train/reward"]) == pytest.approx((48 - 3) / 2)
 
 
+def test_the_spread_of_large_rewards() -> None:
+    """Far from zero it is that of small ones."""
+    spreads = []
+    for far in (0.0, 30000.0):
+        module = make(RLOO)
+        module.reward = returning(lambda n, far=far: [far + i / 16 for i in range(n)])
+        run = trainer(limit_val_batches=0)
+        run.fit(module, batches(1))
+        spreads.append(float(run.callback_metrics["train/reward_std"]))
+    assert spreads[1] == pytest.approx(spreads[0], rel=1e-2)
+
+
 def test_running_statistics_stay_finite() -> None:
     module = make(Reinforce, kl=KL(0.1, target=1.0))
     assert isinstance(module, Reinforce)
@@ -152,8 +164,8 @@ def test_running_statistics_stay_finite() -> None:
 
 def test_the_count_is_in_the_checkpoint() -> None:
     module, checkpoint = make_loaded(RLOO), dict[str, Any]()
-    module.skipped = 7
+    module.skipped, module._bad = 7, {(0, 5)}
     module.on_save_checkpoint(checkpoint)
     again = make_loaded(RLOO)
     again.on_load_checkpoint(checkpoint | {"state_dict": again.state_dict()})
-    assert again.skipped == 7
+    assert (again.skipped, again._bad) == (7, {(0, 5)})

@@ -204,6 +204,34 @@ def test_what_is_not_finite_reaches_no_weight(stage: type[Any], folder: Path, tm
     assert json.loads(path.read_text())[0]["text"].startswith("w")
 
 
+@pytest.mark.parametrize("stage", [SupervisedFineTuning, RewardModel])
+def test_a_draw_is_of_the_whole_batch_and_has_noise_of_its_own(stage: type[Any], folder: Path) -> None:
+    """As the gradient's variance wants it: whatever a training step is a part of."""
+    source = Policy(str(folder), dropout=True)
+    module = SupervisedFineTuning(source) if stage is SupervisedFineTuning else RewardModel(str(folder))
+    module.configure_model()
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    (batch,) = text(1) if stage is SupervisedFineTuning else labelled(1)
+    loop = Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
+    module.trainer = loop
+    one, two = float(module.draw_loss(batch)), float(module.draw_loss(batch))
+    assert (one != two) is any(part.p > 0 for part in module.modules() if isinstance(part, torch.nn.Dropout))
+    module.eval()
+    module._trainer = None
+    assert float(module.draw_loss(batch)) == pytest.approx(float(module.training_step(batch, 0)), rel=1e-6)
+
+
+def test_a_micro_batch_that_predicts_nothing(folder: Path) -> None:
+    """Beside others its part of the step is 0."""
+    module = SupervisedFineTuning(Policy(str(folder)), optimizer=adam)
+    ids = torch.tensor([[2, 3, 4, 5], [6, 7, 8, 9], [2, 1, 1, 1], [3, 1, 1, 1]])
+    rows = [{"input_ids": ids, "attention_mask": (ids != 1).long()}] * 2
+    trainer(accumulate_grad_batches=2).fit(module, DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
+    assert module.skipped == 0
+
+
 def test_a_checkpoint_of_another_stage_is_named(folder: Path, tmp_path: Path) -> None:
     run = trainer(max_steps=1)
     run.fit(SupervisedFineTuning(Policy(str(folder))), text(1))
