@@ -16,6 +16,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -335,6 +336,8 @@ def _for_people(name: str) -> Iterator[None]:
             raise
         print(f"{name}: error: {known}", file=sys.stderr)
         raise SystemExit(2) from None
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # its threads may abort a process that leaves without
 
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
