@@ -59,25 +59,27 @@ class Summary(Callback):
         console = console or Console()
         if self.measurements:
             first, last = self.measurements[0], self.measurements[-1]
-            table = Table(title="Validation")
-            table.add_column("")
-            table.add_column(f"before (step {first.step})", justify="right")
-            table.add_column(f"after (step {last.step})", justify="right")
-            for name, value in last.metrics.items():
-                table.add_row(name, f"{first.metrics.get(name, float('nan')):.3f}", f"{value:.3f}")
+            shown = {f"before (step {first.step})": first, f"after (step {last.step})": last}
+            if first is last:  # a run that went on is measured at its end alone
+                shown = {f"step {last.step}": last}
+            table = Table("", title="Validation")
+            for label in shown:
+                table.add_column(label, justify="right")
+            for name in last.metrics:
+                table.add_row(name, *(f"{one.metrics.get(name, float('nan')):.3f}" for one in shown.values()))
             console.print(table)
             if last.sample:
-                console.print(_side_by_side(first, last))
+                console.print(_side_by_side(shown))
         for name, path in where.items():
             console.print(f"{name}: {escape(path)}", soft_wrap=True)
 
 
-def _side_by_side(first: _Measurement, last: _Measurement) -> Table:
+def _side_by_side(shown: dict[str, _Measurement]) -> Table:
     table = Table(title="The same prompts", show_lines=True)
     table.add_column("prompt", ratio=2)
-    table.add_column("before", ratio=3)
-    table.add_column("after", ratio=3)
-    for (prompt, old, old_reward), (_, new, new_reward) in zip(first.sample, last.sample, strict=True):
-        cells = (prompt.strip(), f"{old.strip()} [{old_reward:.2f}]", f"{new.strip()} [{new_reward:.2f}]")
-        table.add_row(*map(escape, cells))
+    for label in shown:
+        table.add_column(label, ratio=3)
+    for samples in zip(*(one.sample for one in shown.values()), strict=True):
+        texts = (f"{text.strip()} [{reward:.2f}]" for _, text, reward in samples)
+        table.add_row(*map(escape, (samples[0][0].strip(), *texts)))
     return table
