@@ -78,7 +78,7 @@ def _side_by_side(shown: dict[str, _Measurement]) -> Table:
     table = Table(title="The same prompts", show_lines=True)
     table.add_column("prompt", ratio=2)
     for label in shown:
-        table.add_column(label, ratio=3)
+        table.add_column(label.partition(" (")[0], ratio=3)
     for samples in zip(*(one.sample for one in shown.values()), strict=True):
         texts = (f"{text.strip()} [{reward:.2f}]" for _, text, reward in samples)
         table.add_row(*map(escape, (samples[0][0].strip(), *texts)))

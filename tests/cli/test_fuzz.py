@@ -65,6 +65,7 @@ TREE: dict[str, Any] = {
         "test_size": None,
         "seed": 1,
     },
+    "checkpoint": {"every_n_train_steps": 5, "save_top_k": 1, "save_last": True, "train_time_interval": None},
     "completions": {"rows": 2},
     "gradient_variance": {"sketch": None, "window": 5},
     "export": {"enabled": False},
