@@ -114,7 +114,7 @@ class GradeCLI(LightningCLI):
         self.runs = Path(trainer.default_root_dir or "runs") / method
         self.start = find_start(self.config.ckpt_path, self.runs, self.command, Parser.given)
         if self.start.folder is not None and self.start.method is not None:
-            check_method({"grade_lightning": {"method": self.start.method}}, method)  # before the run is written to
+            check_method(self.start.method, method)  # before the run is written to
         self.save_config_kwargs = {"config_filename": self.start.config_name}
         ours = _tensorboard(str(self.runs.parent), method)
         if trainer.logger in (None, True):

@@ -244,7 +244,7 @@ class TrainableModule(LightningModule):
         Raises:
             InputError: there was no other on the latest three batches.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if bool(norm.isfinite()):
             self._bad.clear()
@@ -312,7 +312,7 @@ class TrainableModule(LightningModule):
         Raises:
             InputError: it is not, or does not.
         """
-        check_method(checkpoint, type(self).__name__)
+        check_method(checkpoint.get("grade_lightning", {}).get("method"), type(self).__name__)
         own = checkpoint["grade_lightning"]
         self.skipped, self._bad = own.get("skipped", 0), {tuple(batch) for batch in own.get("bad", [])}
         saved, expected = (
@@ -350,13 +350,12 @@ class TrainableModule(LightningModule):
         return 1 if self._trainer is None else self.trainer.world_size
 
 
-def check_method(checkpoint: dict[str, Any], own: str) -> None:
-    """Check whose a checkpoint is.
+def check_method(method: str | None, own: str) -> None:
+    """Check that the method of a checkpoint is one's own.
 
     Raises:
-        InputError: it is not of the module `own`.
+        InputError: it is another, or no method of ours.
     """
-    method = checkpoint.get("grade_lightning", {}).get("method")
     if method != own:
         whose = f"of {method}" if method else "not of grade_lightning"
         raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")

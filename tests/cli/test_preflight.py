@@ -255,7 +255,7 @@ def test_memory_that_is_not_known(look: Look, shelf: Shelf, monkeypatch: pytest.
         ("--data.batch_size=17", "split 'prompts' has 16 rows"),
         ("--model.reward.path=./nowhere", "./nowhere: no such folder"),
         ("--model.sampler.max_new_tokens=53", "context is 64"),
-        ("--model.sampler.max_new_tokens=0", "must be 1 or more"),
+        ("--model.sampler.max_new_tokens=0", "sampler.max_new_tokens = 0: must be 1 or more"),
         ('--model.policy.lora={"r": 2, "target_modules": ["nothing"]}', "LoRA"),
         ("--ckpt_path=nowhere.ckpt", "no such checkpoint"),
         ("--trainer.max_steps=0", "ends before its first step"),

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,19 @@ def test_a_function_that_returns_it(method: type[AlignmentModule], number: float
     trainer(limit_val_batches=0).fit(module, batches(module.visits))
     assert not changed(weights(make_loaded(method)), weights(module))
     assert module.skipped == module.visits
+
+
+def test_under_a_scaler_the_gradients_are_left_to_it() -> None:
+    """It looks for its scale by steps that overflow: they are counted, and end no run."""
+    module = make_loaded(RLOO)
+    plugin = SimpleNamespace(scaler=object())
+    module._trainer = SimpleNamespace(precision_plugin=plugin)  # type: ignore[assignment]
+    (parameter, *_) = trained = [p for p in module.parameters() if p.requires_grad]
+    for times in (1, 2, 3, 4):
+        parameter.grad = torch.full_like(parameter, math.inf)
+        module.on_before_optimizer_step(torch.optim.SGD(trained, lr=1.0))
+        assert parameter.grad is not None
+        assert module.skipped == times
 
 
 def make_loaded(method: type[AlignmentModule], **kwargs: Any) -> AlignmentModule:

@@ -206,21 +206,17 @@ def test_what_is_not_finite_reaches_no_weight(stage: type[Any], folder: Path, tm
 
 @pytest.mark.parametrize("stage", [SupervisedFineTuning, RewardModel])
 def test_a_draw_is_of_the_whole_batch_and_has_noise_of_its_own(stage: type[Any], folder: Path) -> None:
-    """As the gradient's variance wants it: whatever a training step is a part of."""
-    source = Policy(str(folder), dropout=True)
-    module = SupervisedFineTuning(source) if stage is SupervisedFineTuning else RewardModel(str(folder))
+    """As the gradient's variance wants it: whatever a training step is a part of, and however that is seeded."""
+    sft = stage is SupervisedFineTuning
+    module = SupervisedFineTuning(Policy(str(folder))) if sft else RewardModel(str(folder))
     module.configure_model()
-    for part in module.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.5
-    (batch,) = text(1) if stage is SupervisedFineTuning else labelled(1)
-    loop = Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
-    module.trainer = loop
-    one, two = float(module.draw_loss(batch)), float(module.draw_loss(batch))
-    assert (one != two) is any(part.p > 0 for part in module.modules() if isinstance(part, torch.nn.Dropout))
-    module.eval()
-    module._trainer = None
-    assert float(module.draw_loss(batch)) == pytest.approx(float(module.training_step(batch, 0)), rel=1e-6)
+    (batch,) = text(1) if sft else labelled(1)
+    whole = float(module.training_step(batch, 0))
+    module.trainer = trainer(accumulate_grad_batches=4)
+    assert float(module.draw_loss(batch)) == pytest.approx(whole, rel=1e-6)
+    table = next(part for part in module.modules() if isinstance(part, torch.nn.Embedding))
+    table.register_forward_hook(lambda part, ids, embedded: embedded + torch.randn_like(embedded))
+    assert float(module.draw_loss(batch)) != float(module.draw_loss(batch))
 
 
 def test_a_micro_batch_that_predicts_nothing(folder: Path) -> None:
