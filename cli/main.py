@@ -96,8 +96,8 @@ class GradeCLI(LightningCLI):
         parser.add_lightning_class_args(Completions, "completions")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(GradientVariance, "gradient_variance")
-        if self.command == "predict":
-            parser.add_argument("--output", type=str | None, default=None, help="File of JSON lines to write.")
+        if self.command in ("predict", "test"):
+            parser.add_argument("--output", type=str | None, default=None, help="File of JSON lines, a prompt in each.")
         if self.command == "fit":  # suppressed where it is not given: configurations are for all commands
             help = "Show what the run is going to do and to need, and end before any training."
             parser.add_argument("--preflight", action="store_true", default=argparse.SUPPRESS, help=help)
@@ -157,7 +157,7 @@ class GradeCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         if self.config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(Progress())
-        if self.command == "predict":
+        if self.command == "predict" or (self.command == "test" and self.config.output):
             kwargs["callbacks"].append(PredictionWriter(self.config.output))
         return super().instantiate_trainer(**kwargs)
 
@@ -227,23 +227,28 @@ def _refusals() -> Iterator[None]:
 
 def fit(args: ArgsType = None) -> None:
     """`grade-fit`: measure, train, measure again, and say what changed and where it lies."""
-    with _for_people("grade-fit"):
+    with for_people("grade-fit"):
         began = time.perf_counter()
         cli = build(args, "fit")
-        trainer, model, data = cli.trainer, cli.model, cli.datamodule
         if cli.config.get("preflight"):
-            preflight(trainer, model, data, cli.start.checkpoint)
+            preflight(cli.trainer, cli.model, cli.datamodule, cli.start.checkpoint)
             return
-        measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        with _no_trace_of_what_never_began(trainer), _all_end_together(trainer):
-            if measures and cli.start.checkpoint is None:
-                trainer.validate(model, data, verbose=False)
-            trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
-            if measures and cli.summary.last_step != trainer.global_step:
-                # where a checkpoint left nothing to train Lightning is one short, and so would the curves be
-                trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-                trainer.validate(model, data, verbose=False)
+        train(cli)
         _report(cli, time.perf_counter() - began)
+
+
+def train(cli: GradeCLI) -> None:
+    """Measure, train, measure again."""
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    with _no_trace_of_what_never_began(trainer), _all_end_together(trainer):
+        if measures and cli.start.checkpoint is None:
+            trainer.validate(model, data, verbose=False)
+        trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
+        if measures and cli.summary.last_step != trainer.global_step:
+            # where a checkpoint left nothing to train Lightning is one short, and so would the curves be
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            trainer.validate(model, data, verbose=False)
 
 
 def _report(cli: GradeCLI, seconds: float) -> None:
@@ -276,7 +281,7 @@ def predict(args: ArgsType = None) -> None:
 
 
 def _run(args: ArgsType, command: str) -> None:
-    with _for_people(f"grade-{command}"):
+    with for_people(f"grade-{command}"):
         cli = build(args, command)
         entry = getattr(cli.trainer, command)
         kwargs = {"return_predictions": False} if command == "predict" else {}
@@ -323,7 +328,7 @@ def _all_end_together(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _for_people(name: str) -> Iterator[None]:
+def for_people(name: str) -> Iterator[None]:
     """Quiet what says nothing to the user; turn errors of input into one line and status 2."""
     _quieten()
     try:

@@ -404,6 +404,9 @@ class AlignmentModule(TrainableModule, ABC):
         self._fresh = True
         self._began: float | None = None
         self._tokens = 0
+        self.spent = {"sampled_tokens": 0, "reward_calls": 0}
+        """Tokens sampled and completions scored in training, by all processes; saved in checkpoints."""
+        self._uncounted = [0, 0]
 
     def explore(self, batch: dict[str, Any]) -> Experience:
         """Sample completions and score them; the scores have adjoints if the method backpropagates the reward."""
@@ -413,7 +416,13 @@ class AlignmentModule(TrainableModule, ABC):
     @record_function("reward")
     def score(self, rollout: Rollout) -> Scores:
         """Rewards, with their adjoints if the method backpropagates them."""
+        self.count(rollout)
         return self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
+
+    def count(self, rollout: Rollout) -> None:
+        """Remember what was sampled and scored: what methods are compared at."""
+        self._uncounted[0] += len(rollout.valid)
+        self._uncounted[1] += len(rollout.ids)
 
     @abstractmethod
     def loss(self, experience: Experience) -> StepOutput:
@@ -460,9 +469,15 @@ class AlignmentModule(TrainableModule, ABC):
     def _rewards(self) -> list[Reward]:
         return [module for module in (self.reward, *self.judges) if isinstance(module, Reward)]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was spent."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["grade_lightning"]["spent"] = dict(self.spent)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits; from here on the policy is not its reference."""
         super().on_load_checkpoint(checkpoint)
+        self.spent |= checkpoint["grade_lightning"].get("spent", {})
         self._fresh = False
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -550,6 +565,11 @@ class AlignmentModule(TrainableModule, ABC):
 
         A batch that is trained on several times counts as sampled once, over the time of all of them.
         """
+        found = self.trainer.strategy.reduce(torch.tensor(self._uncounted, device=self.device), reduce_op="sum")
+        for name, count in zip(self.spent, found.tolist(), strict=True):
+            self.spent[name] += count
+        self._uncounted = [0, 0]
+        self.log_dict({f"train/{name}": float(count) for name, count in self.spent.items()})
         rollout, _, _ = self.last_rollout
         self._tokens += int(rollout.completion_mask.sum()) * self.trainer.world_size
         if (batch_idx + 1) % self.visits or self._began is None:
@@ -667,7 +687,7 @@ class AlignmentModule(TrainableModule, ABC):
             self._seed(stage, batch_idx)
             yield
 
-    def _evaluation_step(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> None:
+    def _evaluation_step(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> dict[str, Any]:
         result = self.evaluate(batch, stage, batch_idx)
         rollout: Rollout = result["rollout"]
         columns = {name: result[name] for name in ("reward", "kl", "entropy", "length", "ended", "ref_nll")}
@@ -678,6 +698,7 @@ class AlignmentModule(TrainableModule, ABC):
             self._evaluation.setdefault(name, []).append(value)
         if batch_idx == 0:
             self.last_evaluation = result
+        return result
 
     def _finish_evaluation(self, stage: Stage) -> None:
         table = {name: self._gather(torch.cat(values)) for name, values in self._evaluation.items()}
@@ -717,26 +738,27 @@ class AlignmentModule(TrainableModule, ABC):
         """Log the measurements."""
         self._finish_evaluation("val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluation_step(batch, "test", batch_idx)
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Measure a batch; for callbacks, what was found."""
+        return self._evaluation_step(batch, "test", batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the measurements."""
         self._finish_evaluation("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """One row for each prompt: prompt, completion, reward, KL, and each reward's own value."""
-        result = self.evaluate(batch, "predict", batch_idx)
+        """A row for each prompt, as :meth:`rows` makes it."""
+        return self.rows(self.evaluate(batch, "predict", batch_idx))
+
+    def rows(self, result: dict[str, Any]) -> list[dict[str, Any]]:
+        """What :meth:`evaluate` found, prompt by prompt, for JSON: None where a number is not finite or not there."""
         rollout: Rollout = result["rollout"]
+        columns = {name: result[name].tolist() for name in ("reward", "kl", "length", "ended", "ref_nll")}
+        parts = {name: value.tolist() for name, value in result["parts"].items()}
         return [
-            {
-                "prompt": prompt,
-                "completion": completion,
-                "reward": _number(result["reward"][i]),
-                "kl": _number(result["kl"][i]),
-                "rewards": {name: _number(value[i]) for name, value in result["parts"].items()},
-            }
+            {"prompt": prompt, "completion": completion}
+            | {name: _number(values[i]) for name, values in columns.items()}
+            | {"rewards": {name: _number(values[i]) for name, values in parts.items()}}
             for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
         ]
 
@@ -761,6 +783,5 @@ def _answered(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.nansum(), (~values.isnan()).sum()
 
 
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -77,7 +77,7 @@ class PreferenceModule(AlignmentModule):
         """Pairs: the first half of the rows is preferred to the second, row by row."""
         if self.pairs == "data":
             rollout = pairs_rollout(batch, self.policy)
-            return Experience(rollout, self.score(rollout))
+            return Experience(rollout, self.reward.score(rollout))  # given, not sampled
         rollout = self.sampler(self.policy, **repeat_prompts(batch, self.num_generations))
         scores = self.score(rollout)
         grouped = scores.total.unflatten(0, (-1, self.num_generations))

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from grade_lightning.errors import InputError
+from grade_lightning.module import AlignmentModule
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write one JSON object a line: prompt, completion, reward, KL, and each reward's own value.
+    """Write one JSON object a line, of what is predicted or tested: `AlignmentModule.rows`.
 
     The file appears when it is complete. With several processes each writes its own, `NAME.rank1.jsonl` and so on.
 
@@ -32,7 +33,7 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             InputError: it does.
         """
-        if stage == "predict":
+        if stage in ("predict", "test"):
             folder = trainer.log_dir or "."  # asks all processes
             self.path = Path(self.output) if self.output else Path(folder) / "predictions.jsonl"
             if trainer.global_rank > 0:
@@ -60,6 +61,24 @@ class PredictionWriter(BasePredictionWriter):
         with self._part.open("a", encoding="utf-8") as file:
             for row in prediction:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append a batch."""
+        if isinstance(pl_module, AlignmentModule):
+            rows = pl_module.rows(outputs)
+            self.write_on_batch_end(trainer, pl_module, rows, None, batch, batch_idx, dataloader_idx)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the file its name."""
+        self.on_predict_end(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name."""

@@ -82,6 +82,7 @@ class Grade(AlignmentModule):
         relaxed = self.relaxed_sampler(self.policy, **batch, tau=self.tau(self.global_step, self.total_steps()))
         with record_function("reward"):
             scores = self.reward.relaxed(relaxed)
+        self.count(relaxed)
         detached = Scores(scores.total.detach(), {name: value.detach() for name, value in scores.parts.items()})
         return RelaxedExperience(relaxed.discrete(), detached, relaxed=relaxed, reward=scores.total)
 

@@ -273,7 +273,7 @@ def test_predict_writes_a_line_for_each_prompt(
     found = rows(Path("here/predictions.jsonl"))
     assert len(found) == 8
     for row in found:
-        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards"}
+        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards", "length", "ended", "ref_nll"}
         assert len(row["prompt"].split()) == 8
         assert 0 < row["reward"] < 1
         assert row["kl"] > 0

@@ -361,7 +361,7 @@ def test_predictions(method: type[AlignmentModule]) -> None:
     assert len(rows) == 3
     for row in rows:
         assert isinstance(row, dict)
-        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards"}
+        assert set(row) == {"prompt", "completion", "reward", "kl", "rewards", "length", "ended", "ref_nll"}
         words = (row["prompt"] + " " + row["completion"]).split()
         assert all(word in make_tokenizer().get_vocab() for word in words)
         assert row["rewards"] == {"Toy": row["reward"]}
