@@ -27,13 +27,12 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def test_every_package_is_listed(setup_cfg: configparser.ConfigParser) -> None:
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "grade_lightning").rglob("__init__.py")
-    } | {"grade_lightning_cli"}
-    listed = setup_cfg["options"]["packages"].split()
-    assert sorted(found) == sorted(listed)
-    folders = {path.parent for path in (ROOT / "grade_lightning").rglob("*.py")}
-    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= found
+    def packages(pattern: str) -> set[str]:
+        paths = [path for top in ("grade_lightning", "cli") for path in (ROOT / top).rglob(pattern)]
+        return {re.sub(r"^cli\b", "grade_lightning_cli", ".".join(p.parent.relative_to(ROOT).parts)) for p in paths}
+
+    assert sorted(packages("__init__.py")) == sorted(setup_cfg["options"]["packages"].split())
+    assert packages("*.py") == packages("__init__.py")
 
 
 def test_package_data_is_there(setup_cfg: configparser.ConfigParser) -> None:
@@ -102,11 +101,10 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"grade_lightning", "grade_lightning_cli"}
-    assert {"grade_lightning/py.typed", "grade_lightning_cli/py.typed", "grade_lightning_cli/defaults.yaml"} <= set(
-        names
-    )
+    data = {"py.typed", "defaults.yaml", "report/page.html"}
+    assert {"grade_lightning/py.typed", *(f"grade_lightning_cli/{name}" for name in data)} <= set(names)
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grade_lightning").rglob("*.py")}
-    sources |= {f"grade_lightning_cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
+    sources |= {f"grade_lightning_cli/{p.relative_to(ROOT / 'cli').as_posix()}" for p in (ROOT / "cli").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
 
 

@@ -1,0 +1,560 @@
+"""`grade-compare`: several methods, everything else equal; and one run of such a comparison."""
+
+import inspect
+import itertools
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from grade_lightning.errors import InputError, check_range
+from grade_lightning.module import AlignmentModule
+
+from . import main
+from .parser import Parser
+
+ELSEWHERE = 75
+"""Exit status of a run that another process is at."""
+
+
+@dataclass
+class Plan:
+    """What is compared, and what is equal."""
+
+    methods: dict[str, dict[str, Any]]
+    arguments: dict[str, Any]
+    grid: dict[str, list[Any]]
+    seeds: list[int]
+    completions: int | None
+    beta: float
+    validations: int
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Each point of the grid by its name."""
+        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return {
+            ",".join(f"{key.rpartition('.')[2]}={value}".replace("/", "_") for key, value in p.items()) or "default": p
+            for p in points
+        }
+
+
+def plan(
+    methods: str | list[str] | dict[str, dict[str, Any] | None] = "",
+    arguments: dict[str, Any] | None = None,
+    grid: dict[str, list[Any]] | None = None,
+    seeds: str | list[int] = "1,2,3",
+    completions: int | None = None,
+    beta: float = 0.0,
+    validations: int = 3,
+) -> Plan:
+    """Say what is compared, and what is equal.
+
+    Args:
+        methods: names, or for each name the arguments that it alone has (`model`, if it is not the name).
+        arguments: of grade-fit, for all; `config` is one file or a list of them.
+        grid: values of arguments that are tried, all with all, with the first seed. A method is compared with those
+            that are best on validation.
+        seeds: of the runs.
+        completions: sampled in each run; `trainer.max_steps` follows from it. None: the steps of the configuration.
+        beta: β of the objective, reward − β KL, by which the best of the grid is chosen; reward per nat.
+        validations: how often a run is measured on the way.
+
+    Raises:
+        InputError: something is missing, twice there or out of range.
+
+    Example:
+        >>> plan("GradeSTE,RLOO", grid={"model.optimizer.lr": [0.001, 0.01]}).settings()
+        {'lr=0.001': {'model.optimizer.lr': 0.001}, 'lr=0.01': {'model.optimizer.lr': 0.01}}
+    """
+    names = methods.split(",") if isinstance(methods, str) else list(methods)
+    own = methods if isinstance(methods, dict) else {}
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if isinstance(seeds, str) else seeds
+    except ValueError:
+        raise InputError(f"seeds = {seeds}: give whole numbers, such as 1,2,3") from None
+    lists: dict[str, list[Any]] = {"methods": names, "seeds": numbers, **(grid or {})}
+    for name, values in lists.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise InputError(f"{name}: must hold something, and nothing twice")
+    odd = [name for name in names if not name or set(name) & set("/\\") or name.startswith(".")]
+    if odd:
+        raise InputError(f"methods: {odd[0]!r} cannot be the name of a folder")
+    check_range("[1, inf)", validations=validations, completions=completions)
+    check_range("[0, inf)", beta=beta)
+    each = {name: dict(own.get(name) or {}) for name in names}
+    return Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison, and where it lies."""
+
+    out: Path
+    method: str
+    setting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As the command line knows it."""
+        return f"{self.method}/{self.setting}/seed_{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Its own."""
+        return self.out / "runs" / self.method / self.setting / f"seed_{self.seed}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What it left when it was trained."""
+        return _read(self.folder / "run.json")
+
+    @property
+    def tested(self) -> bool:
+        """Whether the test split was measured."""
+        return (self.folder / "test.json").is_file()
+
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether this process alone is at it; given up when the process ends, however it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        with lock:
+            yield True
+
+
+class Comparison:
+    """The runs of a plan, in a folder.
+
+    Args:
+        out: the folder.
+        plan: None for the one that is there.
+
+    Raises:
+        InputError: what is there is something else.
+    """
+
+    def __init__(self, out: Path, plan: Plan | None) -> None:
+        self.out = out
+        path = out / "plan.yaml"
+        there = Plan(**yaml.safe_load(path.read_text())) if path.is_file() else None
+        found = plan or there
+        if found is None:
+            raise InputError(f"{out}: holds no comparison; say what to compare (grade-compare --help)")
+        if there is None and out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out}: exists and holds no comparison; give --out another name")
+        if there is not None:
+            _check_same(there, found, path)
+        if plan is not None:
+            _write(path, yaml.safe_dump(asdict(plan), sort_keys=False))
+        self.plan = found
+
+    def run(self, name: str) -> Run:
+        """The run of that name."""
+        method, setting, seed = name.split("/")
+        return Run(self.out, method, setting, int(seed.removeprefix("seed_")))
+
+    def chosen(self, method: str) -> str | None:
+        """The setting that is best on validation, once it is known."""
+        return self._choice(method)[0]
+
+    def _choice(self, method: str) -> tuple[str | None, dict[str, float]]:
+        settings = list(self.plan.settings())
+        if len(settings) == 1:
+            return settings[0], {}
+        found: dict[str, float] = {}
+        for setting in settings:
+            result = Run(self.out, method, setting, self.plan.seeds[0]).result
+            if result is None:
+                return None, found
+            found[setting] = result["objective"]
+        finite = {setting: value for setting, value in found.items() if value is not None}
+        return (max(finite, key=finite.__getitem__) if finite else None), found
+
+    def runs(self) -> list[Run]:
+        """All whose setting is known: those of the grid first."""
+        first, *rest = self.plan.seeds
+        grid = [Run(self.out, m, setting, first) for m in self.plan.methods for setting in self.plan.settings()]
+        chosen = {method: setting for method in self.plan.methods if (setting := self.chosen(method))}
+        return grid + [Run(self.out, method, setting, seed) for seed in rest for method, setting in chosen.items()]
+
+    def finished(self, run: Run) -> bool:
+        """Whether nothing is left to do for it now."""
+        return run.result is not None and (run.tested or self.chosen(run.method) != run.setting)
+
+    def complete(self) -> bool:
+        """Whether nothing is left to do at all."""
+        return all(self.chosen(method) for method in self.plan.methods) and all(map(self.finished, self.runs()))
+
+    def arguments(self, run: Run) -> list[str]:
+        """Of `grade-fit` for a run."""
+        own = dict(self.plan.methods[run.method])
+        everything = {"model": own.pop("model", run.method)} | self.plan.arguments | own
+        everything |= self.plan.settings()[run.setting] | {"seed_everything": run.seed}
+        return [
+            "--trainer.devices=1",
+            "--export.enabled=false",
+            *itertools.chain.from_iterable(_flags(key, value) for key, value in everything.items()),
+            f"--trainer.default_root_dir={run.folder}",
+        ]
+
+    def note_choices(self) -> None:
+        """Write down what was chosen, for the report."""
+        choices = {m: dict(zip(("setting", "objectives"), self._choice(m), strict=True)) for m in self.plan.methods}
+        _write(self.out / "chosen.json", json.dumps(choices, indent=1))
+
+
+def _flags(key: str, value: Any) -> list[str]:
+    if key == "config":
+        return [f"--config={path}" for path in ([value] if isinstance(value, str) else value)]
+    if value is None or isinstance(value, (bool, dict, list)):
+        value = json.dumps(value)
+    return [f"--{key}={value}"]
+
+
+def _check_same(there: Plan, plan: Plan, path: Path) -> None:
+    """Methods, seeds and points of the grid may come and go; what is equal for all may not change."""
+    old, new = asdict(there), asdict(plan)
+    differ = [key for key in ("arguments", "completions", "beta", "validations") if old[key] != new[key]]
+    differ += [
+        f"methods.{m}" for m in old["methods"].keys() & new["methods"].keys() if old["methods"][m] != new["methods"][m]
+    ]
+    if old["grid"].keys() != new["grid"].keys():
+        differ.append("grid")
+    if differ:
+        raise InputError(f"{path}: the runs there were made with other {', '.join(differ)}; give --out another name")
+
+
+# ---- one run -------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(Callback):
+    """Says in a file how far the run is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.last = path, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write now and then."""
+        if time.monotonic() - self.last > 2:
+            self.last = time.monotonic()
+            reward = trainer.callback_metrics.get("train/reward")
+            state = {
+                "step": trainer.global_step,
+                "of": trainer.max_steps,
+                "reward": None if reward is None else float(reward),
+            }
+            _write(self.path, json.dumps(state))
+
+
+def work(comparison: Comparison, run: Run) -> None:
+    """Train, unless it is done; measure the test split, if the setting is the chosen one."""
+    if run.result is None:
+        _train(comparison, run)
+    if comparison.chosen(run.method) == run.setting and not run.tested:
+        _test(comparison, run)
+
+
+def _train(comparison: Comparison, run: Run) -> None:
+    plan, arguments = comparison.plan, comparison.arguments(run)
+    if plan.completions is not None:
+        arguments += _budget(main.build(arguments), plan)
+    cli = main.build([*arguments, "--ckpt_path=last"])  # of an earlier start, if there was one
+    cli.trainer.callbacks.append(Heartbeat(run.folder / "progress.json"))  # type: ignore[attr-defined]
+    started, began = datetime.now(timezone.utc), time.perf_counter()
+    main.train(cli)
+    last = cli.summary.measurements[-1].metrics if cli.summary.measurements else {}
+    objective = last.get("reward", float("nan")) - plan.beta * last.get("kl", float("nan"))
+    result = {
+        "method": run.method,
+        "model": type(cli.model).__name__,
+        "setting": plan.settings()[run.setting],
+        "seed": run.seed,
+        "command": shlex.join(["grade-fit", *arguments]),
+        "arguments": arguments,
+        "folder": str(Path(cli.trainer.log_dir or run.folder).relative_to(run.folder)),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in ("grade-lightning", "torch", "lightning", "transformers")},
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - began, 1),
+        "from_step": cli.start.step,  # above 0: an earlier start was interrupted, and took its own seconds
+        "validation": last,
+        "objective": objective if objective == objective else None,
+        "spent": cli.model.spent if isinstance(cli.model, AlignmentModule) else {},
+    }
+    _write(run.folder / "run.json", json.dumps(result, indent=1))
+
+
+def _budget(cli: main.GradeCLI, plan: Plan) -> list[str]:
+    """The steps in which so many completions are sampled, and the batches from one validation to the next."""
+    assert plan.completions is not None
+    model, micro = cli.model, cli.trainer.accumulate_grad_batches
+    epochs, minibatches = getattr(model, "epochs", 1), getattr(model, "minibatches", 1)
+    window = cli.datamodule.batch_size * micro * cli.trainer.world_size * minibatches
+    windows, rest = divmod(plan.completions, window)
+    if rest:
+        raise InputError(
+            f"completions = {plan.completions}: {type(model).__name__} samples {window} at once; give a multiple"
+        )
+    steps = windows * epochs * minibatches
+    return [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={max(1, steps * micro // plan.validations)}"]
+
+
+def _test(comparison: Comparison, run: Run) -> None:
+    result = run.result
+    assert result is not None
+    rows = run.folder / "test.jsonl"
+    rows.unlink(missing_ok=True)  # of a test that did not end
+    cli = main.build(
+        [
+            *result["arguments"],
+            f"--ckpt_path={run.folder / result['folder']}",
+            "--trainer.logger=false",
+            f"--output={rows}",
+        ],
+        "test",
+    )
+    (metrics,) = cli.trainer.test(
+        cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, verbose=False
+    )
+    _write(
+        run.folder / "test.json",
+        json.dumps({name.removeprefix("test/"): value for name, value in metrics.items()}, indent=1),
+    )
+
+
+def _commit() -> str | None:
+    """Of the checkout that this is run from, with a mark if it has changes."""
+    folder = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=folder, capture_output=True, text=True
+    )
+    return answer.stdout.strip() or None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+# ---- all runs ------------------------------------------------------------------------------------------------------
+
+
+class Workers:
+    """Processes that are at runs, so many at a time; each has a GPU or its part of the cores."""
+
+    def __init__(self, comparison: Comparison, jobs: int, threads: int | None) -> None:
+        self.comparison, self.jobs = comparison, jobs
+        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.at: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
+        self.failed: set[Run] = set()
+        self.elsewhere: set[Run] = set()
+
+    def start(self) -> None:
+        """Give every free worker a run."""
+        taken = self.failed | self.elsewhere | self.at.keys()
+        waiting = [r for r in self.comparison.runs() if r not in taken and not self.comparison.finished(r)]
+        free = [slot for slot in range(self.jobs) if slot not in [slot for _, slot in self.at.values()]]
+        for slot, run in zip(free, waiting, strict=False):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "grade_lightning_cli.compare", f"--out={run.out}", f"--run={run.name}"]
+            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+            if torch.cuda.device_count() > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = _gpus()[slot % len(_gpus())]
+            with (run.folder / "log.txt").open("ab") as log:
+                self.at[run] = subprocess.Popen(command, stdout=log, stderr=log, env=environment), slot
+
+    def collect(self) -> None:
+        """See which have ended."""
+        for run, (process, _) in list(self.at.items()):
+            status = process.poll()
+            if status is not None:
+                del self.at[run]
+                if status == ELSEWHERE:
+                    self.elsewhere.add(run)
+                elif status:
+                    self.failed.add(run)
+
+    def stop(self) -> None:
+        """End them all."""
+        for process, _ in self.at.values():
+            process.terminate()
+        for process, _ in self.at.values():
+            process.wait()
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def compare_all(comparison: Comparison, workers: Workers) -> None:
+    """Go through all runs, and show how far each is."""
+    console = Console()
+    told: set[Run] = set()
+    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+        try:
+            while True:
+                workers.collect()
+                comparison.note_choices()
+                workers.start()
+                live.update(progress(comparison, workers), refresh=console.is_terminal)
+                ended = [
+                    r for r in comparison.runs() if r not in told and (r in workers.failed or comparison.finished(r))
+                ]
+                for run in ended:
+                    told.add(run)
+                    if not console.is_terminal:
+                        print(f"{run.name}: {_state(comparison, workers, run)}", flush=True)
+                if comparison.complete() or not (workers.at or workers.elsewhere):
+                    break
+                if not workers.at:
+                    workers.elsewhere.clear()  # look again whether the others are still at them
+                time.sleep(1)
+        finally:
+            workers.stop()
+
+
+def progress(comparison: Comparison, workers: Workers) -> Table:
+    """A line for each method and setting, a column for each seed."""
+    plan = comparison.plan
+    table = Table(title=f"{comparison.out}: validation reward, * the setting that was chosen")
+    for name in ("method", "setting", *(f"seed {seed}" for seed in plan.seeds)):
+        table.add_column(name)
+    known = set(comparison.runs())
+    for method in plan.methods:
+        chosen = comparison.chosen(method)
+        for setting in plan.settings():
+            runs = [Run(comparison.out, method, setting, seed) for seed in plan.seeds]
+            cells = [_state(comparison, workers, run) if run in known else "" for run in runs]
+            table.add_row(*map(escape, (method, f"{setting} *" if setting == chosen else setting, *cells)))
+    return table
+
+
+def _state(comparison: Comparison, workers: Workers, run: Run) -> str:
+    if run in workers.failed:
+        return f"failed: {_last_line(run.folder / 'log.txt')}"
+    if result := run.result:
+        reward = f"{result['validation'].get('reward', float('nan')):.3f}"
+        return reward if comparison.finished(run) else f"{reward}, test to come"
+    if run in workers.elsewhere:
+        return "another process"
+    if run not in workers.at:
+        return "waits"
+    state = _read(run.folder / "progress.json")
+    return (
+        f"{state['step']}/{state['of']} ({state['reward']:.2f})" if state and state["reward"] is not None else "starts"
+    )
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def compare(args: Sequence[str] | None = None) -> None:
+    """`grade-compare`: run what is still to be run, and say what became of it."""
+    given, shared = _divided(list(sys.argv[1:] if args is None else args))
+    Parser.given = given
+    parser = Parser(
+        prog="grade-compare",
+        description="Train several methods, everything else equal; go on where it stopped. Behind a lone -- stand "
+        "arguments of grade-fit for all runs.",
+    )
+    parser.add_argument("-c", "--config", action="config", help="A plan in YAML.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the comparison.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="Of each run; the cores are shared out by default."
+    )
+    parser.add_argument("--list", action="store_true", help="Only print a command for each run that can start now.")
+    parser.add_argument("--run", type=str | None, default=None, help="Only this run: METHOD/SETTING/seed_N.")
+    parser.add_function_arguments(plan, fail_untyped=False)
+    with main.for_people("grade-compare"):
+        o = parser.parse_args(given)
+        o.arguments = (o.arguments or {}) | _pairs(shared)
+        given_plan = plan(**{name: o[name] for name in inspect.signature(plan).parameters}) if o.methods else None
+        comparison = Comparison(Path(o.out), given_plan)
+        if o.run is not None:
+            run = comparison.run(o.run)
+            with run.claimed() as ours:
+                if not ours:
+                    print(f"grade-compare: another process is at {o.run}", file=sys.stderr)
+                    raise SystemExit(ELSEWHERE)
+                work(comparison, run)
+        elif o.list:
+            for run in comparison.runs():
+                if not comparison.finished(run):
+                    print(shlex.join(["grade-compare", "--out", o.out, "--run", run.name]))
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the runs, too
+            workers = Workers(comparison, o.jobs, o.threads)
+            compare_all(comparison, workers)
+            Console().print(progress(comparison, workers))
+            if workers.failed:
+                names = ", ".join(sorted(run.name for run in workers.failed))
+                raise InputError(
+                    f"{len(workers.failed)} runs failed ({names}); see log.txt in their folders, and run me again"
+                )
+            print(f"grade-report {o.out}")
+
+
+def _divided(args: list[str]) -> tuple[list[str], list[str]]:
+    at = args.index("--") if "--" in args else len(args)
+    return args[:at], args[at + 1 :]
+
+
+def _pairs(args: list[str]) -> dict[str, str]:
+    """Options of `grade-fit` and their values.
+
+    Example:
+        >>> _pairs(["--model.policy.path", "gpt2", "--data.batch_size=4"])
+        {'model.policy.path': 'gpt2', 'data.batch_size': '4'}
+    """
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise InputError(f"behind --: give options of grade-fit with one value each, not {' '.join(args)}")
+    return {option.removeprefix("--"): value for option, value in zip(words[::2], words[1::2], strict=True)}
+
+
+if __name__ == "__main__":
+    compare()

@@ -1,0 +1,1 @@
+"""What finished runs add up to: one page, its figures and its tables."""

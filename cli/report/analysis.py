@@ -1,0 +1,387 @@
+"""What the runs say: results, differences, curves, gaps, and the sentence that follows from them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from .runs import Curve, Run, Study
+from .statistics import Array, Estimate, PairedTest, crossed_interval, holm, paired_test
+
+AXES = {
+    "steps": "optimizer steps",
+    "train/sampled_tokens": "sampled tokens",
+    "train/reward_calls": "reward calls",
+    "seconds": "seconds",
+}
+"""What a learning curve is drawn against."""
+PLAIN = ("perplexity", "distinct_2", "response_length", "eos_rate", "entropy")
+"""Test metrics that are shown as means over seeds."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at the setting that is compared, with its finished runs in order of their seeds."""
+
+    label: str
+    method: str
+    setting: str
+    runs: list[Run]
+
+    @property
+    def tested(self) -> list[Run]:
+        """Its runs with a test: those with sound prompts, if any has."""
+        whole = [run for run in self.runs if run.rows is not None]
+        return whole or [run for run in self.runs if run.test]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of its finished runs."""
+        return [run.seed for run in self.runs]
+
+
+def arms(study: Study, chosen: bool = True) -> list[Arm]:
+    """The methods at their chosen settings, or every setting; all settings where none was chosen."""
+    shown = [run for run in study.runs if run.chosen or not chosen] or study.runs
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in shown:
+        groups.setdefault((run.method, run.setting), []).append(run)
+    methods = [method for method, _ in groups]
+    return [
+        Arm(
+            method if methods.count(method) == 1 else f"{method} ({setting})",
+            method,
+            setting,
+            sorted(runs, key=lambda run: run.seed),
+        )
+        for (method, setting), runs in groups.items()
+    ]
+
+
+def judges_of(run: Run) -> set[str]:
+    """Names `rewards/…` that were measured but not trained on: a part of the training reward is logged in training."""
+    measured = {name.removeprefix("val/") for name in run.curves if name.startswith("val/rewards/")}
+    measured |= {name for name in run.test if name.startswith("rewards/")}
+    figures = run.rows.figures if run.rows is not None else {}
+    same = {name for name in figures if name != "reward" and np.array_equal(figures[name], figures["reward"], True)}
+    return measured - set(run.curves) - same
+
+
+def judges(arms: Sequence[Arm]) -> list[str]:
+    """All judges of all runs."""
+    return sorted(set().union(*(judges_of(run) for arm in arms for run in arm.runs)))
+
+
+# ---- test results ---------------------------------------------------------------------------------------------------
+
+
+def _same_prompts(runs: Sequence[Run]) -> bool:
+    known = [run.rows.prompts for run in runs if run.rows is not None]
+    return len(known) == len(runs) and all(prompts == known[0] for prompts in known)
+
+
+def _values(run: Run, name: str, beta: float | None) -> Array:
+    """A figure of each test prompt; of the whole test where there are no prompts."""
+    if name == "objective":
+        return _values(run, "reward", None) - (beta or 0.0) * _values(run, "kl", None)
+    if run.rows is None:
+        return np.array([run.test.get(name, math.nan)])
+    return run.rows.figures.get(name, np.full(len(run.rows.prompts), math.nan))
+
+
+def measure(arm: Arm, name: str, beta: float | None = None) -> Estimate:
+    """A test figure over seeds and prompts; over seeds alone where the prompts are not the same."""
+    runs = arm.tested
+    if not runs:
+        return Estimate(math.nan, math.nan, "", 0, 0, 0)
+    if name in PLAIN:
+        return crossed_interval(np.array([[run.test.get(name, math.nan)] for run in runs]))
+    values = [_values(run, name, beta) for run in runs]
+    if _same_prompts(runs):
+        return crossed_interval(np.stack(values))
+    found = crossed_interval(np.array([[np.nanmean(x) if np.isfinite(x).any() else math.nan] for x in values]))
+    return found._replace(left_out=sum(int((~np.isfinite(x)).sum()) for x in values))
+
+
+class Difference(NamedTuple):
+    """One method less another on the same prompts, or why that cannot be said."""
+
+    measure: str
+    first: Arm
+    second: Arm
+    estimate: Estimate | None
+    test: PairedTest | None
+    p: float
+    """Of the t-test, Holm-corrected over the pairs of this measure; NaN without a test."""
+    why_not: str
+
+    @property
+    def significant(self) -> bool:
+        """By the corrected test, and the interval for other seeds and prompts does not reach zero."""
+        e = self.estimate
+        return e is not None and self.p < 0.05 and abs(e.mean) > e.half_width
+
+
+def differences(arms: Sequence[Arm], name: str, beta: float | None = None) -> list[Difference]:
+    """All pairs of methods by a figure; p-values are corrected over them."""
+    found = [_difference(one, two, name, beta) for one, two in combinations(arms, 2)]
+    corrected = iter(holm([d.test.p for d in found if d.test]))
+    return [d._replace(p=next(corrected)) if d.test else d for d in found]
+
+
+def _difference(first: Arm, second: Arm, name: str, beta: float | None) -> Difference:
+    other = {run.seed: run for run in second.tested}
+    pairs = [(run, other[run.seed]) for run in first.tested if run.seed in other]
+    estimate, test, why = None, None, ""
+    if not pairs:
+        why = "no seed was tested with both"
+    elif not _same_prompts([run for pair in pairs for run in pair]):
+        why = "the prompts differ or are not known: not paired"
+    else:
+        gaps = np.stack([_values(one, name, beta) - _values(two, name, beta) for one, two in pairs])
+        estimate = crossed_interval(gaps)
+        by_seed = np.array([row[np.isfinite(row)].mean() for row in gaps if np.isfinite(row).any()])
+        test = paired_test(by_seed)
+        if test is None:
+            counts = {
+                0: "no prompt was scored with both",
+                1: "one seed: no test is possible",
+                2: "two seeds: no test is made",
+            }
+            why = counts.get(len(by_seed), "no scatter between seeds: no test")
+    return Difference(name, first, second, estimate, test, math.nan, why)
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+    """A curve over seeds, at the validations that all of them have: the mean is of the same seeds everywhere."""
+
+    x: Array
+    mean: Array
+    low: Array
+    """The lowest seed's value."""
+    high: Array
+
+
+def clean(run: Run, name: str) -> Curve | None:
+    """A curve without the points that are not finite; None where nothing is left."""
+    curve = run.curves.get(name)
+    if curve is None or not (ok := np.isfinite(curve.values)).any():
+        return None
+    return Curve(curve.steps[ok], curve.values[ok], curve.seconds[ok])
+
+
+def position(run: Run, curve: Curve, axis: str) -> Array | None:
+    """Where the points of a validation curve lie on an axis; None where nothing was logged.
+
+    Counts are taken between two logs in proportion to the steps. What lies beyond the last log is NaN; run.json may say
+    what was spent in the end. At step 0, where validation begins, nothing is spent.
+    """
+    found: Array
+    if axis in ("steps", "seconds"):
+        found = getattr(curve, axis)
+        return found
+    counts = clean(run, axis)
+    if counts is None:
+        return None
+    steps, values = [-1.0, *counts.steps], [0.0, *counts.values]
+    spent = run.about.get("spent")
+    total = spent.get(axis.removeprefix("train/")) if isinstance(spent, dict) else None
+    if curve.steps[-1] > steps[-1] and isinstance(total, (int, float)):
+        steps, values = [*steps, curve.steps[-1]], [*values, total]
+    at = np.where(curve.steps == 0, -1, curve.steps)
+    at = np.where(at == steps[-1] + 1, steps[-1], at)  # the validation at the end carries the number of steps
+    found = np.interp(at, steps, values, right=math.nan)
+    return found
+
+
+def band(arm: Arm, name: str, axis: str) -> Band | None:
+    """Mean and range of a curve over the seeds that have it; None where none has."""
+    columns = []
+    for run in arm.runs:
+        curve = clean(run, name)
+        x = None if curve is None else position(run, curve, axis)
+        if curve is not None and x is not None:
+            rows = zip(curve.steps, x, curve.values, strict=True)
+            columns.append({step: pair for step, *pair in rows if math.isfinite(pair[0])})
+    shared = sorted(set(columns[0]).intersection(*columns[1:])) if columns else []
+    if not shared:
+        return None
+    x, y = np.array([[column[step] for step in shared] for column in columns]).transpose(2, 0, 1)
+    return Band(x.mean(0), y.mean(0), y.min(0), y.max(0))
+
+
+def levels(arms: Sequence[Arm]) -> list[float]:
+    """Rewards worth asking for: parts of the way from where validation began to the best mean."""
+    bands = [found for arm in arms if (found := band(arm, "val/reward", "steps"))]
+    if not bands:
+        return []
+    start, best = max(b.mean[0] for b in bands), max(b.mean.max() for b in bands)
+    parts = (0.25, 0.5, 0.75, 0.9) if best > start else ()
+    return list(dict.fromkeys(float(f"{start + part * (best - start):.2g}") for part in parts))
+
+
+def reached(arm: Arm, level: float, axis: str) -> str:
+    """Where the validation reward first was at a level, from the first seed to the last, and how many got there."""
+    found, known = [], 0
+    for run in arm.runs:
+        curve = clean(run, "val/reward")
+        x = None if curve is None else position(run, curve, axis)
+        if curve is not None and x is not None:
+            first = x[curve.values >= level][:1]
+            known += not np.isnan(first).any()
+            found += first[~np.isnan(first)].tolist()
+    if not found:
+        return "not reached" if known else "not logged"
+    span = f"{min(found):,.0f}" + (f" … {max(found):,.0f}" if max(found) > min(found) else "")
+    return span if len(found) == len(arm.runs) else f"{span} ({len(found)} of {len(arm.runs)} seeds)"
+
+
+# ---- what else the numbers say --------------------------------------------------------------------------------------
+
+
+def joined(run: Run, *names: str) -> Array:
+    """Step and value of several curves, a row for each step that all of them have; none where one is absent."""
+    tables = [dict(zip(c.steps, c.values, strict=True)) for name in names if (c := run.curves.get(name)) is not None]
+    if len(tables) < len(names):
+        return np.empty((0, len(names) + 1))
+    shared = sorted(set(tables[0]).intersection(*tables[1:]))
+    return np.array([[step, *(table[step] for table in tables)] for step in shared]).reshape(-1, len(names) + 1)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean and t interval of one number for each seed."""
+    return crossed_interval(np.array([values], float).T)
+
+
+def last(run: Run, name: str, points: int = 1) -> float:
+    """Mean of the last points of a curve; NaN where there is none."""
+    curve = clean(run, name)
+    return math.nan if curve is None else float(curve.values[-points:].mean())
+
+
+def gaps(arm: Arm) -> tuple[Estimate, Estimate]:
+    """How much better the reward was in training (its last ten logged batches) and on validation than on the test."""
+    test = [(run, run.test.get("reward", math.nan)) for run in arm.tested]
+    return (
+        over_seeds([last(run, "train/reward", 10) - reward for run, reward in test]),
+        over_seeds([last(run, "val/reward") - reward for run, reward in test]),
+    )
+
+
+class Drift(NamedTuple):
+    """How the training reward and a judge moved on validation, from the first to the last."""
+
+    arm: Arm
+    judge: str
+    reward: float
+    change: float
+    hacked: int
+    """Seeds in which the reward rose and the judge fell."""
+    seeds: int
+
+    @property
+    def flagged(self) -> bool:
+        """The mean reward rose and the judge's mean fell."""
+        return self.reward > 0 > self.change
+
+
+def drifts(arms: Sequence[Arm]) -> Iterator[Drift]:
+    """Every judge of every method, where validation has both."""
+    for arm in arms:
+        for judge in judges([arm]):
+            moved = []
+            for run in arm.runs:
+                ends = [clean(run, f"val/{name}") for name in ("reward", judge)]
+                if judge in judges_of(run) and all(c is not None and len(c.values) > 1 for c in ends):
+                    moved.append([c.values[-1] - c.values[0] for c in ends if c is not None])
+            if moved:
+                reward, change = np.array(moved).T
+                hacked = int(((reward > 0) & (change < 0)).sum())
+                yield Drift(arm, judge, float(reward.mean()), float(change.mean()), hacked, len(moved))
+
+
+def noise_kind(arms: Sequence[Arm]) -> str | None:
+    """Whose figures of the gradient's noise are shown: the probe's, if a run has any."""
+    names = {name for arm in arms for run in arm.runs for name in run.curves}
+    return next((kind for kind in ("probe", "grad") if f"{kind}/relative_std" in names), None)
+
+
+def absent(arms: Sequence[Arm]) -> list[str]:
+    """What is missing for a comparison although each run is sound."""
+    seeds = set().union(*(arm.seeds for arm in arms))
+    logged = {name for arm in arms for run in arm.runs for name in run.curves}
+    return [f"{arm.label}: {line}." for arm in arms for line in _absent(arm, seeds, logged)]
+
+
+def _absent(arm: Arm, seeds: set[int], logged: set[str]) -> Iterator[str]:
+    if lost := sorted(seeds - set(arm.seeds)):
+        yield f"no finished run with seed {', '.join(map(str, lost))}, which others have"
+    if not arm.tested:
+        yield "no finished run was tested; it is not among the test results"
+    elif len(arm.tested) < len(arm.runs):
+        yield f"{len(arm.tested)} of {len(arm.runs)} finished runs count in the test results"
+    if len(arm.tested) > 1 and not _same_prompts(arm.tested):
+        yield "its runs' test prompts differ or are not known: its interval covers seeds alone"
+    for name in ("reward", "kl", *judges([arm])):
+        if left_out := measure(arm, name).left_out:
+            yield f"{left_out} values of {name} on the test are null or not finite; left out"
+    curves = [curve for run in arm.runs if (curve := clean(run, "val/reward"))]
+    if len(curves) < len(arm.runs):
+        yield f"{len(curves)} of {len(arm.runs)} runs have a validation curve; the mean is of those"
+    if len({tuple(curve.steps) for curve in curves}) > 1:
+        yield "its runs were validated at different steps; curves show those they share"
+    for axis in [axis for axis in AXES if axis in logged]:
+        if (known := sum(axis in run.curves for run in arm.runs)) < len(arm.runs):
+            yield f"{known} of {len(arm.runs)} runs logged their {AXES[axis]}; the curve against them is of those"
+        places = [position(run, c, axis) for run in arm.runs if (c := clean(run, "val/reward"))]
+        if any(x is not None and np.isnan(x).any() for x in places):
+            yield f"{AXES[axis]} were not logged up to the last validation; it is not drawn against them"
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What should be the same for all runs: commit, versions, hardware, threads."""
+    versions = run.about.get("versions")
+    known = {name: run.about[name] for name in ("commit", "hardware", "threads") if name in run.about}
+    known |= versions if isinstance(versions, dict) else {}
+    return {name: "unknown" if value is None else str(value) for name, value in known.items()}
+
+
+def mixed(study: Study) -> list[str]:
+    """In what the runs differ although they should not."""
+    known = [found for run in study.runs if (found := facts(run))]
+    values = {name: sorted({one.get(name, "unknown") for one in known}) for one in known for name in one}
+    return [f"{name} ({', '.join(them)})" for name, them in values.items() if len(them) > 1]
+
+
+def verdict(arms: Sequence[Arm], pairs: Sequence[Difference]) -> str:
+    """One or two sentences that the numbers bear; `pairs` are the differences of test rewards."""
+    ranked = sorted(((measure(arm, "reward"), arm) for arm in arms if arm.tested), key=lambda p: -p[0].mean)
+    if not ranked:
+        return "No finished run was tested: nothing can be said about the test reward."
+    (best, top), rivals = ranked[0], [arm for _, arm in ranked[1:]]
+    width = "" if math.isnan(best.half_width) else f" ± {best.half_width:.3f}"
+    kl = measure(top, "kl").mean
+    at = "" if math.isnan(kl) else f" at a KL of {kl:.1f} nats"
+    figures = f"{best.mean:.3f}{width}{at} ({best.seeds} seed{'s' if best.seeds > 1 else ''})"
+    if not rivals:
+        return f"{top.label} has a test reward of {figures}; there is nothing to compare it with."
+    own = [pair for pair in pairs if top in (pair.first, pair.second) and pair.first.tested and pair.second.tested]
+    text = f"{top.label} has the highest mean test reward, {figures}. "
+    if not any(pair.test for pair in own):
+        why = "; ".join(sorted({pair.why_not for pair in own}))
+        return f"{text}Whether that is more than chance cannot be said ({why})."
+    above: list[str] = []
+    rest: list[str] = []
+    for pair in own:
+        rival = pair.second if pair.first is top else pair.first
+        ahead = pair.estimate is not None and (pair.estimate.mean > 0) == (pair.first is top)
+        (above if ahead and pair.significant else rest).append(rival.label)
+    said = [f"significantly above {', '.join(above)}"] if above else []
+    said += [f"not significantly above {', '.join(rest)}"] if rest else []
+    return f"{text}It is {' and '.join(said)} (paired by prompt, seeds as the unit, Holm-corrected, level 0.05)."

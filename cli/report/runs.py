@@ -1,0 +1,275 @@
+"""What runs left behind, read with suspicion: what is absent or damaged is named, never guessed."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.compat.tensorflow_stub import errors  # type: ignore[import-untyped]
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New  # type: ignore[import-untyped]
+
+from grade_lightning.errors import InputError
+
+from .statistics import Array
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logged scalar, in the order of its steps."""
+
+    steps: Array
+    """As TensorBoard counts them."""
+    values: Array
+    seconds: Array
+    """Since the first record of the run."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The test prompts of a run, one by one; figures are NaN where there is none."""
+
+    prompts: list[str]
+    completions: list[str]
+    figures: dict[str, Array]
+    """`reward`, `kl`, and `rewards/{name}`."""
+
+
+@dataclass
+class Run:
+    """One finished training run."""
+
+    folder: Path
+    method: str
+    setting: str
+    seed: int
+    chosen: bool = True
+    """Its setting is the one that is compared."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What run.json says: command, commit, versions, hardware …"""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+    """Test metrics without their stage; empty where it was not tested."""
+    rows: Rows | None = None
+
+
+@dataclass
+class Study:
+    """Everything that is reported on."""
+
+    runs: list[Run] = field(default_factory=list)
+    objectives: dict[tuple[str, str], float] = field(default_factory=dict)
+    """What the choice of a setting was made by, for each method and setting."""
+    plans: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """One sentence for each thing that is absent or damaged."""
+
+
+def read(folders: Iterable[Path]) -> Study:
+    """All finished runs in comparisons' folders and single runs' folders.
+
+    Raises:
+        InputError: a folder is neither.
+    """
+    study = Study()
+    singles: dict[tuple[str, str], str] = {}
+    for folder in folders:
+        if (folder / "plan.yaml").is_file() or any(folder.glob("runs/*/*/seed_*")):
+            found = _comparison(folder, study)
+        elif (folder / "config.yaml").is_file() or any(folder.glob("events.out.tfevents*")):
+            found = [_single(folder, singles, study)]
+        else:
+            raise InputError(
+                f"{folder}: neither a comparison (runs/METHOD/SETTING/seed_N in it) nor a run "
+                "(events.out.tfevents… in it, such as runs/GradeSTE/version_0)"
+            )
+        for run in found:
+            if any((r.method, r.setting, r.seed) == (run.method, run.setting, run.seed) for r in study.runs):
+                study.missing.append(f"{run.folder}: a second run of {run.method} with seed {run.seed}; left out.")
+            else:
+                study.runs.append(run)
+    return study
+
+
+def _comparison(folder: Path, study: Study) -> list[Run]:
+    plan = folder / "plan.yaml"
+    study.plans += [plan.read_text(errors="replace")] if plan.is_file() else []
+    chosen: dict[str, str] = {}
+    lost = "the settings that were tested count as chosen"
+    for method, entry in _json(folder / "chosen.json", study.missing, lost).items():
+        entry = entry if isinstance(entry, dict) else {}
+        if isinstance(entry.get("setting"), str):
+            chosen[method] = entry["setting"]
+        if isinstance(values := entry.get("objectives"), dict):
+            study.objectives |= {(method, name): _number(x) for name, x in values.items()}
+    found = []
+    for place in sorted(folder.glob("runs/*/*/seed_*"), key=_numbered):
+        method, setting, seed = place.parts[-3], place.parts[-2], place.name.removeprefix("seed_")
+        if not seed.isdigit():
+            continue
+        lost = "the run is not finished and is left out"
+        if not (about := _json(place / "run.json", study.missing, lost)):
+            continue
+        if about.get("seed") != int(seed):
+            study.missing.append(f"{place / 'run.json'}: not of seed {seed}; {lost}.")
+            continue
+        tested = (place / "test.json").exists()
+        run = Run(place, method, setting, int(seed), chosen[method] == setting if method in chosen else tested, about)
+        for version in sorted(place.glob("*/version_*"), key=_numbered, reverse=True):
+            run.curves = _scalars(version, study.missing)
+            if any(name.startswith("val/") for name in run.curves):
+                break  # a later one may be of a test
+        if run.chosen:
+            _read_test(run, study.missing)
+        _note_curves(run, study.missing)
+        found.append(run)
+    if not found:
+        study.missing.append(f"{folder}: no finished run in it.")
+    return found
+
+
+def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> Run:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        study.missing.append(f"{folder}: no readable config.yaml; its seed is unknown, and shown as 0.")
+        config = {}
+    seed = config.pop("seed_everything", 0)
+    config.pop("ckpt_path", None)
+    whole = folder.resolve()
+    method = whole.parent.name
+    # runs whose configurations differ in the seed alone are seeds of one setting
+    key = method, json.dumps(config, sort_keys=True, default=str)
+    taken = [setting for (other, _), setting in singles.items() if other == method]
+    free = next(name for name in ("default", whole.name, str(whole)) if name not in taken)
+    run = Run(folder, method, singles.setdefault(key, free), seed if isinstance(seed, int) else 0)
+    run.curves = _scalars(folder, study.missing)
+    study.missing.append(f"{folder}: a single run: nothing says whether it finished, nor its commit and versions.")
+    tests = {name.removeprefix("test/"): c.values[-1] for name, c in run.curves.items() if name.startswith("test/")}
+    if (folder / "test.json").exists():
+        _read_test(run, study.missing)
+    elif math.isfinite(tests.get("reward", math.nan)):
+        run.test = {name: float(value) for name, value in tests.items()}
+    _note_curves(run, study.missing)
+    return run
+
+
+def _numbered(path: Path) -> list[Any]:
+    """Sort by the numbers in a path: version_9 before version_10, lr=3e-4 before lr=0.001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", str(path))
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _note_curves(run: Run, missing: list[str]) -> None:
+    if not any(name.startswith("val/") for name in run.curves):
+        missing.append(f"{run.folder}: no validation in its TensorBoard logs; it has no curve.")
+    for name in ("train/reward", "val/reward"):
+        lost = int((~np.isfinite(run.curves[name].values)).sum()) if name in run.curves else 0
+        if lost:
+            missing.append(f"{run.folder}: {name} is not a number at {lost} steps; those are left out.")
+
+
+def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
+    """All scalars of a run; of several values at a step the first counts."""
+    points: dict[str, dict[int, tuple[float, float]]] = {}
+    began = math.inf
+    files = sorted(folder.glob("events.out.tfevents*"))
+    for path in files:
+        reader, records = PyRecordReader_New(str(path)), 0
+        while True:
+            try:
+                reader.GetNext()
+                event = Event.FromString(reader.record())
+            except errors.OutOfRangeError:
+                break
+            except (errors.DataLossError, DecodeError):
+                missing.append(f"{path}: cut off or damaged after {records} records; what follows is left out.")
+                break
+            records += 1
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    began = min(began, event.wall_time)
+                    points.setdefault(value.tag, {}).setdefault(event.step, (event.wall_time, value.simple_value))
+    if not points:
+        missing.append(f"{folder}: {'empty TensorBoard logs' if files else 'no TensorBoard logs'}.")
+    curves = {}
+    for name, by_step in points.items():
+        steps = sorted(by_step)
+        times, values = np.array([by_step[step] for step in steps], float).T
+        curves[name] = Curve(np.array(steps, float), values, times - began)
+    return curves
+
+
+def _read_test(run: Run, missing: list[str]) -> None:
+    """Test metrics, and the prompts where every line is sound and their mean is that of the metrics."""
+    lost = "its test is left out"
+    test = {name: _number(x) for name, x in _json(run.folder / "test.json", missing, lost).items()}
+    if not math.isfinite(test.get("reward", math.nan)):
+        if test:
+            missing.append(f"{run.folder / 'test.json'}: no finite reward in it; {lost}.")
+        return
+    path = run.folder / "test.jsonl"
+    if path.exists():
+        try:
+            rows = _rows(path)
+        except ValueError as error:
+            missing.append(f"{path}: {error}; {lost}.")
+            return
+        reward = rows.figures["reward"]
+        seen = reward[np.isfinite(reward)]
+        if not len(seen) or abs(seen.mean() - test["reward"]) > 0.01 * seen.std() + 1e-5 * (1 + abs(test["reward"])):
+            mean = f"{seen.mean():.4g} over its {len(rows.prompts)} lines" if len(seen) else "of no line"
+            missing.append(f"{path}: mean reward {mean}, but {test['reward']:.4g} in test.json; {lost}.")
+            return
+        run.rows = rows
+    else:
+        missing.append(f"{path}: not there; no interval over prompts and no pairing by prompt for this run.")
+    run.test = test
+
+
+def _rows(path: Path) -> Rows:
+    prompts, completions = [], []
+    figures: list[dict[str, float]] = []
+    # not splitlines(): a completion may hold other characters that end a line
+    for number, line in enumerate(path.read_text(errors="replace").rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            prompts.append(str(row["prompt"]))
+            completions.append(str(row["completion"]))
+            parts = {f"rewards/{name}": _number(x) for name, x in (row.get("rewards") or {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"line {number} is broken") from None
+        figures.append({"reward": _number(row.get("reward")), "kl": _number(row.get("kl"))} | parts)
+    names = dict.fromkeys(name for row in figures for name in row)
+    return Rows(prompts, completions, {n: np.array([row.get(n, math.nan) for row in figures]) for n in names})
+
+
+def _json(path: Path, missing: list[str], so: str) -> dict[str, Any]:
+    """An object from a file; empty, with a note, where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        missing.append(f"{path}: not there; {so}.")
+        return {}
+    except (OSError, ValueError) as error:
+        missing.append(f"{path}: cannot be read ({error}); {so}.")
+        return {}
+    if isinstance(found, dict) and found:
+        return found
+    missing.append(f"{path}: holds no object; {so}.")
+    return {}
+
+
+def _number(value: Any) -> float:
+    """NaN for all that is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        return math.nan
+    return float(value)

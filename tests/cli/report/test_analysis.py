@@ -1,0 +1,198 @@
+"""What is said of the numbers, and what is not."""
+
+import dataclasses
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.cli.report.conftest import PROMPTS, Make, place, row, write_test
+
+runs = import_module("grade_lightning_cli.report.runs")
+analysis = import_module("grade_lightning_cli.report.analysis")
+
+
+def arms(folder: Path) -> list[Any]:
+    found: list[Any] = analysis.arms(runs.read([folder]))
+    return found
+
+
+def verdict(folder: Path) -> str:
+    found = arms(folder)
+    text: str = analysis.verdict(found, analysis.differences(found, "reward"))
+    return text
+
+
+def test_pairs_are_tested_over_seeds(make: Make) -> None:
+    found = arms(make(("GradeSTE", "RLOO", "PPO")))
+    pairs = analysis.differences(found, "reward")
+    assert [(d.first.label, d.second.label) for d in pairs] == [
+        ("GradeSTE", "PPO"), ("GradeSTE", "RLOO"), ("PPO", "RLOO")
+    ]  # fmt: skip
+    one, two = ([run.test["reward"] for run in arm.runs] for arm in (pairs[0].first, pairs[0].second))
+    assert pairs[0].test.p == pytest.approx(stats.ttest_rel(one, two).pvalue)
+    assert pairs[0].test.p_flip == 0.25
+    assert [d.p for d in pairs] == pytest.approx(sorted(d.p for d in pairs))
+    assert pairs[0].p == pytest.approx(3 * pairs[0].test.p)
+    # the judge is one minus the reward
+    (other, *_) = analysis.differences(found, "rewards/truth")
+    assert other.estimate.mean == pytest.approx(-pairs[0].estimate.mean)
+    # KL is 5 nats for all
+    (objective, *_) = analysis.differences(found, "objective", beta=0.01)
+    assert objective.estimate.mean == pytest.approx(pairs[0].estimate.mean)
+    assert analysis.measure(found[0], "objective", 0.01).mean == pytest.approx(
+        analysis.measure(found[0], "reward").mean - 0.05
+    )
+
+
+def test_verdict_names_what_is_significant(make: Make) -> None:
+    text = verdict(make(("GradeSTE", "RLOO", "PPO")))
+    assert text.startswith("GradeSTE has the highest mean test reward, 0.8")
+    assert "It is significantly above PPO, RLOO (" in text
+    assert "not significantly" not in text
+
+
+def test_verdict_names_what_is_not(make: Make) -> None:
+    folder = make(("GradeSTE", "RLOO"))
+    for seed, shift in ((1, 0.3), (2, -0.1), (3, -0.1)):  # at a mean above the other's, and far apart
+        base = [json.loads(x)["reward"] for x in (place(folder, "GradeSTE", seed) / "test.jsonl").open()]
+        write_test(place(folder, "RLOO", seed), [row(p, r + shift) for p, r in zip(PROMPTS, base, strict=True)])
+    text = verdict(folder)
+    assert text.startswith("RLOO has the highest mean test reward")
+    assert "It is not significantly above GradeSTE (" in text
+
+
+@pytest.mark.parametrize(("seeds", "why"), [(1, "one seed: no test is possible"), (2, "two seeds: no test is made")])
+def test_few_seeds_have_no_test(make: Make, seeds: int, why: str) -> None:
+    folder = make(seeds=seeds)
+    (difference,) = analysis.differences(arms(folder), "reward")
+    assert difference.test is None
+    assert math.isnan(difference.p)
+    assert not difference.significant
+    assert difference.estimate.covers == ("prompts" if seeds == 1 else "seeds and prompts")
+    assert verdict(folder).endswith(f"Whether that is more than chance cannot be said ({why}).")
+
+
+def test_other_prompts_are_not_paired(make: Make) -> None:
+    folder = make()
+    for seed in (1, 2, 3):
+        write_test(place(folder, seed=seed), [row(f"other {i}", 0.1 * i) for i in range(5)])
+    found = arms(folder)
+    (difference,) = analysis.differences(found, "reward")
+    assert (difference.estimate, difference.test) == (None, None)
+    assert "the prompts differ" in verdict(folder)
+    assert analysis.measure(found[1], "reward").covers == "seeds and prompts"
+
+
+def test_other_prompts_within_a_method_are_not_crossed(make: Make) -> None:
+    folder = make()
+    write_test(place(folder, seed=2), [row(f"other {i}", 0.5) for i in range(40)])
+    found = arms(folder)[1]
+    rewards = [run.test["reward"] for run in found.runs]
+    reward = analysis.measure(found, "reward")
+    assert (reward.mean, reward.covers) == (pytest.approx(sum(rewards) / 3), "seeds")
+    assert "RLOO: its runs' test prompts differ or are not known: its interval covers seeds alone." in analysis.absent(
+        [found]
+    )
+
+
+def test_one_method_has_nothing_to_compare_with(make: Make) -> None:
+    assert verdict(make(("GradeSTE",))).endswith("(3 seeds); there is nothing to compare it with.")
+
+
+@pytest.mark.parametrize("lost", ["nothing", "*/version_0/events*", "test.jsonl"])
+def test_a_part_of_the_training_reward_is_no_judge(make: Make, lost: str) -> None:
+    """It is logged in training; without logs it is known by its values."""
+    folder = make()
+    for path in folder.glob(f"runs/*/*/*/{lost}"):
+        path.unlink()
+    assert analysis.judges(arms(folder)) == ["rewards/truth"]
+
+
+def test_an_interval_that_reaches_zero_is_not_significant(make: Make) -> None:
+    (difference,) = analysis.differences(arms(make()), "reward")
+    assert difference.significant
+    assert not difference._replace(estimate=difference.estimate._replace(half_width=1.0)).significant
+    assert not difference._replace(p=0.06).significant
+
+
+def test_hacking_is_flagged(make: Make) -> None:
+    drift = next(analysis.drifts(arms(make())))
+    assert drift.flagged
+    assert drift.change == pytest.approx(-drift.reward)
+    assert (drift.hacked, drift.seeds) == (3, 3)
+    assert not drift._replace(change=0.1).flagged
+    assert not drift._replace(reward=-0.1).flagged
+
+
+def test_costs_are_those_logged(make: Make) -> None:
+    (run, *_) = arms(make())[0].runs
+    curve = run.curves["val/reward"]
+    assert analysis.position(run, curve, "train/sampled_tokens").tolist() == [0, 5000, 10000, 15000]
+    assert analysis.position(run, curve, "train/reward_calls").tolist() == [0, 800, 1600, 2400]
+    assert analysis.position(run, curve, "train/never") is None
+
+
+def test_costs_between_and_beyond_the_logs(make: Make) -> None:
+    grade, _ = found = arms(make())
+    (run, *_) = grade.runs
+    run.curves["val/reward"] = curve = runs.Curve(*([np.array([0.0, 6.0, 15.0, 22.0])] * 3))
+    logged = np.array([4.0, 9.0, 14.0])
+    run.curves["train/sampled_tokens"] = runs.Curve(logged, 100 * (logged + 1), logged)
+    places = analysis.position(run, curve, "train/sampled_tokens")
+    assert places[:3].tolist() == [0.0, 700.0, 1500.0]  # the last carries the number of steps
+    assert math.isnan(places[3])
+    assert "GradeSTE: sampled tokens were not logged up to the last validation; it is not drawn against them." in (
+        analysis.absent(found)
+    )
+    assert analysis.reached(grade, 20.0, "train/sampled_tokens") == "not reached"
+    alone = dataclasses.replace(grade, runs=[run])
+    assert analysis.reached(alone, 20.0, "train/sampled_tokens") == "not logged"
+    assert analysis.band(alone, "val/reward", "train/sampled_tokens").x.tolist() == [0.0, 700.0, 1500.0]
+    run.about["spent"] = {"sampled_tokens": 2300}
+    assert analysis.position(run, curve, "train/sampled_tokens")[3] == 2300
+
+
+def test_reached_is_never_extrapolated(make: Make) -> None:
+    grade, rloo = arms(make())
+    assert analysis.reached(grade, 0.44, "steps") == "0"
+    assert analysis.reached(grade, 0.5, "steps") == "49"
+    assert analysis.reached(grade, 0.5, "train/sampled_tokens") == "5,000"
+    assert analysis.reached(rloo, 0.9, "steps") == "not reached"
+    ends = sorted(run.curves["val/reward"].values[-1] for run in rloo.runs)
+    assert analysis.reached(rloo, ends[1], "steps") == "149 (2 of 3 seeds)"
+    assert analysis.reached(rloo, 0.5, "train/never") == "not logged"
+    assert analysis.levels([grade, rloo]) == sorted(analysis.levels([grade, rloo]))
+
+
+def test_gap_is_over_seeds(make: Make) -> None:
+    (grade, _) = arms(make())
+    train, val = analysis.gaps(grade)
+    expected = [run.curves["val/reward"].values[-1] - run.test["reward"] for run in grade.runs]
+    assert val.mean == pytest.approx(sum(expected) / 3)
+    assert val.covers == train.covers == "seeds"
+    assert train.mean < val.mean  # the training reward is of the steps before
+
+
+def test_mixed_versions_are_named(make: Make) -> None:
+    folder = make()
+    assert analysis.mixed(runs.read([folder])) == []
+    path = place(folder) / "run.json"
+    about = json.loads(path.read_text())
+    about |= {"commit": None, "versions": about["versions"] | {"torch": "2.6.0"}}
+    path.write_text(json.dumps(about))
+    assert analysis.mixed(runs.read([folder])) == ["commit (abc123, unknown)", "torch (2.13.0, 2.6.0)"]
+
+
+def test_the_probe_goes_before_the_passive_figures(make: Make) -> None:
+    folder = make()
+    assert analysis.noise_kind(arms(folder)) == "grad"
+    with SummaryWriter(str(place(folder) / "RLOO" / "version_0")) as writer:
+        writer.add_scalar("probe/relative_std", 2.0, 50)
+    assert analysis.noise_kind(arms(folder)) == "probe"

@@ -1,0 +1,250 @@
+"""Damaged, unfinished and empty runs: named, and never a wrong number."""
+
+import json
+import math
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml  # type: ignore[import-untyped]
+from torch.utils.tensorboard import SummaryWriter
+
+from grade_lightning.errors import InputError
+from tests.cli.report.conftest import PROMPTS, Make, log, place, row, write_run, write_test
+
+runs = import_module("grade_lightning_cli.report.runs")
+analysis = import_module("grade_lightning_cli.report.analysis")
+
+
+UNDECIDED = '{"RLOO": {"setting": null, "objectives": {"default": 0.3, "lr=0.001": null}}}'
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Any], str]:
+    """The study, its methods by name, and all that is missing as one text."""
+    study = runs.read([folder])
+    arms = analysis.arms(study)
+    return study, {arm.label: arm for arm in arms}, "\n".join([*study.missing, *analysis.absent(arms)])
+
+
+def event_file(run: Path) -> Path:
+    (path,) = run.glob("*/version_0/events.out.tfevents*")
+    return path
+
+
+def test_a_sound_comparison(make: Make) -> None:
+    study, arms, missing = read(make())
+    assert missing == ""
+    assert [len(arm.runs) for arm in arms.values()] == [3, 3]
+    assert len(study.runs) == 7  # the setting that was not chosen, too
+    assert study.objectives["RLOO", "lr=0.001"] == 0.4
+    curve = study.runs[0].curves["val/reward"]
+    assert curve.steps.tolist() == [0, 49, 99, 149]
+    assert curve.seconds.tolist() == [0, 50, 100, 150]
+    reward = analysis.measure(arms["GradeSTE"], "reward")
+    tests = [json.loads((run.folder / "test.json").read_text())["reward"] for run in arms["GradeSTE"].runs]
+    assert reward.mean == pytest.approx(np.mean(tests))
+    assert (reward.seeds, reward.prompts, reward.covers) == (3, 40, "seeds and prompts")
+
+
+def test_an_unfinished_run_does_not_count(make: Make) -> None:
+    folder = make()
+    (place(folder, seed=3) / "run.json").unlink()
+    _, arms, missing = read(folder)
+    assert analysis.measure(arms["RLOO"], "reward").seeds == 2
+    assert analysis.measure(arms["GradeSTE"], "reward").seeds == 3
+    assert "seed_3/run.json: not there; the run is not finished and is left out." in missing
+    assert "RLOO: no finished run with seed 3, which others have." in missing
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 3', "[]", "\x00", '{"seed": 1}', '{"reward": 0.5}'])
+def test_a_broken_run_json_is_no_finished_run(make: Make, content: str) -> None:
+    folder = make()
+    (place(folder, seed=3) / "run.json").write_text(content)
+    _, arms, missing = read(folder)
+    assert arms["RLOO"].seeds == [1, 2]
+    assert "the run is not finished and is left out" in missing
+
+
+def test_logs_that_are_cut_off(make: Make) -> None:
+    folder = make()
+    path = event_file(place(folder, seed=2))
+    path.write_bytes(path.read_bytes()[:700])
+    _, arms, missing = read(folder)
+    assert f"{path}: cut off or damaged after" in missing
+    assert "its runs were validated at different steps" in missing
+    points = arms["RLOO"].runs[1].curves["val/reward"].values
+    assert 0 < len(points) < 4
+    band = analysis.band(arms["RLOO"], "val/reward", "steps")
+    assert len(band.mean) == len(points)  # no mean over fewer seeds
+
+
+def test_logs_with_a_bit_turned(make: Make) -> None:
+    folder = make()
+    path = event_file(place(folder))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "cut off or damaged" in read(folder)[2]
+
+
+@pytest.mark.parametrize("keep", ["file", "folder"])
+def test_logs_that_are_empty(make: Make, keep: str) -> None:
+    folder = make()
+    path = event_file(place(folder))
+    path.write_bytes(b"") if keep == "file" else path.unlink()
+    _, arms, missing = read(folder)
+    assert ("empty TensorBoard logs" if keep == "file" else "no TensorBoard logs") in missing
+    assert "no validation in its TensorBoard logs" in missing
+    assert "RLOO: 2 of 3 runs have a validation curve; the mean is of those." in missing
+    others = [run.curves["val/reward"].values for run in arms["RLOO"].runs[1:]]
+    assert analysis.band(arms["RLOO"], "val/reward", "steps").mean == pytest.approx(np.mean(others, 0))
+    assert analysis.measure(arms["RLOO"], "reward").seeds == 3
+
+
+def test_a_line_that_is_cut_off(make: Make) -> None:
+    folder = make()
+    path = place(folder, seed=2) / "test.jsonl"
+    path.write_text(path.read_text()[:-30])
+    _, arms, missing = read(folder)
+    assert f"{path}: line 40 is broken; its test is left out." in missing
+    assert "RLOO: 2 of 3 finished runs count in the test results." in missing
+    assert analysis.measure(arms["RLOO"], "reward").seeds == 2
+    (difference,) = analysis.differences(list(arms.values()), "reward")
+    assert (difference.estimate.seeds, difference.why_not) == (2, "two seeds: no test is made")
+
+
+def test_lines_that_are_missing_are_seen_by_the_mean(make: Make) -> None:
+    folder = make()
+    path = place(folder, seed=2) / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows.sort(key=lambda line: line["reward"])
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows[:20]))
+    _, arms, missing = read(folder)
+    assert "over its 20 lines" in missing
+    assert analysis.measure(arms["RLOO"], "reward").seeds == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"kl": 1.0}', '{"reward": NaN}', '{"reward": true}', f'{{"reward": 1{"0" * 400}}}']
+)
+def test_a_broken_test_json(make: Make, content: str) -> None:
+    folder = make()
+    (place(folder, seed=1) / "test.json").write_text(content)
+    _, arms, missing = read(folder)
+    assert "test.json" in missing
+    assert [run.seed for run in arms["RLOO"].tested] == [2, 3]
+
+
+def test_rewards_that_are_null_are_counted(make: Make) -> None:
+    folder = make()
+    rewards: list[float | None] = [0.5, None, math.nan, math.inf, *[0.7] * 36]
+    write_test(place(folder), [row(*pair) for pair in zip(PROMPTS, rewards, strict=True)])
+    _, arms, missing = read(folder)
+    assert analysis.measure(arms["RLOO"], "reward").left_out == 3
+    assert "RLOO: 3 values of reward on the test are null or not finite; left out." in missing
+    own = runs.read([folder]).runs[3]
+    assert np.nanmean(own.rows.figures["reward"]) == pytest.approx((0.5 + 36 * 0.7) / 37)
+
+
+def test_without_prompts_the_interval_is_of_seeds(make: Make) -> None:
+    folder = make()
+    for seed in (1, 2, 3):
+        (place(folder, seed=seed) / "test.jsonl").unlink()
+    _, arms, missing = read(folder)
+    found = analysis.measure(arms["RLOO"], "reward")
+    assert (found.seeds, found.covers) == (3, "seeds")
+    assert "no interval over prompts" in missing
+
+
+def test_other_ends_of_lines_in_completions(make: Make) -> None:
+    folder = make()
+    rows = [row(prompt, 0.5, "one\u2028two\x85three\x0bfour\r\nfive") for prompt in PROMPTS]
+    write_test(place(folder), rows)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows)
+    (place(folder) / "test.jsonl").write_text(text)
+    study, _, missing = read(folder)
+    assert missing == ""
+    assert study.runs[3].rows.completions[0] == "one\u2028two\x85three\x0bfour\r\nfive"
+
+
+def test_the_last_version_with_a_validation_counts(make: Make) -> None:
+    folder = make()
+    log(place(folder) / "RLOO" / "version_10", 0.9)  # after version_9, whatever the alphabet says
+    log(place(folder) / "RLOO" / "version_9", 0.1)
+    with SummaryWriter(str(place(folder) / "RLOO" / "version_11")) as writer:
+        writer.add_scalar("test/reward", 0.1, 150)
+    study, _, _ = read(folder)
+    assert study.runs[3].curves["val/reward"].values[-1] == pytest.approx(1.35)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"RLOO": 3}', UNDECIDED])
+def test_without_a_choice_the_tested_settings_count(make: Make, content: str | None) -> None:
+    folder = make()
+    (folder / "chosen.json").unlink() if content is None else (folder / "chosen.json").write_text(content)
+    study, arms, _ = read(folder)
+    assert sorted(arms) == ["GradeSTE", "RLOO"]
+    assert study.objectives.get(("RLOO", "default")) == (0.3 if content and "0.3" in content else None)
+    assert {arm.setting for arm in arms.values()} == {"default"}
+
+
+def test_values_that_are_not_numbers_are_counted(make: Make) -> None:
+    folder = make()
+    with SummaryWriter(str(event_file(place(folder)).parent)) as writer:
+        writer.add_scalar("val/reward", float("nan"), 120, walltime=1121)
+    _, arms, missing = read(folder)
+    assert "val/reward is not a number at 1 steps; those are left out." in missing
+    assert np.isfinite(analysis.band(arms["RLOO"], "val/reward", "steps").mean).all()
+
+
+def test_a_comparison_without_a_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("methods: 1\n")
+    study = runs.read([tmp_path])
+    assert study.runs == []
+    assert any("no finished run" in line for line in study.missing)
+
+
+def test_the_same_run_twice(make: Make) -> None:
+    folder = make()
+    other = shutil.copytree(folder, folder.with_name("copy"))
+    study = runs.read([folder, other])
+    assert len(study.runs) == 7
+    assert sum("a second run of" in line for line in study.missing) == 7
+
+
+def test_single_runs(tmp_path: Path) -> None:
+    folders = []
+    for i, (seed, rate) in enumerate([(1, 0.1), (2, 0.1), (1, 0.2), (1, 0.3)]):
+        folder = tmp_path / str(i) / "GradeSTE" / "version_0"
+        log(folder, 0.3)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "optimizer": {"lr": rate}}))
+        folders.append(folder)
+    study = runs.read(folders)
+    assert len(study.runs) == 4
+    found = analysis.arms(study)
+    assert [arm.seeds for arm in found] == [[1, 2], [1], [1]]  # configurations of their own
+    assert len({arm.label for arm in found}) == 3
+    assert analysis.verdict(found, []) == "No finished run was tested: nothing can be said about the test reward."
+    assert any("nothing says whether it finished" in line for line in study.missing)
+
+
+def test_a_single_run_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log(tmp_path / "RLOO" / "version_3", 0.3)
+    monkeypatch.chdir(tmp_path / "RLOO" / "version_3")
+    (run,) = runs.read([Path(".")]).runs
+    assert run.method == "RLOO"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_neither_a_comparison_nor_a_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="neither a comparison"):
+        runs.read([tmp_path / name])
+
+
+def test_seeds_come_in_order(tmp_path: Path) -> None:
+    for seed in (10, 9, 1):
+        write_run(place(tmp_path, seed=seed), "RLOO", seed)
+    (arm,) = analysis.arms(runs.read([tmp_path]))
+    assert arm.seeds == [1, 9, 10]
