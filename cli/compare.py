@@ -309,7 +309,7 @@ def _train(comparison: Comparison, run: Run) -> None:
         "from_step": cli.start.step,  # above 0: an earlier start was interrupted, and took its own seconds
         "validation": last,
         "objective": objective if objective == objective else None,
-        "spent": cli.model.spent if isinstance(cli.model, AlignmentModule) else {},
+        "spent": {k: int(v) for k, v in cli.model.spent.items()} if isinstance(cli.model, AlignmentModule) else {},
     }
     _write(run.folder / "run.json", json.dumps(result, indent=1))
 

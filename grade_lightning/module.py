@@ -404,7 +404,7 @@ class AlignmentModule(TrainableModule, ABC):
         self._fresh = True
         self._began: float | None = None
         self._tokens = 0
-        self.spent = {"sampled_tokens": 0, "reward_calls": 0}
+        self.spent = {"sampled_tokens": torch.tensor(0), "reward_calls": torch.tensor(0)}
         """Tokens sampled and completions scored in training, by all processes; saved in checkpoints."""
         self._uncounted = [0, 0]
 
@@ -472,7 +472,7 @@ class AlignmentModule(TrainableModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was spent."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["grade_lightning"]["spent"] = dict(self.spent)
+        checkpoint["grade_lightning"]["spent"] = {name: count.cpu() for name, count in self.spent.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits; from here on the policy is not its reference."""
@@ -539,11 +539,17 @@ class AlignmentModule(TrainableModule, ABC):
             "train/eos_rate": (rollout.ended.sum(), rows),
             **{name if "/" in name else f"train/{name}": (value, one) for name, value in step.metrics.items()},
             **{f"rewards/{name}": _answered(value) for name, value in scores.parts.items()},
+            **{name: (one * count, one) for name, count in zip(self.spent, self._uncounted, strict=True)},
         }
         packed = torch.stack([torch.stack([x.detach().float() for x in pair]) for pair in terms.values()])
         every = self._gather(packed.unsqueeze(0))  # (processes, figures, 2); one synchronisation for all
         sums, counts = every.sum(0).unbind(1)
-        logged = dict(zip(terms, sums / counts, strict=True))
+        logged, total = dict(zip(terms, sums / counts, strict=True)), dict(zip(terms, sums, strict=True))
+        for name, before in self.spent.items():
+            self.spent[name] = before.to(sums.device) + total[name].long()
+            logged[f"train/{name}"] = self.spent[name].float()
+            del logged[name]
+        self._uncounted = [0, 0]
         # to the spread within the processes that of their means; squares less a square would lose it to rounding
         rewards, answers = every[:, list(terms).index("train/reward")].unbind(1)
         apart = (answers * (rewards / answers - logged["train/reward"]).square()).nansum() / answers.sum()
@@ -565,11 +571,6 @@ class AlignmentModule(TrainableModule, ABC):
 
         A batch that is trained on several times counts as sampled once, over the time of all of them.
         """
-        found = self.trainer.strategy.reduce(torch.tensor(self._uncounted, device=self.device), reduce_op="sum")
-        for name, count in zip(self.spent, found.tolist(), strict=True):
-            self.spent[name] += count
-        self._uncounted = [0, 0]
-        self.log_dict({f"train/{name}": float(count) for name, count in self.spent.items()})
         rollout, _, _ = self.last_rollout
         self._tokens += int(rollout.completion_mask.sum()) * self.trainer.world_size
         if (batch_idx + 1) % self.visits or self._began is None:

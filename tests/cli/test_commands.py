@@ -481,7 +481,7 @@ def test_help_and_version_are_for_people(command: str, run: Run, capsys: pytest.
     out = capsys.readouterr().out
     assert f"grade-{command}" in out
     assert "--model" in out
-    assert ("--output" in out) == (command == "predict")
+    assert ("--output" in out) == (command in ("predict", "test"))
 
 
 def test_help_on_a_method(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from grade_lightning.errors import InputError
-from tests.cli.conftest import QUIET, SIZES, Shelf, scalar
+from tests.cli.conftest import QUIET, SIZES, Shelf, new_shell, scalar
 
 module = import_module("grade_lightning_cli.compare")  # its name once it is installed
 Comparison, compare, plan, work = module.Comparison, module.compare, module.plan, module.work
@@ -175,9 +175,11 @@ def test_one_process_at_a_run(tmp_path: Path) -> None:
 def ran(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two methods, of which one goes four times through its completions."""
     what = plan({"RLOO": {}, "slow": {"model": "PPO"}}, arguments(shelf), seeds=[1], completions=32, validations=2)
-    comparison = Comparison(tmp_path_factory.mktemp("compare") / "out", what)
-    for run in comparison.runs():
-        work(comparison, run)
+    root = tmp_path_factory.mktemp("compare")
+    comparison = Comparison(root / "out", what)
+    with new_shell(root, tmp_path_factory.getbasetemp() / "datasets"):
+        for run in comparison.runs():
+            work(comparison, run)
     return comparison
 
 

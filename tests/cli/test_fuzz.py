@@ -167,7 +167,7 @@ def refused(shelf: Shelf, shell: pytest.MonkeyPatch) -> Any:
         err, status = io.StringIO(), None
         with redirect_stderr(err), redirect_stdout(io.StringIO()):
             try:
-                with main._for_people("grade-fit"):
+                with main.for_people("grade-fit"):
                     main.build(list(args))
             except SystemExit as left:
                 status = left.code
