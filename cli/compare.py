@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -232,8 +233,8 @@ class Comparison:
 def _flags(key: str, value: Any) -> list[str]:
     if key == "config":
         return [f"--config={path}" for path in ([value] if isinstance(value, str) else value)]
-    if value is None or isinstance(value, (bool, dict, list)):
-        value = json.dumps(value)
+    if not isinstance(value, str):
+        value = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
     return [f"--{key}={value}"]
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,8 @@ RECIPES = {
     "paper_estimator": ["GradeSTE"],
     "small_gpt2": ["GradeSTE"],
 }
+PLANS = ["compare_bundled", "paper_compat", "paper_corrected"]
+"""Not for one run, but for grade-compare."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,19 @@ def stated(recipe: object, config: Any, place: str = "") -> Iterator[str]:
 
 
 def test_every_recipe_is_here() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(RECIPES)
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*RECIPES, *PLANS}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Path) -> None:
+    compare = import_module("grade_lightning_cli.compare")
+    plan = compare.plan(**yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()))
+    comparison = compare.Comparison(tmp_path, plan)
+    assert len(comparison.runs()) >= len(plan.methods)
+    for run in comparison.runs():
+        config = printed("grade-fit", *comparison.arguments(run))
+        own = plan.methods[run.method].get("model", run.method)
+        assert config["model"]["class_path"].endswith(f".{own.rpartition('.')[2]}")
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
