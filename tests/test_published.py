@@ -1,0 +1,160 @@
+"""What the published code did is done as faithfully, and each fault is where it is said to be."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grade_lightning.functional.policy import Totals
+from grade_lightning.kl import KL
+from grade_lightning.methods import GradeSTE
+from grade_lightning.module import Measured
+from grade_lightning.policies import Policy
+from grade_lightning.policy_gradient import PolicyExperience
+from grade_lightning.published import (
+    CompletionReward,
+    PublishedBaseline,
+    PublishedKL,
+    PublishedPPO,
+    PublishedReinforce,
+    sample_without_context,
+)
+from grade_lightning.rewards import Scores
+from grade_lightning.rewards.classifier import Classifier
+from grade_lightning.rollouts import Sampler
+from tests.conftest import make_model, make_prompts, make_tokenizer
+from tests.methods.test_contract import Recorder, batches, make, trainer
+
+baselines = pytest.mark.parametrize("method", [PublishedReinforce, PublishedPPO])
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_rollouts_are_those_of_generate_in_training_mode_with_checkpointing(name: str) -> None:
+    model, prompts = make_model(name), make_prompts((5, 5))
+    policy = Policy.from_model(model, make_tokenizer())
+    found = sample_without_context(Sampler(max_new_tokens=8, min_new_tokens=8, top_k=1), policy, **prompts)
+    again: Any = make_model(name)
+    again.train()
+    again.gradient_checkpointing_enable()
+    theirs = again.generate(**prompts, do_sample=False, max_new_tokens=8, min_new_tokens=8, pad_token_id=1)
+    assert found.completion_ids.tolist() == theirs[:, 5:].tolist()
+    proper = Sampler(max_new_tokens=8, min_new_tokens=8, top_k=1)(policy, **prompts)
+    assert found.completion_ids.tolist() != proper.completion_ids.tolist()
+
+
+def experience(module: PublishedBaseline, values: Tensor | None = None) -> PolicyExperience:
+    """Two completions of one length, measured."""
+    module.configure_model()
+    rollout, scores = module.sample(make_prompts((5, 3)) | {"columns": {}})
+    totals = Totals(float(rollout.completion_mask.sum()), 2)
+    with torch.no_grad():
+        measured = module.measure(rollout)
+    if values is not None:
+        measured = replace(measured, values=values)
+    drift = torch.linspace(-1, 1, measured.log_ratio.numel()).view_as(measured.log_ratio)
+    return PolicyExperience(rollout, scores, totals, replace(measured, log_ratio=drift))
+
+
+def test_standardised_over_a_batch_of_two_a_reward_is_its_sign() -> None:
+    module = make(PublishedReinforce, kl=KL(0.1))
+    assert isinstance(module, PublishedReinforce)
+    found = experience(module)
+    for rewards in ([0.2, 0.9], [0.5, 0.50001]):
+        near = replace(found, scores=Scores(torch.tensor(rewards, dtype=torch.float64), {}))
+        near.old.log_ratio.zero_()  # type: ignore[union-attr]
+        advantages = module.advantages(near)
+        assert advantages[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-2)
+
+
+def test_the_kl_in_the_reward_is_a_mean_over_tokens() -> None:
+    module = make(PublishedReinforce, kl=KL(0.1))
+    assert isinstance(module, PublishedReinforce)
+    found = experience(module)
+    assert found.old is not None
+    rows = [
+        float(reward) - 0.1 * sum(ratio[:n].tolist()) / n
+        for reward, ratio, n in zip(
+            found.scores.total, found.old.log_ratio, found.rollout.lengths.tolist(), strict=True
+        )
+    ]
+    torch.testing.assert_close(module.penalised(found), torch.tensor(rows))
+
+
+def test_advantages_run_over_the_batch() -> None:
+    """As a loop over the first dimension of (B, T) makes them."""
+    sampler = Sampler(max_new_tokens=6, min_new_tokens=6)
+    module = make(PublishedPPO, kl=KL(0.1), sampler=sampler, gamma=0.99, lam=0.95)
+    assert isinstance(module, PublishedPPO)
+    found = experience(module, values=torch.randn(2, 6))
+    assert found.old is not None
+    values: Any = found.old.values
+    rewards = torch.zeros(2, 6)
+    rewards[:, -1] = module.penalised(found)
+    expected, last, following = torch.zeros(2, 6), torch.zeros(6), torch.zeros(6)
+    for row in (1, 0):
+        last = rewards[row] + 0.99 * following - values[row] + 0.99 * 0.95 * last
+        expected[row], following = last, values[row]
+    done = module.appraise(found)
+    torch.testing.assert_close(done.returns, expected + values)
+    torch.testing.assert_close(done.advantages, (expected - expected.mean()) / expected.std(), rtol=1e-4, atol=1e-5)
+    better = module.appraise(replace(found, scores=Scores(found.scores.total + 1, {})))
+    assert better.returns is not None
+    assert done.returns is not None
+    moved = (better.returns - done.returns).any(0)
+    assert moved.tolist() == [False] * 5 + [True]  # no other token knows of the reward
+
+
+@baselines
+def test_it_trains_what_it_can(method: type[PublishedBaseline]) -> None:
+    module, recorder = make(method), Recorder()
+    trainer(max_steps=4, callbacks=[recorder, PublishedKL()]).fit(module, batches())
+    assert recorder.without_gradient[0] <= {"value_head.weight"}
+    assert recorder.steps[0]["train/kl"] == pytest.approx(0, abs=1e-5)
+    assert recorder.steps[0]["published/kl"] > 0.05
+    # samples that are not the policy's own: an estimate of the KL from them need not be positive, and the gap is wide
+    assert abs(float((module.last_rollout[0].logps - module.measure(module.last_rollout[0]).logps).mean())) > 0.1
+
+
+def test_the_entropy_bonus() -> None:
+    plain, bonus = (make(PublishedPPO, entropy_coef=c, sampler=Sampler(max_new_tokens=4)) for c in (0.0, 0.5))
+    losses = []
+    for module in (plain, bonus):
+        assert isinstance(module, PublishedPPO)
+        torch.manual_seed(1)
+        found = module.appraise(experience(module))
+        assert isinstance(found.old, Measured)
+        losses.append(float(module.objective(found, found.old)[0].detach()))
+        entropy = float(found.old.entropy[found.rollout.completion_mask].mean())
+    assert losses[0] - losses[1] == pytest.approx(0.5 * entropy, rel=1e-4)
+
+
+def test_the_reward_is_trained_on_the_completion_alone_and_measured_on_all() -> None:
+    model = make_model("llama")
+    reward = CompletionReward()
+    reward.classifier = Classifier(model.base_model, hidden=8).requires_grad_(False).eval()  # type: ignore[arg-type]
+    policy = Policy.from_model(make_model("llama"), make_tokenizer())
+    rollout = Sampler(max_new_tokens=4)(policy, **make_prompts((4, 4)))
+    other = replace(rollout, prompt_ids=rollout.prompt_ids.roll(1, 0))
+    one, two = (reward.pathwise(x) for x in (rollout, other))
+    assert one.total.tolist() == two.total.tolist()
+    assert one.adjoints[0].gradient.any()
+    assert reward.score(rollout).total.tolist() != reward.score(other).total.tolist()
+
+
+def test_the_published_kl_of_a_policy_that_is_its_reference() -> None:
+    """Of a token, and after it: no KL that was trained with could be as large, and ours is 0."""
+    recorder = Recorder()
+    trainer(max_steps=1, callbacks=[recorder, PublishedKL()]).fit(make(GradeSTE, beta=0.0), batches())
+    assert recorder.steps[0]["train/kl"] == pytest.approx(0, abs=1e-5)
+    assert recorder.steps[0]["published/kl"] > 0.05
