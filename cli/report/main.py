@@ -19,7 +19,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="A comparison's folder, or that of a run such as runs/GradeSTE/version_3.")  # fmt: skip
     parser.add_argument("--out", type=Path, help="Where to write; default: FOLDER/report of the first.")
-    parser.add_argument("--beta", type=float, help="Show the objective, reward − BETA KL, too.")
+    parser.add_argument(
+        "--beta", type=float, help="Show the objective, reward − BETA KL, too; default: that of the comparison."
+    )
     parser.add_argument("--reach", type=float, nargs="+", metavar="REWARD",
                         help="Validation rewards whose steps and tokens are shown; default: four.")  # fmt: skip
     given = parser.parse_args(args)
@@ -38,7 +40,7 @@ def report(
     Args:
         folders: comparisons' folders, or single runs'.
         out: folder to write into; default: `report` in the first.
-        beta: coefficient of the KL in the objective.
+        beta: coefficient of the KL in the objective; default: that of the comparison's plan.
         reach: validation rewards of which is said when they were reached.
 
     Returns:
@@ -54,6 +56,8 @@ def report(
     out = out or folders[0] / "report"
     _check_free(out)
     study = runs.read(folders)
+    if beta is None and len(study.betas) == 1:
+        (beta,) = study.betas
     arms = analysis.arms(study)
     levels = reach or analysis.levels(arms)
     drawn = figures.draw(study, arms)

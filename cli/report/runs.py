@@ -67,6 +67,8 @@ class Study:
     objectives: dict[tuple[str, str], float] = field(default_factory=dict)
     """What the choice of a setting was made by, for each method and setting."""
     plans: list[str] = field(default_factory=list)
+    betas: set[float] = field(default_factory=set)
+    """Coefficients of the KL by which the plans chose."""
     missing: list[str] = field(default_factory=list)
     """One sentence for each thing that is absent or damaged."""
 
@@ -98,8 +100,7 @@ def read(folders: Iterable[Path]) -> Study:
 
 
 def _comparison(folder: Path, study: Study) -> list[Run]:
-    plan = folder / "plan.yaml"
-    study.plans += [plan.read_text(errors="replace")] if plan.is_file() else []
+    study.plans += _plan(folder / "plan.yaml", study.betas)
     chosen: dict[str, str] = {}
     lost = "the settings that were tested count as chosen"
     for method, entry in _json(folder / "chosen.json", study.missing, lost).items():
@@ -132,6 +133,19 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
     if not found:
         study.missing.append(f"{folder}: no finished run in it.")
     return found
+
+
+def _plan(path: Path, betas: set[float]) -> list[str]:
+    if not path.is_file():
+        return []
+    text = path.read_text(errors="replace")
+    try:
+        plan = yaml.safe_load(text)
+    except yaml.YAMLError:
+        plan = None
+    beta = _number(plan.get("beta")) if isinstance(plan, dict) else math.nan
+    betas |= {beta} if beta > 0 else set()
+    return [text]
 
 
 def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> Run:

@@ -32,7 +32,7 @@ def write_study(folder: Path, methods: Sequence[str], seeds: int) -> Path:
     write_run(folder / "runs" / methods[-1] / "lr=0.001" / "seed_1", methods[-1], 1, tested=False)
     chosen[methods[-1]]["objectives"] = {"default": 0.5, "lr=0.001": 0.4}
     (folder / "chosen.json").write_text(json.dumps(chosen))
-    (folder / "plan.yaml").write_text("methods: many\n")
+    (folder / "plan.yaml").write_text("methods: many\nbeta: 0.01\n")
     return folder
 
 

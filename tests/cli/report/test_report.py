@@ -138,7 +138,7 @@ def test_again_gives_the_same_bytes_and_leaves_other_files(study: Path) -> None:
         + [f"{name}.{kind}" for name in ("frontier", "learning", "noise") for kind in ("png", "pdf")]
     )
     (study / "report" / "notes.txt").write_text("mine")
-    main.report([study], beta=0.01)
+    main.report([study])  # β is in the plan
     after = digests(study / "report")
     assert after.pop("notes.txt")
     assert after == before
