@@ -120,14 +120,12 @@ def test_a_recipe_states_only_what_differs(printed: Any) -> None:
         assert same == []
 
 
-def commands() -> list[str]:
-    """Every command of ours in the documentation and in the recipes, in one line each."""
+def commands(names: str = "fit|validate|test|predict") -> list[str]:
+    """Every such command of ours in the documentation and in the recipes, in one line each."""
     found = []
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
         text = path.read_text().replace("\\\n# ", "\\\n").replace("\\\n", " ")
-        found += re.findall(
-            r"^(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:fit|validate|test|predict) --.*)$", text, re.MULTILINE
-        )
+        found += re.findall(rf"^(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:{names}) --.*)$", text, re.MULTILINE)
     return sorted(set(found))
 
 
@@ -144,6 +142,19 @@ def test_commands_of_the_documentation_are_understood(
     if any("help" in arg for arg in args):
         pytest.skip("prints help")
     printed(name, *[arg for arg in args if arg != "--print_config"])
+
+
+@pytest.mark.parametrize("command", commands("compare"))
+def test_comparisons_of_the_documentation_are_understood(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("methods: GradeSTE,RLOO")
+    _, *args = shlex.split(command.partition(">")[0], comments=True)
+    args = [str(plan) if arg == plan.name else arg for arg in args if arg != "--list"]
+    args[args.index("--out") + 1] = str(tmp_path / "out")
+    import_module("grade_lightning_cli.compare").compare(["--list", *args])
+    assert "--run" in capsys.readouterr().out
 
 
 def test_bundled_spells_out_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
