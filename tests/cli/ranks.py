@@ -124,7 +124,7 @@ def two_steps(case: str, backbone: Path, rank: int | None = None, strategy: str 
     return {"gradients": keep.gradients, "share": keep.share}
 
 
-def launch(*command: str, folder: Path, deadline: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(*command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a folder."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([str(folder), root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -134,6 +134,6 @@ def launch(*command: str, folder: Path, deadline: float = 240, **env: str) -> su
         env=os.environ | {"PYTHONPATH": path, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
-        timeout=deadline,
+        timeout=240,
         check=False,
     )
