@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # imported whole, so that bare class names are known
 import grade_lightning.methods
@@ -333,6 +334,8 @@ def for_people(name: str) -> Iterator[None]:
     _quieten()
     try:
         yield
+    except SIGTERMException:  # which would end with success
+        raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
         known: Exception | str | None = _error_of_input(error)
         if known is None and isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:

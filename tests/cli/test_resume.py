@@ -411,8 +411,16 @@ def without_model(shelf: Shelf) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["GradeSTE", "PPO", "RewardModel"])
-def test_a_process_that_was_killed_goes_on(model: str, shelf: Shelf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "how", "status"),
+    [
+        ("GradeSTE", "SIGKILL@4", -signal.SIGKILL),
+        ("PPO", "SIGKILL@4", -signal.SIGKILL),
+        ("RewardModel", "SIGKILL@4", -signal.SIGKILL),
+        ("PPO", "SIGTERM@5", 128 + signal.SIGTERM),  # at the end of this step, which is not saved
+    ],
+)
+def test_a_process_that_was_killed_goes_on(model: str, how: str, status: int, shelf: Shelf, tmp_path: Path) -> None:
     args = [f"--model={model}", *without_model(shelf), *SIX]
     if model == "RewardModel":
         args = [arg for arg in args if not arg.startswith("--model.")] + [f"--model.backbone={shelf.policy}"]
@@ -420,7 +428,7 @@ def test_a_process_that_was_killed_goes_on(model: str, shelf: Shelf, tmp_path: P
         (tmp_path / name).mkdir()
         (tmp_path / name / "interrupt.py").write_text(INTERRUPT)
     finish(begin(tmp_path / "whole", *args))
-    finish(begin(tmp_path / "killed", *args, INTERRUPT="SIGKILL@4"), -signal.SIGKILL)
+    finish(begin(tmp_path / "killed", *args, INTERRUPT=how), status)
     finish(begin(tmp_path / "killed", *args, "--ckpt_path=last"))
     assert_is(tmp_path / "killed" / version(method=model), tmp_path / "whole" / version(method=model))
 
