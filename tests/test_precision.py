@@ -94,12 +94,12 @@ def test_evaluation_is_in_float32(method: type[AlignmentModule]) -> None:
 def test_the_reward_rises(method: type[AlignmentModule], lora: bool, precision: str) -> None:
     if precision == "16-mixed" and not torch.cuda.is_available():
         pytest.skip("needs a GPU: on a processor Lightning makes it bf16-mixed")
-    module = make(method, lora)
+    module = make(method, lora, lr=5e-3)  # at 1e-2 PPO with LoRA goes up and down in bf16-true
     device = "cuda" if precision == "16-mixed" else "cpu"
-    run = fit(module, steps=40 * module.epochs, precision=precision, accelerator=device)
-    rewards = torch.tensor([step["train/reward"] for step in run.steps])
-    means = rewards.unfold(0, 5 * module.epochs, 1).mean(-1)  # PPO with LoRA goes up and down at this learning rate
-    assert means.max() > rewards[0] + 0.1
+    run = fit(module, steps=80 * module.epochs, precision=precision, accelerator=device)
+    rewards = [step["train/reward"] for step in run.steps]
+    last = rewards[-5 * module.epochs :]
+    assert sum(last) / len(last) > rewards[0] + 0.1
 
 
 @pytest.mark.slow
