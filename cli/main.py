@@ -37,6 +37,7 @@ from grade_lightning.callbacks import (
     Progress,
     Requeue,
     Summary,
+    Terminate,
 )
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError, check_range
@@ -154,7 +155,7 @@ class GradeCLI(LightningCLI):
                 checkpoint.dirpath = str(folder / "checkpoints")  # whichever logger there is
             callbacks.append(checkpoint)
         if self.command == "fit":
-            callbacks.append(Requeue())
+            callbacks += [Requeue(), Terminate()]
         kwargs["callbacks"] = callbacks
         if self.config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(Progress())

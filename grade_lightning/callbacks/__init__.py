@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import Requeue as Requeue
+from .checkpoint import Terminate as Terminate
 from .checkpoint import WholeFiles as WholeFiles
 from .completions import Completions as Completions
 from .export import Export as Export

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from grade_lightning.errors import InputError
 
@@ -182,6 +183,43 @@ class Requeue(Callback):
                 subprocess.run(["scontrol", "requeue", job], check=True)
             except (OSError, subprocess.SubprocessError) as error:  # it is not in every container
                 rank_zero_warn(f"the run is saved, but SLURM could not be asked to start it again: {error}")
+
+
+class Terminate(Callback):
+    """End several processes between the same two steps when one of them is sent SIGTERM.
+
+    Stock Lightning asks the others from within the signal's handler, in the middle of whatever they are at, and may
+    wait for them forever.
+    """
+
+    _asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signal from Lightning, which puts things back at the end."""
+        self._take_over(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same: there are validations before and after the training."""
+        self._take_over(trainer)
+
+    def _take_over(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """End, after what the step before had to save is saved."""
+        self._answer(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        self._answer(trainer)
+
+    def _answer(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            raise SIGTERMException
 
 
 def _flush(trainer: Trainer) -> None:

@@ -492,6 +492,19 @@ def test_two_processes_go_on_and_one_goes_on_from_two(pair: Path, shelf: Shelf, 
 
 
 @pytest.mark.slow
+def test_two_processes_end_together_by_sigterm(pair: Path, shelf: Shelf, tmp_path: Path) -> None:
+    """Each is sent it by itself, as all processes of a terminal are, wherever it is then."""
+    args, folder, name = pair_args(shelf), folder_for(tmp_path, "ended"), version(method="PPO")
+    process = begin(folder, *args, *PAIR, INTERRUPT="SIGTERM@5")
+    _, messages = process.communicate(timeout=300)
+    # Lightning kills the first if it still sees the end of the second
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGKILL), messages
+    assert latest(folder / name)["global_step"] == 3
+    finish(begin(folder, *args, *PAIR, "--ckpt_path=last"))
+    assert_is(folder / name, pair / name)
+
+
+@pytest.mark.slow
 def test_two_tasks_of_a_job_are_requeued_together(
     pair: Path, slurm: pytest.MonkeyPatch, shelf: Shelf, tmp_path: Path
 ) -> None:
