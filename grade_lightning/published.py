@@ -2,7 +2,7 @@
 
 Named by `configs/paper_compat.yaml`; docs/reproduction.md says what came of it. GRADE and GRADE-STE need no method of
 their own: theirs are a reward that reads the completion alone, and settings. The faults are those of
-https://github.com/LukasNel/gradeste at commits 42cb11d and 46e8c58.
+https://github.com/LukasNel/gradeste at commit 767fc39, which holds the published logs.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grade_lightning.functional import advantages, divergences, policy, sequences
+from grade_lightning.functional import divergences, policy, sequences
 from grade_lightning.functional.policy import Totals
 from grade_lightning.methods import PPO, Reinforce
 from grade_lightning.module import AlignmentModule, Measured, StepOutput
@@ -139,11 +139,37 @@ class PublishedReinforce(PublishedBaseline, Reinforce):
         return policy.sequence_mean(mask, totals)
 
 
-class PublishedPPO(PublishedBaseline, PPO):
-    """PPO whose advantages run over the batch, from completion to completion, instead of over the tokens.
+def advantages_over_the_batch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates from completion to completion, where they should go from token to token.
 
-    The reward stands in the last column, behind the end of completions that ended early. So it is seen by last tokens
-    alone: the advantages of all others are made of values.
+    Args:
+        rewards: of each token, (B, T).
+        values: (B, T); those of padding count, too.
+        mask: which tokens are the completion's, (B, T).
+        gamma: discount.
+        lam: of the estimates.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.ones(2, 2)
+        >>> advantages_over_the_batch(rewards, torch.zeros(2, 2), mask, gamma=1.0, lam=0.5)
+        tensor([[0.0000, 2.5000],
+                [0.0000, 3.0000]])
+    """
+    estimates, following = torch.zeros_like(values), torch.zeros_like(values[0])
+    later = following
+    for row in reversed(range(len(rewards))):
+        errors = rewards[row] + gamma * following * mask[row] - values[row]
+        estimates[row] = later = errors + gamma * lam * mask[row] * later
+        following = values[row]
+    return estimates
+
+
+class PublishedPPO(PublishedBaseline, PPO):
+    """PPO whose advantages run over the batch instead of over the tokens.
+
+    The reward stands in the last column, behind the end of a completion that ended early. So no token but the last of
+    the longest completions knows of a reward (its own, and those of the completions below it); the advantages of all
+    others are made of values.
 
     Args:
         entropy_coef: of an entropy bonus, per nat.
@@ -155,15 +181,15 @@ class PublishedPPO(PublishedBaseline, PPO):
         self.entropy_coef = entropy_coef
 
     def appraise(self, experience: PolicyExperience) -> PolicyExperience:
-        """Generalised advantage estimates along the batch, whitened."""
+        """Advantages over the batch, less their mean, over their (biased) standard deviation."""
         assert experience.old is not None
         assert experience.old.values is not None
         mask, values = experience.rollout.completion_mask, experience.old.values
         rewards = torch.zeros_like(values)
         rewards[:, -1] = self.penalised(experience)
-        estimates = advantages.gae(rewards.T, values.T, mask.T, self.gamma, self.lam).T
-        white = advantages.whiten(estimates, mask, self._total)
-        return replace(experience, advantages=white, returns=estimates + values)
+        estimates = advantages_over_the_batch(rewards, values, mask, self.gamma, self.lam)
+        spread, mean = torch.std_mean(estimates[mask], correction=0)
+        return replace(experience, advantages=(estimates - mean) / (spread + 1e-8), returns=estimates + values)
 
     def objective(self, experience: PolicyExperience, now: Measured) -> tuple[Tensor, dict[str, Tensor]]:
         """With the entropy bonus."""

@@ -92,27 +92,30 @@ def test_the_kl_in_the_reward_is_a_mean_over_tokens() -> None:
 
 
 def test_advantages_run_over_the_batch() -> None:
-    """As a loop over the first dimension of (B, T) makes them."""
-    sampler = Sampler(max_new_tokens=6, min_new_tokens=6)
-    module = make(PublishedPPO, kl=KL(0.1), sampler=sampler, gamma=0.99, lam=0.95)
+    """Written out for two completions, of which the second is shorter."""
+    module = make(PublishedPPO, kl=KL(0.1), sampler=Sampler(max_new_tokens=6, min_new_tokens=6))
     assert isinstance(module, PublishedPPO)
-    found = experience(module, values=torch.randn(2, 6))
+    found, values = experience(module, values=torch.randn(2, 6)), torch.randn(2, 6)
     assert found.old is not None
-    values: Any = found.old.values
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    rollout = replace(found.rollout, completion_mask=mask)
+    found = replace(found, rollout=rollout, old=replace(found.old, values=values))
+    one, two = module.penalised(found)
     rewards = torch.zeros(2, 6)
-    rewards[:, -1] = module.penalised(found)
-    expected, last, following = torch.zeros(2, 6), torch.zeros(6), torch.zeros(6)
-    for row in (1, 0):
-        last = rewards[row] + 0.99 * following - values[row] + 0.99 * 0.95 * last
-        expected[row], following = last, values[row]
+    rewards[:, -1] = torch.stack([one, two])
+    below = rewards[1] - values[1]
+    above = rewards[0] + 0.99 * values[1] - values[0] + 0.99 * 0.95 * below
+    estimates = torch.stack([above, below])
+    module.gamma, module.lam = 0.99, 0.95
     done = module.appraise(found)
-    torch.testing.assert_close(done.returns, expected + values)
-    torch.testing.assert_close(done.advantages, (expected - expected.mean()) / expected.std(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(done.returns, estimates + values)
+    white = (estimates - estimates[mask].mean()) / estimates[mask].std(correction=0)
+    torch.testing.assert_close(done.advantages, white, rtol=1e-4, atol=1e-5)
     better = module.appraise(replace(found, scores=Scores(found.scores.total + 1, {})))
     assert better.returns is not None
     assert done.returns is not None
-    moved = (better.returns - done.returns).any(0)
-    assert moved.tolist() == [False] * 5 + [True]  # no other token knows of the reward
+    moved = (better.returns - done.returns) != 0
+    assert moved[mask].tolist() == [False] * 5 + [True] + [False] * 4  # nothing but one token knows of a reward
 
 
 @baselines
