@@ -1,5 +1,6 @@
 """`grade-compare`: several methods, everything else equal; and one run of such a comparison."""
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -11,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ from .parser import Parser
 ELSEWHERE = 75
 """Exit status of a run that another process is at."""
 
+_PLANNED = {"model", "seed_everything", "ckpt_path", "output"}
+_PLANNED |= {f"trainer.{name}" for name in ("default_root_dir", "max_steps", "val_check_interval", "devices")}
+
 
 @dataclass
 class Plan:
@@ -46,9 +51,11 @@ class Plan:
     arguments: dict[str, Any]
     grid: dict[str, list[Any]]
     seeds: list[int]
-    completions: int | None
+    completions: int
     beta: float
     validations: int
+    files: dict[str, str] = field(default_factory=dict)
+    """A digest of each configuration file that is named, once it lies in a comparison's folder."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Each point of the grid by its name."""
@@ -76,18 +83,18 @@ def plan(
         grid: values of arguments that are tried, all with all, with the first seed. A method is compared with those
             that are best on validation.
         seeds: of the runs.
-        completions: sampled in each run; `trainer.max_steps` follows from it. None: the steps of the configuration.
+        completions: sampled in each run; how many steps that takes follows from the method. Must be given.
         beta: β of the objective, reward − β KL, by which the best of the grid is chosen; reward per nat.
         validations: how often a run is measured on the way.
 
     Raises:
-        InputError: something is missing, twice there or out of range.
+        InputError: something is missing, twice there, out of range, or not for the user to set.
 
     Example:
-        >>> plan("GradeSTE,RLOO", grid={"model.optimizer.lr": [0.001, 0.01]}).settings()
+        >>> plan("GradeSTE,RLOO", grid={"model.optimizer.lr": [0.001, 0.01]}, completions=9600).settings()
         {'lr=0.001': {'model.optimizer.lr': 0.001}, 'lr=0.01': {'model.optimizer.lr': 0.01}}
     """
-    names = methods.split(",") if isinstance(methods, str) else list(methods)
+    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     own = methods if isinstance(methods, dict) else {}
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if isinstance(seeds, str) else seeds
@@ -100,10 +107,29 @@ def plan(
     odd = [name for name in names if not name or set(name) & set("/\\") or name.startswith(".")]
     if odd:
         raise InputError(f"methods: {odd[0]!r} cannot be the name of a folder")
+    if completions is None:
+        raise InputError("completions: say how many each run samples, such as 9600")
     check_range("[1, inf)", validations=validations, completions=completions)
     check_range("[0, inf)", beta=beta)
+    for seed in numbers:
+        check_range("[0, 4294967295]", seeds=seed)
     each = {name: dict(own.get(name) or {}) for name in names}
-    return Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations)
+    given = [*_options(arguments or {}), *_options(grid or {})]
+    given += [key for one in each.values() for key in _options(one) if key != "model"]
+    if planned := sorted(_PLANNED.intersection(given)):
+        raise InputError(f"{planned[0]}: the plan itself sets it for each run; take it away")
+    found = Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations)
+    if len(found.settings()) < math.prod(map(len, found.grid.values())):
+        raise InputError("grid: two of its points have the same name, in which / is _; give other values")
+    return found
+
+
+def _options(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """All options by their full names, however they are nested."""
+    for key, value in values.items():
+        yield prefix + key.removesuffix("+")
+        if isinstance(value, dict):
+            yield from _options(value, f"{prefix}{key}.")
 
 
 @dataclass(frozen=True)
@@ -136,17 +162,22 @@ class Run:
         return (self.folder / "test.json").is_file()
 
     @contextmanager
-    def claimed(self) -> Iterator[bool]:
+    def claimed(self, patience: float = 0) -> Iterator[bool]:
         """Whether this process alone is at it; given up when the process ends, however it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock", timeout=0)
         try:
-            lock.acquire()
+            lock = FileLock(self.folder / "lock").acquire(timeout=patience)
         except Timeout:
             yield False
-            return
-        with lock:
-            yield True
+        else:
+            with lock:
+                yield True
+
+    @property
+    def held(self) -> bool:
+        """Whether a process is at it."""
+        with self.claimed() as ours:
+            return not ours
 
 
 class Comparison:
@@ -154,31 +185,48 @@ class Comparison:
 
     Args:
         out: the folder.
-        plan: None for the one that is there.
+        plan: added to the one that is there; None for that one alone.
 
     Raises:
-        InputError: what is there is something else.
+        InputError: what is there is something else, or was made with something else.
     """
 
     def __init__(self, out: Path, plan: Plan | None) -> None:
-        self.out = out
-        path = out / "plan.yaml"
-        there = Plan(**yaml.safe_load(path.read_text())) if path.is_file() else None
-        found = plan or there
-        if found is None:
+        self.out, self.path = out, out / "plan.yaml"
+        # listed before the plan is looked for: another process may be writing it
+        foreign = out.exists() and any(p.name != "lock" and p.suffix != ".part" for p in out.iterdir())
+        if not self.path.is_file() and plan is None:
             raise InputError(f"{out}: holds no comparison; say what to compare (grade-compare --help)")
-        if there is None and out.is_dir() and any(out.iterdir()):
+        if not self.path.is_file() and foreign:
             raise InputError(f"{out}: exists and holds no comparison; give --out another name")
-        if there is not None:
-            _check_same(there, found, path)
-        if plan is not None:
-            _write(path, yaml.safe_dump(asdict(plan), sort_keys=False))
-        self.plan = found
+        with self._alone():
+            there = _load(self.path) if self.path.is_file() else None
+            found = there or plan
+            assert found is not None
+            found = _joined(found, plan or found, self.path)
+            digests = _digests(found)
+            if changed := [path for path, digest in found.files.items() if digests[path] != digest]:
+                raise InputError(f"{changed[0]}: has changed since the runs in {out}; give --out another name")
+            self.plan = replace(found, files=digests)
+            if self.plan != there:
+                _write(self.path, yaml.safe_dump(asdict(self.plan), sort_keys=False))
+
+    def _alone(self) -> FileLock:
+        """While no other process changes what is of all runs."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.out / "lock")
 
     def run(self, name: str) -> Run:
-        """The run of that name."""
-        method, setting, seed = name.split("/")
-        return Run(self.out, method, setting, int(seed.removeprefix("seed_")))
+        """The run of that name.
+
+        Raises:
+            InputError: it is not in the plan.
+        """
+        points = itertools.product(self.plan.methods, self.plan.settings(), self.plan.seeds)
+        known = {run.name: run for run in itertools.starmap(partial(Run, self.out), points)}
+        if name not in known:
+            raise InputError(f"--run {name}: not in the plan; give METHOD/SETTING/seed_N, such as {next(iter(known))}")
+        return known[name]
 
     def chosen(self, method: str) -> str | None:
         """The setting that is best on validation, once it is known."""
@@ -194,7 +242,7 @@ class Comparison:
             if result is None:
                 return None, found
             found[setting] = result["objective"]
-        finite = {setting: value for setting, value in found.items() if value is not None}
+        finite = {setting: value for setting, value in found.items() if value is not None and math.isfinite(value)}
         return (max(finite, key=finite.__getitem__) if finite else None), found
 
     def runs(self) -> list[Run]:
@@ -225,30 +273,67 @@ class Comparison:
         ]
 
     def note_choices(self) -> None:
-        """Write down what was chosen, for the report."""
-        choices = {m: dict(zip(("setting", "objectives"), self._choice(m), strict=True)) for m in self.plan.methods}
-        _write(self.out / "chosen.json", json.dumps(choices, indent=1))
+        """Write down what was chosen, for the report; for methods that another process has added, too."""
+        with self._alone():
+            self.plan = _load(self.path)
+            choices = {m: dict(zip(("setting", "objectives"), self._choice(m), strict=True)) for m in self.plan.methods}
+            _write(self.out / "chosen.json", json.dumps(choices, indent=1))
 
 
 def _flags(key: str, value: Any) -> list[str]:
-    if key == "config":
-        return [f"--config={path}" for path in ([value] if isinstance(value, str) else value)]
-    if not isinstance(value, str):
-        value = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-    return [f"--{key}={value}"]
+    return [f"--{key}={_text(one)}" for one in (_each(value) if _several(key) else [value])]
 
 
-def _check_same(there: Plan, plan: Plan, path: Path) -> None:
-    """Methods, seeds and points of the grid may come and go; what is equal for all may not change."""
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
+
+
+def _several(key: str) -> bool:
+    """Whether an option may be given several times."""
+    return key == "config" or key.endswith("+")
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _load(path: Path) -> Plan:
+    try:
+        written = yaml.safe_load(path.read_text())
+        files = written.pop("files", {})
+        found = plan(**written)
+        if asdict(found) == written | {"files": {}}:
+            return replace(found, files=files)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path}: not a plan that this grade-compare wrote; give --out another name")
+
+
+def _joined(there: Plan, plan: Plan, path: Path) -> Plan:
+    """Methods and seeds are added; what is equal for all, or decides the choice, may not change."""
     old, new = asdict(there), asdict(plan)
-    differ = [key for key in ("arguments", "completions", "beta", "validations") if old[key] != new[key]]
-    differ += [
-        f"methods.{m}" for m in old["methods"].keys() & new["methods"].keys() if old["methods"][m] != new["methods"][m]
-    ]
-    if old["grid"].keys() != new["grid"].keys():
-        differ.append("grid")
+    differ = [key for key in ("arguments", "grid", "completions", "beta", "validations") if old[key] != new[key]]
+    differ += [f"methods.{m}" for m in old["methods"] if old["methods"][m] != new["methods"].get(m, old["methods"][m])]
+    if there.seeds[0] != plan.seeds[0]:
+        differ.append("first seed")
     if differ:
         raise InputError(f"{path}: the runs there were made with other {', '.join(differ)}; give --out another name")
+    return replace(there, methods=there.methods | plan.methods, seeds=list(dict.fromkeys(there.seeds + plan.seeds)))
+
+
+def _digests(plan: Plan) -> dict[str, str]:
+    """Of the configuration files that a plan names."""
+    named = [one.get("config", []) for one in (plan.arguments, *plan.methods.values(), plan.grid)]
+    digests = {}
+    for path in [path for value in named for some in _each(value) for path in _each(some)]:  # a point may hold several
+        try:
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise InputError(f"config {path}: cannot be read ({error.strerror}); mend the plan") from None
+    return digests
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -277,20 +362,22 @@ def work(comparison: Comparison, run: Run) -> None:
     """Train, unless it is done; measure the test split, if the setting is the chosen one."""
     if run.result is None:
         _train(comparison, run)
+    comparison.note_choices()
     if comparison.chosen(run.method) == run.setting and not run.tested:
         _test(comparison, run)
 
 
 def _train(comparison: Comparison, run: Run) -> None:
     plan, arguments = comparison.plan, comparison.arguments(run)
-    if plan.completions is not None:
-        arguments += _budget(main.build(arguments), plan)
+    arguments += _budget(main.build(arguments), plan)
     cli = main.build([*arguments, "--ckpt_path=last"])  # of an earlier start, if there was one
     cli.trainer.callbacks.append(Heartbeat(run.folder / "progress.json"))  # type: ignore[attr-defined]
     started, began = datetime.now(timezone.utc), time.perf_counter()
     main.train(cli)
+    step, steps = cli.trainer.global_step, cli.config.trainer.max_steps
+    if step < steps:
+        raise InputError(f"ended at step {step} of {steps}; take away what ended it, such as trainer.max_time")
     last = cli.summary.measurements[-1].metrics if cli.summary.measurements else {}
-    objective = last.get("reward", float("nan")) - plan.beta * last.get("kl", float("nan"))
     result = {
         "method": run.method,
         "model": type(cli.model).__name__,
@@ -309,15 +396,26 @@ def _train(comparison: Comparison, run: Run) -> None:
         "seconds": round(time.perf_counter() - began, 1),
         "from_step": cli.start.step,  # above 0: an earlier start was interrupted, and took its own seconds
         "validation": last,
-        "objective": objective if objective == objective else None,
+        "objective": _objective(last, plan.beta),
         "spent": {k: int(v) for k, v in cli.model.spent.items()} if isinstance(cli.model, AlignmentModule) else {},
     }
     _write(run.folder / "run.json", json.dumps(result, indent=1))
 
 
+def _objective(metrics: Mapping[str, float], beta: float) -> float | None:
+    """Reward − β KL; None where that is no finite number.
+
+    Example:
+        >>> _objective({"reward": 1.0, "kl": 2.0}, beta=0.25)
+        0.5
+    """
+    cost = beta * metrics.get("kl", math.nan) if beta else 0.0
+    value = metrics.get("reward", math.nan) - cost
+    return value if math.isfinite(value) else None
+
+
 def _budget(cli: main.GradeCLI, plan: Plan) -> list[str]:
     """The steps in which so many completions are sampled, and the batches from one validation to the next."""
-    assert plan.completions is not None
     model, micro = cli.model, cli.trainer.accumulate_grad_batches
     epochs, minibatches = getattr(model, "epochs", 1), getattr(model, "minibatches", 1)
     window = cli.datamodule.batch_size * micro * cli.trainer.world_size * minibatches
@@ -355,10 +453,11 @@ def _test(comparison: Comparison, run: Run) -> None:
 
 def _commit() -> str | None:
     """Of the checkout that this is run from, with a mark if it has changes."""
-    folder = Path(__file__).parent
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=folder, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return None
     return answer.stdout.strip() or None
 
 
@@ -372,7 +471,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _write(path: Path, text: str) -> None:
     """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
     part.write_text(text)
     part.replace(path)
 
@@ -391,12 +490,17 @@ class Workers:
         self.elsewhere: set[Run] = set()
 
     def start(self) -> None:
-        """Give every free worker a run."""
-        taken = self.failed | self.elsewhere | self.at.keys()
-        waiting = [r for r in self.comparison.runs() if r not in taken and not self.comparison.finished(r)]
+        """Give every free worker a run that no other process is at."""
+        self.elsewhere.clear()
+        taken = self.failed | self.at.keys()
         free = [slot for slot in range(self.jobs) if slot not in [slot for _, slot in self.at.values()]]
-        for slot, run in zip(free, waiting, strict=False):
-            run.folder.mkdir(parents=True, exist_ok=True)
+        for run in self.comparison.runs():
+            if not free or run in taken or self.comparison.finished(run):
+                continue
+            if run.held:
+                self.elsewhere.add(run)
+                continue
+            slot = free.pop(0)
             command = [sys.executable, "-m", "grade_lightning_cli.compare", f"--out={run.out}", f"--run={run.name}"]
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
             if torch.cuda.device_count() > 1:
@@ -410,9 +514,7 @@ class Workers:
             status = process.poll()
             if status is not None:
                 del self.at[run]
-                if status == ELSEWHERE:
-                    self.elsewhere.add(run)
-                elif status:
+                if status != ELSEWHERE and (status or run.result is None):
                     self.failed.add(run)
 
     def stop(self) -> None:
@@ -448,8 +550,6 @@ def compare_all(comparison: Comparison, workers: Workers) -> None:
                         print(f"{run.name}: {_state(comparison, workers, run)}", flush=True)
                 if comparison.complete() or not (workers.at or workers.elsewhere):
                     break
-                if not workers.at:
-                    workers.elsewhere.clear()  # look again whether the others are still at them
                 time.sleep(1)
         finally:
             workers.stop()
@@ -512,30 +612,42 @@ def compare(args: Sequence[str] | None = None) -> None:
     parser.add_function_arguments(plan, fail_untyped=False)
     with main.for_people("grade-compare"):
         o = parser.parse_args(given)
-        o.arguments = (o.arguments or {}) | _pairs(shared)
-        given_plan = plan(**{name: o[name] for name in inspect.signature(plan).parameters}) if o.methods else None
-        comparison = Comparison(Path(o.out), given_plan)
+        check_range("[1, inf)", jobs=o.jobs, threads=o.threads)
+        named = parser.parse_args(given, defaults=False)
+        told = {name: named[name] for name in inspect.signature(plan).parameters if name in named}
+        if shared:
+            told["arguments"] = (told.get("arguments") or {}) | _pairs(shared)
+        if told and "methods" not in told:
+            raise InputError(
+                f"{', '.join(told)}: given without methods; give the whole plan, or nothing of it to go on"
+            )
+        comparison = Comparison(Path(o.out), plan(**told) if told else None)
         if o.run is not None:
             run = comparison.run(o.run)
-            with run.claimed() as ours:
+            with run.claimed(patience=1) as ours:  # who looks whether it is held, holds it for a moment
                 if not ours:
                     print(f"grade-compare: another process is at {o.run}", file=sys.stderr)
                     raise SystemExit(ELSEWHERE)
                 work(comparison, run)
         elif o.list:
             for run in comparison.runs():
-                if not comparison.finished(run):
+                if not comparison.finished(run) and not run.held:
                     print(shlex.join(["grade-compare", "--out", o.out, "--run", run.name]))
         else:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the runs, too
             workers = Workers(comparison, o.jobs, o.threads)
             compare_all(comparison, workers)
             Console().print(progress(comparison, workers))
+            trouble = []
             if workers.failed:
                 names = ", ".join(sorted(run.name for run in workers.failed))
-                raise InputError(
+                trouble.append(
                     f"{len(workers.failed)} runs failed ({names}); see log.txt in their folders, and run me again"
                 )
+            if lost := [method for method in comparison.plan.methods if comparison.chosen(method) is None]:
+                trouble.append(f"{', '.join(lost)}: no setting to choose; what is in the grid failed or diverged")
+            if trouble:
+                raise InputError("; ".join(trouble))
             print(f"grade-report {o.out}")
 
 
@@ -544,17 +656,23 @@ def _divided(args: list[str]) -> tuple[list[str], list[str]]:
     return args[:at], args[at + 1 :]
 
 
-def _pairs(args: list[str]) -> dict[str, str]:
+def _pairs(args: list[str]) -> dict[str, Any]:
     """Options of `grade-fit` and their values.
 
     Example:
-        >>> _pairs(["--model.policy.path", "gpt2", "--data.batch_size=4"])
-        {'model.policy.path': 'gpt2', 'data.batch_size': '4'}
+        >>> _pairs(["--model.policy.path", "gpt2", "--config=a.yaml", "--config=b.yaml"])
+        {'model.policy.path': 'gpt2', 'config': ['a.yaml', 'b.yaml']}
     """
     words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise InputError(f"behind --: give options of grade-fit with one value each, not {' '.join(args)}")
-    return {option.removeprefix("--"): value for option, value in zip(words[::2], words[1::2], strict=True)}
+    pairs: dict[str, Any] = {}
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        key = option.removeprefix("--")
+        if key in pairs and not _several(key):
+            raise InputError(f"behind --: {option} stands there twice; give it once")
+        pairs[key] = [*_each(pairs[key]), value] if key in pairs else value
+    return pairs
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +22,28 @@ from grade_lightning.errors import InputError
 from tests.cli.conftest import QUIET, SIZES, Shelf, new_shell, scalar
 
 module = import_module("grade_lightning_cli.compare")  # its name once it is installed
-Comparison, compare, plan, work = module.Comparison, module.compare, module.plan, module.work
+Comparison, compare, work = module.Comparison, module.compare, module.work
+plan = partial(module.plan, completions=32)
 
 GRID = {"model.optimizer.lr": [0.001, 0.1]}
 
 
 def finish(comparison: Any, run: Any, objective: float | None, tested: bool = False) -> None:
     """As if the run had ended."""
-    run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps({"objective": objective, "validation": {"reward": objective}}))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    validation = {} if objective is None else {"reward": objective}
+    (run.folder / "run.json").write_text(json.dumps({"objective": objective, "validation": validation}))
     if tested:
         (run.folder / "test.json").write_text("{}")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What the command says when it leaves with status 2: one line."""
+    with pytest.raises(SystemExit) as exit:
+        compare(args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return str(line)
 
 
 def arguments(shelf: Shelf) -> dict[str, Any]:
@@ -48,7 +63,7 @@ def arguments(shelf: Shelf) -> dict[str, Any]:
 
 
 def test_lists_with_commas() -> None:
-    found = plan("GradeSTE,RLOO", seeds="3,1")
+    found = plan("GradeSTE, RLOO", seeds="3,1")
     assert found.methods == {"GradeSTE": {}, "RLOO": {}}
     assert found.seeds == [3, 1]
 
@@ -62,6 +77,13 @@ def test_lists_with_commas() -> None:
         ({"methods": "RLOO", "seeds": "1,x"}, "seeds = 1,x: give whole numbers"),
         ({"methods": "RLOO", "grid": {"model.tau": []}}, "model.tau: must hold something"),
         ({"methods": "RLOO", "completions": 0}, "completions = 0"),
+        ({"methods": "RLOO", "completions": None}, "completions: say how many"),
+        ({"methods": "RLOO", "seeds": [1, -1]}, "seeds = -1: must be 0 or more"),
+        ({"methods": "RLOO", "grid": {"model.policy.path": ["a/b", "a_b"]}}, "two of its points have the same name"),
+        ({"methods": "RLOO", "arguments": {"model": "PPO"}}, "model: the plan itself sets it"),
+        ({"methods": "RLOO", "arguments": {"trainer": {"max_steps": 3}}}, "trainer.max_steps: the plan itself"),
+        ({"methods": "RLOO", "grid": {"seed_everything": [1, 2]}}, "seed_everything: the plan itself sets it"),
+        ({"methods": {"RLOO": {"ckpt_path": "a.ckpt"}}}, "ckpt_path: the plan itself sets it"),
     ],
 )
 def test_a_wrong_plan(wrong: dict[str, Any], says: str) -> None:
@@ -79,14 +101,17 @@ def test_the_grid_is_all_with_all() -> None:
 def test_what_a_run_is_given(tmp_path: Path) -> None:
     """What is its own comes after what all share, and the grid's point after that."""
     methods = {"wide": {"model": "GradeSTE", "model.hops": 4, "data.batch_size": 8}}
-    shared = {"config": ["a.yaml", "b.yaml"], "data.batch_size": 16, "model.beta": 0.0}
+    shared: dict[str, Any] = {"config": ["a.yaml", "b.yaml"], "data.batch_size": 16, "trainer.callbacks+": ["A", "B"]}
+    for name in shared["config"]:
+        Path(name).touch()
     comparison = Comparison(tmp_path / "out", plan(methods, shared, GRID, seeds=[5]))
     run = comparison.runs()[1]
     assert run.name == "wide/lr=0.1/seed_5"
     assert comparison.run(run.name) == run
     assert comparison.arguments(run)[2:] == [
         "--model=GradeSTE",
-        *("--config=a.yaml", "--config=b.yaml", "--data.batch_size=8", "--model.beta=0.0", "--model.hops=4"),
+        *("--config=a.yaml", "--config=b.yaml", "--data.batch_size=8"),
+        *("--trainer.callbacks+=A", "--trainer.callbacks+=B", "--model.hops=4"),
         *("--model.optimizer.lr=0.1", "--seed_everything=5", f"--trainer.default_root_dir={run.folder}"),
     ]
 
@@ -111,25 +136,68 @@ def test_the_best_on_validation_is_chosen_when_all_are_there(tmp_path: Path) -> 
     assert not comparison.complete()
 
 
-def test_what_did_not_end_in_a_number_is_not_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("diverged", [None, float("inf")])
+def test_what_did_not_end_in_a_number_is_not_chosen(diverged: float | None, tmp_path: Path) -> None:
     comparison = Comparison(tmp_path / "out", plan("A", grid=GRID, seeds=[1]))
-    for run, objective in zip(comparison.runs(), (None, -3.0), strict=True):
+    for run, objective in zip(comparison.runs(), (diverged, -3.0), strict=True):
         finish(comparison, run, objective, tested=True)
     assert comparison.chosen("A") == "lr=0.1"
     assert comparison.complete()
     comparison.note_choices()
     chosen = json.loads((tmp_path / "out/chosen.json").read_text())
-    assert chosen == {"A": {"setting": "lr=0.1", "objectives": {"lr=0.001": None, "lr=0.1": -3.0}}}
+    assert chosen == {"A": {"setting": "lr=0.1", "objectives": {"lr=0.001": diverged, "lr=0.1": -3.0}}}
+
+
+def test_a_method_without_a_setting_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = Comparison(tmp_path / "out", plan("A,B", grid=GRID, seeds=[1]))
+    for run, objective in zip(comparison.runs(), (None, None, 0.1, 0.2), strict=True):
+        finish(comparison, run, objective, tested=True)
+    assert "error: A: no setting to choose" in refused(capsys, "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "beta", "objective"),
+    [
+        ({"reward": 1.0, "kl": 2.0}, 0.25, 0.5),
+        ({"reward": 1.0, "kl": float("inf")}, 0.0, 1.0),
+        ({"reward": 1.0}, 0.0, 1.0),
+        ({"reward": 1.0}, 0.25, None),
+        ({"reward": float("inf"), "kl": 2.0}, 0.25, None),
+        ({}, 0.0, None),
+    ],
+)
+def test_the_objective(metrics: dict[str, float], beta: float, objective: float | None) -> None:
+    assert module._objective(metrics, beta) == objective
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
 def test_methods_and_seeds_may_be_added(tmp_path: Path) -> None:
-    Comparison(tmp_path / "out", plan("A", seeds=[1]))
-    comparison = Comparison(tmp_path / "out", plan("A,B", seeds=[1, 2]))
-    assert len(comparison.runs()) == 4
-    assert Comparison(tmp_path / "out", None).runs() == comparison.runs()
+    """By another process, too: none takes away what the other has added."""
+    first = Comparison(tmp_path / "out", plan("A", seeds=[1]))
+    Comparison(tmp_path / "out", plan("A,B", seeds=[1, 2]))
+    third = Comparison(tmp_path / "out", plan("C,A", seeds=[1, 3]))
+    assert (list(third.plan.methods), third.plan.seeds) == (["A", "B", "C"], [1, 2, 3])
+    assert Comparison(tmp_path / "out", None).runs() == third.runs()
+    first.note_choices()
+    assert list(json.loads((tmp_path / "out/chosen.json").read_text())) == ["A", "B", "C"]
+    assert first.runs() == third.runs()
+
+
+def test_many_begin_at_once(tmp_path: Path) -> None:
+    """Each finds an empty folder, or what another has just left there."""
+    started = threading.Barrier(8)
+
+    def begin(method: str) -> Any:
+        started.wait()
+        return Comparison(tmp_path / "out", plan(method))
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/plan.yaml.elsewhere.7.part").touch()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(begin, "ABCDEFGH"))
+    assert sorted(Comparison(tmp_path / "out", None).plan.methods) == list("ABCDEFGH")
 
 
 @pytest.mark.parametrize(
@@ -139,13 +207,15 @@ def test_methods_and_seeds_may_be_added(tmp_path: Path) -> None:
         ({"completions": 8}, "completions"),
         ({"methods": {"A": {"model.hops": 1}}}, "methods.A"),
         ({"grid": GRID}, "grid"),
+        ({"grid": {"data.seed": [1, 2, 3]}}, "grid"),
+        ({"seeds": [2, 1]}, "first seed"),
     ],
 )
 def test_what_is_equal_for_all_may_not_change(other: dict[str, Any], what: str, tmp_path: Path) -> None:
-    Comparison(tmp_path / "out", plan("A"))
+    Comparison(tmp_path / "out", plan("A", grid={"data.seed": [1, 2]}))
     before = (tmp_path / "out/plan.yaml").read_text()
     with pytest.raises(InputError, match=f"made with other {what}; give --out another name"):
-        Comparison(tmp_path / "out", plan(**{"methods": "A"} | other))
+        Comparison(tmp_path / "out", plan(**{"methods": "A", "grid": {"data.seed": [1, 2]}} | other))
     assert (tmp_path / "out/plan.yaml").read_text() == before
 
 
@@ -157,6 +227,32 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         Comparison(tmp_path, None)
 
 
+@pytest.mark.parametrize("text", ["methods: A,B\ncompletions: 32\n", "a: [", "- 1", "", "methods: {A: }\nsteps: 3\n"])
+def test_a_plan_that_is_the_users_own(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    for given in (None, plan("A,B")):
+        with pytest.raises(InputError, match=r"plan\.yaml: not a plan that this grade-compare wrote"):
+            Comparison(tmp_path, given)
+    assert (tmp_path / "plan.yaml").read_text() == text
+
+
+def test_a_configuration_that_was_edited(tmp_path: Path) -> None:
+    own, shared = Path("own.yaml"), Path("shared.yaml")
+    what = plan({"A": {"config": "own.yaml"}, "B": {}}, {"config": ["shared.yaml"]})
+    shared.touch()
+    with pytest.raises(InputError, match=r"config own\.yaml: cannot be read \(No such file"):
+        Comparison(tmp_path / "out", what)
+    own.touch()
+    Comparison(tmp_path / "out", what)
+    own.write_text("model: {}\n")
+    for given in (what, None):
+        with pytest.raises(InputError, match=r"^own\.yaml: has changed since the runs"):
+            Comparison(tmp_path / "out", given)
+    path = tmp_path / "out/plan.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "files"}))
+    assert list(Comparison(tmp_path / "out", None).plan.files) == ["shared.yaml", "own.yaml"]  # from now on
+
+
 def test_one_process_at_a_run(tmp_path: Path) -> None:
     (run,) = Comparison(tmp_path / "out", plan("A", seeds=[1])).runs()
     with run.claimed() as one:
@@ -164,8 +260,39 @@ def test_one_process_at_a_run(tmp_path: Path) -> None:
         other = subprocess.run(command, capture_output=True, text=True)
     assert one
     assert (other.returncode, other.stderr.strip()) == (75, f"grade-compare: another process is at {run.name}")
-    with run.claimed() as again:
-        assert again
+    assert not run.held
+
+
+def test_no_process_is_started_for_a_run_that_another_is_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = Comparison(tmp_path / "out", plan("A,B,C", seeds=[1]))
+    first, second, third = comparison.runs()
+    started: list[str] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command[-1]))
+    workers = module.Workers(comparison, jobs=1, threads=None)
+    with first.claimed():
+        workers.start()
+        compare(["--out", str(tmp_path / "out"), "--list"])
+    assert started == [f"--run={second.name}"]
+    assert workers.elsewhere == {first}
+    assert not (first.folder / "log.txt").exists()
+    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [second.name, third.name]
+    workers.at.clear()
+    workers.start()
+    assert started[1:] == [f"--run={first.name}"]
+
+
+def test_a_process_that_leaves_nothing_has_failed(tmp_path: Path) -> None:
+    """Though it says that it succeeded; else it would be started again and again."""
+    comparison = Comparison(tmp_path / "out", plan("A", seeds=[1]))
+    (run,) = comparison.runs()
+    workers = module.Workers(comparison, jobs=1, threads=None)
+    for status, failed in ((module.ELSEWHERE, set()), (0, {run})):
+        workers.at[run] = SimpleNamespace(poll=lambda status=status: status), 0
+        workers.collect()
+        assert (workers.at, workers.failed) == ({}, failed)
 
 
 # ---- real runs ------------------------------------------------------------------------------------------------------
@@ -202,6 +329,9 @@ def test_the_rows_of_the_test_are_the_test(ran: Any) -> None:
         assert statistics.mean(row["length"] for row in rows) == pytest.approx(figures["response_length"])
         prompts.append([row["prompt"] for row in rows])
     assert prompts[0] == prompts[1]
+    assert [json.loads((ran.out / "chosen.json").read_text())[m]["setting"] for m in ran.plan.methods] == [
+        "default"
+    ] * 2
 
 
 def test_a_finished_run_is_not_repeated(ran: Any) -> None:
@@ -218,24 +348,70 @@ def test_a_number_that_cannot_be_sampled(shelf: Shelf, tmp_path: Path) -> None:
         work(comparison, comparison.runs()[0])
 
 
+def test_a_run_that_ends_early_is_not_finished(shelf: Shelf, tmp_path: Path) -> None:
+    early = arguments(shelf) | {
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": 2,
+        "trainer.limit_val_batches": 0,
+    }
+    comparison = Comparison(tmp_path / "out", plan("RLOO", early, seeds=[1]))
+    (run,) = comparison.runs()
+    with pytest.raises(InputError, match="ended at step 2 of 8; take away what ended it"):
+        work(comparison, run)
+    assert run.result is None
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module._commit() is None
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def test_a_list_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(["--out", str(tmp_path / "out"), "--methods", "GradeSTE,RLOO", "--seeds", "1,2", "--list"])
+    out = str(tmp_path / "out")
+    compare(["--out", out, "--methods", "GradeSTE,RLOO", "--seeds", "1,2", "--completions=32", "--list"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"grade-compare --out {tmp_path / 'out'} --run GradeSTE/default/seed_1"
     assert len(lines) == 4
 
 
 def test_what_stands_behind_the_line_is_for_all(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    compare(["--out", out, "--methods=RLOO", "--arguments.model.beta=1", "--list", "--", "--data.seed", "3", "--a=b=c"])
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).touch()
+    own = ["--out", str(tmp_path / "out"), "--methods=RLOO", "--completions=32", "--arguments.model.beta=1", "--list"]
+    compare([*own, "--", "--data.seed", "3", "--a=b=c", "--config", "a.yaml", "--config=b.yaml", "--x+=1", "--x+=2"])
     assert yaml.safe_load((tmp_path / "out/plan.yaml").read_text())["arguments"] == {
         "model.beta": 1,
         "data.seed": "3",
         "a": "b=c",
+        "config": ["a.yaml", "b.yaml"],
+        "x+": ["1", "2"],
     }
-    for wrong in (["--data.seed"], ["3", "--data.seed"]):
-        with pytest.raises(SystemExit):
-            compare(["--out", out, "--methods=RLOO", "--list", "--", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("-- --data.seed", "one value each"),
+        ("-- 3 --data.seed", "one value each"),
+        ("-- --data.seed 3 --data.seed=4", "--data.seed stands there twice"),
+        ("--seeds 1,2", "seeds: given without methods; give the whole plan"),
+        ("--completions 9600 -- --data.seed 3", "completions, arguments: given without methods"),
+        ("--run foo", "--run foo: not in the plan; give METHOD/SETTING/seed_N, such as RLOO/default/seed_1"),
+        ("--run RLOO/default/seed_x", "not in the plan"),
+        ("--run NOPE/default/seed_1", "not in the plan"),
+        ("--run RLOO/lr=1/seed_1", "not in the plan"),
+        ("--run RLOO/default/seed_3", "not in the plan"),
+        ("--jobs 0", "jobs = 0: must be 1 or more"),
+        ("--threads 0", "threads = 0: must be 1 or more"),
+    ],
+)
+def test_a_wrong_command(wrong: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Comparison(tmp_path / "out", plan("RLOO", seeds=[1, 2]))
+    assert says in refused(capsys, "--out", str(tmp_path / "out"), *wrong.split())
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"plan.yaml", "lock"}
 
 
 @pytest.mark.slow
