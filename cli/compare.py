@@ -41,6 +41,7 @@ ELSEWHERE = 75
 
 _PLANNED = {"model", "seed_everything", "ckpt_path", "output"}
 _PLANNED |= {f"trainer.{name}" for name in ("default_root_dir", "max_steps", "val_check_interval", "devices")}
+"""Arguments that the plan sets for each run."""
 
 
 @dataclass
@@ -326,7 +327,7 @@ def _joined(there: Plan, plan: Plan, path: Path) -> Plan:
 
 def _digests(plan: Plan) -> dict[str, str]:
     """Of the configuration files that a plan names."""
-    named = [one.get("config", []) for one in (plan.arguments, *plan.methods.values(), plan.grid)]
+    named = [one.get("config") or [] for one in (plan.arguments, *plan.methods.values(), plan.grid)]
     digests = {}
     for path in [path for value in named for some in _each(value) for path in _each(some)]:  # a point may hold several
         try:
