@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -23,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # imported whole, so that bare class names are known
@@ -46,7 +48,7 @@ from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
 from .preflight import preflight
-from .resume import find_start
+from .resume import _latest, find_start
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -273,7 +275,7 @@ def validate(args: ArgsType = None) -> None:
 
 
 def test(args: ArgsType = None) -> None:
-    """`grade-test`: measure on the test split."""
+    """`grade-test`: measure on the test split; what a run ends with is left in its folder, for the report."""
     _run(args, "test")
 
 
@@ -287,11 +289,48 @@ def _run(args: ArgsType, command: str) -> None:
         cli = build(args, command)
         entry = getattr(cli.trainer, command)
         kwargs = {"return_predictions": False} if command == "predict" else {}
+        folder = _run_to_test(cli) if command == "test" else None
+        if folder is not None and cli.trainer.world_size == 1:  # of several processes each has a part of the lines
+            lines = folder / "test.jsonl"
+            if not cli.config.output or Path(cli.config.output).resolve() != lines.resolve():
+                cli.trainer.callbacks.append(PredictionWriter(str(lines)))  # type: ignore[attr-defined]
         with _no_trace_of_what_never_began(cli.trainer), _all_end_together(cli.trainer):
-            entry(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, **kwargs)
+            found = entry(
+                cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, **kwargs
+            )
+        if folder is not None and cli.trainer.is_global_zero:
+            print(f"written: {write_test(found[0], folder)}")
         if command == "predict" and cli.trainer.is_global_zero:
             writer = next(c for c in cli.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
             print(f"written: {writer.path}")
+
+
+def _run_to_test(cli: GradeCLI) -> Path | None:
+    """The folder of the run whose last checkpoint is measured, unless it has a test or cannot be written to."""
+    checkpoint = cli.start.checkpoint
+    if checkpoint is None or not isinstance(cli.model, AlignmentModule) or cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    folder = checkpoint.parent.parent
+    if not (folder / "config.yaml").is_file() or _latest(folder) != checkpoint or not os.access(folder, os.W_OK):
+        return None
+    for path in (folder / "test.json", folder / "test.jsonl"):
+        if path.exists():
+            rank_zero_info(f"{path}: is there already and stays; remove it to have this test in its place")
+            return None
+    return folder
+
+
+def write_test(metrics: Mapping[str, float], folder: Path) -> Path:
+    """What `trainer.test` found, as `test.json` in the run's folder: all of it or nothing.
+
+    Args:
+        metrics: `test/reward` and so on.
+        folder: the run's; `test.jsonl` beside it has the lines of a `PredictionWriter`.
+    """
+    path = folder / "test.json"
+    part = path.with_name("test.json.part")
+    part.write_text(json.dumps({name.removeprefix("test/"): value for name, value in metrics.items()}, indent=1))
+    return part.replace(path)
 
 
 @contextmanager

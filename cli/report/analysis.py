@@ -1,10 +1,10 @@
 """What the runs say: results, differences, curves, gaps, and the sentence that follows from them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,12 +62,15 @@ def arms(study: Study, chosen: bool = True) -> list[Arm]:
 
 
 def judges_of(run: Run) -> set[str]:
-    """Names `rewards/…` that were measured but not trained on: a part of the training reward is logged in training."""
+    """Names `rewards/…` that were measured but not trained on: a part of the training reward is logged in training.
+
+    Without logs of the training none is known.
+    """
+    if "train/reward" not in run.curves:
+        return set()
     measured = {name.removeprefix("val/") for name in run.curves if name.startswith("val/rewards/")}
     measured |= {name for name in run.test if name.startswith("rewards/")}
-    figures = run.rows.figures if run.rows is not None else {}
-    same = {name for name in figures if name != "reward" and np.array_equal(figures[name], figures["reward"], True)}
-    return measured - set(run.curves) - same
+    return measured - set(run.curves)
 
 
 def judges(arms: Sequence[Arm]) -> list[str]:
@@ -312,11 +315,15 @@ def noise_kind(arms: Sequence[Arm]) -> str | None:
     return next((kind for kind in ("probe", "grad") if f"{kind}/relative_std" in names), None)
 
 
-def absent(arms: Sequence[Arm]) -> list[str]:
-    """What is missing for a comparison although each run is sound."""
+def absent(arms: Sequence[Arm], planned: Collection[str] = ()) -> list[str]:
+    """What is missing for a comparison although each run is sound; seeds only of methods that are not `planned`."""
     seeds = set().union(*(arm.seeds for arm in arms))
     logged = {name for arm in arms for run in arm.runs for name in run.curves}
-    return [f"{arm.label}: {line}." for arm in arms for line in _absent(arm, seeds, logged)]
+    return [
+        f"{arm.label}: {line}."
+        for arm in arms
+        for line in _absent(arm, set() if arm.method in planned else seeds, logged)
+    ]
 
 
 def _absent(arm: Arm, seeds: set[int], logged: set[str]) -> Iterator[str]:
@@ -355,33 +362,73 @@ def facts(run: Run) -> dict[str, str]:
 def mixed(study: Study) -> list[str]:
     """In what the runs differ although they should not."""
     known = [found for run in study.runs if (found := facts(run))]
-    values = {name: sorted({one.get(name, "unknown") for one in known}) for one in known for name in one}
+    names = dict.fromkeys(name for one in known for name in one)
+    return _differing([{name: one.get(name, "unknown") for name in names} for one in known])
+
+
+def tasks(arms: Sequence[Arm]) -> list[str]:
+    """In what the methods' data, reward and sampler differ, by the configurations that are there."""
+    return _differing([dict(_task(run.config)) for arm in arms for run in arm.runs])
+
+
+def _task(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in _leaves("", config):
+        match name.split(".")[1:]:
+            case ["data", "num_workers"]:
+                pass
+            case ["data", *_] | ["model", "reward" | "sampler", *_]:
+                yield name.removeprefix("."), value
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Dotted names and values; a class is the value of the name that it fills."""
+    if not isinstance(value, dict):
+        yield name, str(value)
+        return
+    yield name, str(value.get("class_path", "given"))
+    inner = value.get("init_args") if "class_path" in value else value
+    for key, part in inner.items() if isinstance(inner, dict) else ():
+        yield from _leaves(f"{name}.{key}", part)
+
+
+def _differing(known: Sequence[dict[str, str]]) -> list[str]:
+    """Names with several values, and these."""
+    values = {name: sorted({one[name] for one in known if name in one}) for one in known for name in one}
     return [f"{name} ({', '.join(them)})" for name, them in values.items() if len(them) > 1]
 
 
-def verdict(arms: Sequence[Arm], pairs: Sequence[Difference]) -> str:
-    """One or two sentences that the numbers bear; `pairs` are the differences of test rewards."""
+def verdict(arms: Sequence[Arm], pairs: Sequence[Difference], lost: Sequence[str] = ()) -> str:
+    """What the numbers bear, in a few sentences.
+
+    Args:
+        arms: the methods that are compared.
+        pairs: the differences of their test rewards.
+        lost: further methods that were to be compared.
+    """
     ranked = sorted(((measure(arm, "reward"), arm) for arm in arms if arm.tested), key=lambda p: -p[0].mean)
     if not ranked:
         return "No finished run was tested: nothing can be said about the test reward."
     (best, top), rivals = ranked[0], [arm for _, arm in ranked[1:]]
+    untested = [arm.label for arm in arms if not arm.tested]
+    untested += [method for method in lost if all(arm.method != method for arm in arms)]
+    silent = f" Of {', '.join(untested)} there is no test result." if untested else ""
     width = "" if math.isnan(best.half_width) else f" ± {best.half_width:.3f}"
     kl = measure(top, "kl").mean
     at = "" if math.isnan(kl) else f" at a KL of {kl:.1f} nats"
     figures = f"{best.mean:.3f}{width}{at} ({best.seeds} seed{'s' if best.seeds > 1 else ''})"
     if not rivals:
-        return f"{top.label} has a test reward of {figures}; there is nothing to compare it with."
+        text = f"{top.label} has a test reward of {figures}"
+        return f"{text}.{silent}" if silent else f"{text}; there is nothing to compare it with."
     own = [pair for pair in pairs if top in (pair.first, pair.second) and pair.first.tested and pair.second.tested]
     text = f"{top.label} has the highest mean test reward, {figures}. "
     if not any(pair.test for pair in own):
         why = "; ".join(sorted({pair.why_not for pair in own}))
-        return f"{text}Whether that is more than chance cannot be said ({why})."
-    above: list[str] = []
-    rest: list[str] = []
+        return f"{text}Whether that is more than chance cannot be said ({why}).{silent}"
+    said: dict[str, list[str]] = {"significantly above": [], "not significantly above": [], "not tested against": []}
     for pair in own:
         rival = pair.second if pair.first is top else pair.first
         ahead = pair.estimate is not None and (pair.estimate.mean > 0) == (pair.first is top)
-        (above if ahead and pair.significant else rest).append(rival.label)
-    said = [f"significantly above {', '.join(above)}"] if above else []
-    said += [f"not significantly above {', '.join(rest)}"] if rest else []
-    return f"{text}It is {' and '.join(said)} (paired by prompt, seeds as the unit, Holm-corrected, level 0.05)."
+        how = "" if ahead and pair.significant else "not "
+        said["not tested against" if pair.test is None else f"{how}significantly above"].append(rival.label)
+    it = " and ".join(f"{how} {', '.join(labels)}" for how, labels in said.items() if labels)
+    return f"{text}It is {it} (paired by prompt, seeds as the unit, Holm-corrected, level 0.05).{silent}"

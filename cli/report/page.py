@@ -138,9 +138,10 @@ def render(
     names = [name for name in _names(arms, beta) if name not in ("kl", *PLAIN)]
     pairs = {name: analysis.differences(arms, name, beta) for name in names}
     drifts = list(analysis.drifts(arms))
-    missing = [*study.missing, *analysis.absent(arms)]
+    missing = [*study.missing, *analysis.absent(arms, study.planned)]
     missing += sorted({f"{d.first.label} and {d.second.label}: {d.why_not}." for d in pairs["reward"] if d.why_not})
     warnings = [f"Mixed versions: the runs differ in {line}." for line in analysis.mixed(study)]
+    warnings += [f"Not the same task: the methods differ in {line}." for line in analysis.tasks(arms)]
     warnings += [
         f"Reward hacking? {d.arm.label}: on validation the training reward rose by {number(d.reward)} while "
         f"{_title(d.judge)} fell by {number(-d.change)} ({d.hacked} of {d.seeds} seeds)."
@@ -152,7 +153,7 @@ def render(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
         title=f"Comparison of {labels if len(arms) < 7 else len(arms)}" if len(arms) > 1 else f"Report on {labels}",
-        verdict=analysis.verdict(arms, pairs["reward"]),
+        verdict=analysis.verdict(arms, pairs["reward"], study.lost),
         warnings=warnings,
         beta=beta,
         results=results(arms, beta),
@@ -255,4 +256,6 @@ def _made(study: Study) -> str:
     for run in study.runs:
         for name, value in analysis.facts(run).items():
             known.setdefault(name, {})[value] = None
-    return "; ".join(f"{name} {', '.join(values)}" for name, values in known.items())
+    made = [f"{name} {', '.join(values)}" for name, values in known.items()]
+    again = sum(bool(run.about.get("from_step")) for run in study.runs)
+    return "; ".join([*made, *([f"{again} of them interrupted, and gone on with"] if again else [])])

@@ -1,9 +1,10 @@
 """What runs left behind, read with suspicion: what is absent or damaged is named, never guessed."""
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.compat.tensorflow_stub import errors  # type: ignore[import-untyped]
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New  # type: ignore[import-untyped]
 
@@ -28,7 +29,7 @@ class Curve:
     """As TensorBoard counts them."""
     values: Array
     seconds: Array
-    """Since the first record of the run."""
+    """Since the first record of the run, without the pauses before it went on."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Run:
     """Its setting is the one that is compared."""
     about: dict[str, Any] = field(default_factory=dict)
     """What run.json says: command, commit, versions, hardware …"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The flags that it saved."""
     curves: dict[str, Curve] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     """Test metrics without their stage; empty where it was not tested."""
@@ -69,6 +72,10 @@ class Study:
     plans: list[str] = field(default_factory=list)
     betas: set[float] = field(default_factory=set)
     """Coefficients of the KL by which the plans chose."""
+    planned: set[str] = field(default_factory=set)
+    """Methods whose absent runs a plan has told."""
+    lost: list[str] = field(default_factory=list)
+    """Methods that were to be compared, of which no setting can be."""
     missing: list[str] = field(default_factory=list)
     """One sentence for each thing that is absent or damaged."""
 
@@ -100,19 +107,25 @@ def read(folders: Iterable[Path]) -> Study:
 
 
 def _comparison(folder: Path, study: Study) -> list[Run]:
-    study.plans += _plan(folder / "plan.yaml", study.betas)
+    plan = _plan(folder / "plan.yaml", study)
+    methods: dict[str, None] = {}
     chosen: dict[str, str] = {}
     lost = "the settings that were tested count as chosen"
     for method, entry in _json(folder / "chosen.json", study.missing, lost).items():
         entry = entry if isinstance(entry, dict) else {}
+        methods[method] = None
         if isinstance(entry.get("setting"), str):
             chosen[method] = entry["setting"]
         if isinstance(values := entry.get("objectives"), dict):
             study.objectives |= {(method, name): _number(x) for name, x in values.items()}
-    found = []
+    found, foreign = [], []
     for place in sorted(folder.glob("runs/*/*/seed_*"), key=_numbered):
         method, setting, seed = place.parts[-3], place.parts[-2], place.name.removeprefix("seed_")
         if not seed.isdigit():
+            continue
+        methods[method] = None
+        if plan is not None and (method not in plan.methods or int(seed) not in plan.seeds):
+            foreign.append(f"{method}/{setting}/{place.name}")
             continue
         lost = "the run is not finished and is left out"
         if not (about := _json(place / "run.json", study.missing, lost)):
@@ -122,8 +135,8 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
             continue
         tested = (place / "test.json").exists()
         run = Run(place, method, setting, int(seed), chosen[method] == setting if method in chosen else tested, about)
-        for version in sorted(place.glob("*/version_*"), key=_numbered, reverse=True):
-            run.curves = _scalars(version, study.missing)
+        for logs in _logs(place, about):
+            run.curves, run.config = _scalars(logs, study.missing), _yaml(logs / "config.yaml")
             if any(name.startswith("val/") for name in run.curves):
                 break  # a later one may be of a test
         if run.chosen:
@@ -132,30 +145,83 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
         found.append(run)
     if not found:
         study.missing.append(f"{folder}: no finished run in it.")
+    if foreign:
+        study.missing.append(f"{folder}: not in its plan, and left out: {', '.join(foreign)}.")
+    for method in methods if plan is None else plan.methods:
+        own = [run for run in found if run.method == method]
+        if not any(run.chosen for run in own):
+            known = {name: x for (other, name), x in study.objectives.items() if other == method}
+            values = [f"{name} {x:.4g}" if math.isfinite(x) else f"{name} not finite" for name, x in known.items()]
+            why = "no finished run at its chosen setting" if method in chosen else "no setting was chosen or tested"
+            said = f" (objectives on validation: {', '.join(values)})" if values else ""
+            study.missing.append(f"{method}: {why}{said}.")
+            study.lost.append(method)
+        if plan is not None:
+            study.planned.add(method)
+            study.missing += [f"{method}: {line}, which the plan has." for line in plan.absent(own)]
     return found
 
 
-def _plan(path: Path, betas: set[float]) -> list[str]:
+def _logs(place: Path, about: dict[str, Any]) -> list[Path]:
+    """Where a run's curves may lie: as it says itself; else the last version or job goes first."""
+    own = place / str(about.get("folder", ""))
+    known = [own] if own != place and own.is_dir() and own.resolve().is_relative_to(place.resolve()) else []
+    others = [path for kind in ("version", "job") for path in place.glob(f"*/{kind}_*")]
+    return list(dict.fromkeys(known + sorted(others, key=_numbered, reverse=True)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a comparison was to have."""
+
+    methods: list[str]
+    seeds: list[int]
+    points: list[dict[str, Any]]
+    """Of the grid, which is gone through with the first seed."""
+
+    def absent(self, runs: Sequence[Run]) -> Iterator[str]:
+        """What a method's finished runs lack."""
+        seeds = {run.seed for run in runs if run.chosen} or {run.seed for run in runs}
+        if lost := [str(seed) for seed in self.seeds if seed not in seeds]:
+            yield f"no finished run with seed {', '.join(lost)}"
+        there = [run.about.get("setting") for run in runs if run.seed == self.seeds[0]]
+        points = [",".join(f"{key}={x}" for key, x in point.items()) for point in self.points if point not in there]
+        if points and there:
+            yield f"no finished run with seed {self.seeds[0]} at {'; '.join(points)}"
+
+
+def _plan(path: Path, study: Study) -> _Plan | None:
+    """None where there is none, or none that is understood."""
     if not path.is_file():
-        return []
-    text = path.read_text(errors="replace")
+        return None
+    study.plans.append(path.read_text(errors="replace"))
+    plan = _yaml(path)
+    beta = _number(plan.get("beta"))
+    study.betas |= {beta} if beta > 0 else set()
+    methods, seeds, grid = (plan.get(name) for name in ("methods", "seeds", "grid"))
+    if not (isinstance(methods, dict) and isinstance(seeds, list) and isinstance(grid, dict)):
+        return None
+    if not (methods and seeds and all(type(seed) is int for seed in seeds)):
+        return None
+    if not all(isinstance(values, list) for values in grid.values()):
+        return None
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return _Plan(list(map(str, methods)), seeds, points)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """An object from a file; empty where there is none."""
     try:
-        plan = yaml.safe_load(text)
-    except yaml.YAMLError:
-        plan = None
-    beta = _number(plan.get("beta")) if isinstance(plan, dict) else math.nan
-    betas |= {beta} if beta > 0 else set()
-    return [text]
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> Run:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
+    config = _yaml(folder / "config.yaml")
+    if not config:
         study.missing.append(f"{folder}: no readable config.yaml; its seed is unknown, and shown as 0.")
-        config = {}
     seed = config.pop("seed_everything", 0)
     config.pop("ckpt_path", None)
     whole = folder.resolve()
@@ -165,6 +231,7 @@ def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> 
     taken = [setting for (other, _), setting in singles.items() if other == method]
     free = next(name for name in ("default", whole.name, str(whole)) if name not in taken)
     run = Run(folder, method, singles.setdefault(key, free), seed if isinstance(seed, int) else 0)
+    run.config = config
     run.curves = _scalars(folder, study.missing)
     study.missing.append(f"{folder}: a single run: nothing says whether it finished, nor its commit and versions.")
     tests = {name.removeprefix("test/"): c.values[-1] for name, c in run.curves.items() if name.startswith("test/")}
@@ -192,9 +259,13 @@ def _note_curves(run: Run, missing: list[str]) -> None:
 
 
 def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
-    """All scalars of a run; of several values at a step the first counts."""
+    """All scalars of a run; of several values at a step the first counts.
+
+    Where the run went on, what had been logged from that step on is dropped, as TensorBoard does, and the time that
+    passed since the last record that is kept.
+    """
     points: dict[str, dict[int, tuple[float, float]]] = {}
-    began = math.inf
+    began, pause = math.inf, 0.0
     files = sorted(folder.glob("events.out.tfevents*"))
     for path in files:
         reader, records = PyRecordReader_New(str(path)), 0
@@ -208,10 +279,16 @@ def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
                 missing.append(f"{path}: cut off or damaged after {records} records; what follows is left out.")
                 break
             records += 1
+            if event.session_log.status == SessionLog.START:
+                points = {name: {s: p for s, p in points[name].items() if s < event.step} for name in points}
+                points = {name: by_step for name, by_step in points.items() if by_step}
+                last = max((time for by_step in points.values() for time, _ in by_step.values()), default=math.inf)
+                began, pause = (began, event.wall_time - last) if points else (math.inf, 0.0)
             for value in event.summary.value:
                 if value.HasField("simple_value"):
-                    began = min(began, event.wall_time)
-                    points.setdefault(value.tag, {}).setdefault(event.step, (event.wall_time, value.simple_value))
+                    time = event.wall_time - pause
+                    began = min(began, time)
+                    points.setdefault(value.tag, {}).setdefault(event.step, (time, value.simple_value))
     if not points:
         missing.append(f"{folder}: {'empty TensorBoard logs' if files else 'no TensorBoard logs'}.")
     curves = {}

@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def printed_config(run: Run, capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_fit_leaves_a_log_a_config_a_checkpoint_and_a_model(finished: Finished) -> None:
     kinds = {path.name.split(".")[0] for path in finished.folder.iterdir()}
-    assert kinds - {"hparams"} == {"events", "config", "checkpoints", "export"}
+    assert kinds - {"hparams", "test"} == {"events", "config", "checkpoints", "export"}
     assert yaml.safe_load((finished.folder / "config.yaml").read_text())["model"]["class_path"].endswith(".GradeSTE")
     assert torch.load(finished.checkpoint, weights_only=True)["global_step"] == 4
 
@@ -248,6 +250,38 @@ def test_test_twice_gives_the_same_numbers(run: Run, finished: Finished, shelf: 
     assert "test/reward" in names
     for name in names:
         assert scalar(version(0), name) == scalar(version(1), name), name
+
+
+def test_test_leaves_what_it_found_with_the_run(
+    run: Run, finished: Finished, shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(finished.folder, tmp_path / "own", ignore=shutil.ignore_patterns("test*"))
+    shutil.copy(checkpoint(own), "alone.ckpt")
+    run("test", *shelf.all, "--ckpt_path=alone.ckpt")  # of no run
+    assert not Path("test.json").exists()
+    run("test", *shelf.all, f"--ckpt_path={own}", "--output=mine.jsonl")
+    assert f"written: {own / 'test.json'}" in capsys.readouterr().out
+    metrics = json.loads((own / "test.json").read_text())
+    assert metrics["reward"] == pytest.approx(scalar(version(1), "test/reward")[0])
+    assert Path("mine.jsonl").read_bytes() == (own / "test.jsonl").read_bytes()
+    rewards = [row["reward"] for row in rows(own / "test.jsonl")]
+    assert metrics["reward"] == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+    before = (own / "test.json").stat().st_mtime_ns
+    run("test", *shelf.all, f"--ckpt_path={own}")
+    assert "is there already and stays" in capsys.readouterr().err
+    assert (own / "test.json").stat().st_mtime_ns == before
+    (single,) = import_module("grade_lightning_cli.report.runs").read([own]).runs
+    assert len(single.rows.prompts) == len(rewards)
+
+
+def test_a_test_of_an_earlier_checkpoint_is_not_that_of_the_run(
+    run: Run, finished: Finished, shelf: Shelf, tmp_path: Path
+) -> None:
+    own = shutil.copytree(finished.folder, tmp_path / "own", ignore=shutil.ignore_patterns("test*"))
+    earlier = shutil.copy(checkpoint(own), own / "checkpoints" / "earlier.ckpt")
+    os.utime(earlier, (0, 0))
+    run("test", *shelf.all, f"--ckpt_path={earlier}")
+    assert not list(own.glob("test*"))
 
 
 def test_test_without_a_checkpoint_measures_the_start(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
@@ -34,6 +35,12 @@ def write_study(folder: Path, methods: Sequence[str], seeds: int) -> Path:
     (folder / "chosen.json").write_text(json.dumps(chosen))
     (folder / "plan.yaml").write_text("methods: many\nbeta: 0.01\n")
     return folder
+
+
+def plan(folder: Path, methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float] = ()) -> None:
+    """Write down what a comparison was to have."""
+    known = {"methods": {method: {} for method in methods}, "seeds": list(seeds), "grid": {"lr": list(rates)}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(known if rates else known | {"grid": {}}))
 
 
 def place(folder: Path, method: str = "RLOO", seed: int = 1) -> Path:

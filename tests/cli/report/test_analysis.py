@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml  # type: ignore[import-untyped]
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
@@ -68,6 +69,41 @@ def test_verdict_names_what_is_not(make: Make) -> None:
     assert "It is not significantly above GradeSTE (" in text
 
 
+def test_verdict_names_what_was_not_tested(make: Make) -> None:
+    folder = make(("GradeSTE", "RLOO", "PPO", "GRPO"))
+    for seed in (1, 2, 3):
+        write_test(place(folder, "PPO", seed), [row(f"other {i}", 0.1) for i in range(5)])
+        for path in place(folder, "GRPO", seed).glob("test*"):
+            path.unlink()
+    text = verdict(folder)
+    assert "It is significantly above RLOO and not tested against PPO (" in text
+    assert text.endswith("Of GRPO there is no test result.")
+
+
+def configure(folder: Path, data: Any, reward: Any = None, sampler: Any = None) -> None:
+    init = {"reward": reward, "sampler": sampler, "optimizer": {"lr": folder.name}, "judges": None}
+    config = {"seed_everything": 1, "data": data, "model": {"class_path": "any", "init_args": init}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"checkpoint": {"dirpath": str(folder)}}))
+
+
+def test_other_tasks_are_named(make: Make) -> None:
+    folder = make()
+    logs = sorted(folder.glob("runs/*/default/*/*/version_0"))
+    for path in logs[:-2]:
+        configure(path, {"batch_size": 4, "source": None, "num_workers": len(str(path))})
+    (logs[-2] / "config.yaml").write_text("[")
+    assert analysis.tasks(arms(folder)) == []
+    other = {"class_path": "FunctionReward", "init_args": {"function": "mine.f"}}
+    source = {"class_path": "LocalFiles", "init_args": {"train": "a.csv"}}
+    configure(logs[-1], {"batch_size": 8, "source": source, "num_workers": 0}, other, {"max_new_tokens": 6})
+    assert analysis.tasks(arms(folder)) == [
+        "data.batch_size (4, 8)",
+        "data.source (LocalFiles, None)",
+        "model.reward (FunctionReward, None)",
+        "model.sampler (None, given)",
+    ]
+
+
 @pytest.mark.parametrize(("seeds", "why"), [(1, "one seed: no test is possible"), (2, "two seeds: no test is made")])
 def test_few_seeds_have_no_test(make: Make, seeds: int, why: str) -> None:
     folder = make(seeds=seeds)
@@ -106,13 +142,16 @@ def test_one_method_has_nothing_to_compare_with(make: Make) -> None:
     assert verdict(make(("GradeSTE",))).endswith("(3 seeds); there is nothing to compare it with.")
 
 
-@pytest.mark.parametrize("lost", ["nothing", "*/version_0/events*", "test.jsonl"])
-def test_a_part_of_the_training_reward_is_no_judge(make: Make, lost: str) -> None:
-    """It is logged in training; without logs it is known by its values."""
+@pytest.mark.parametrize(
+    ("lost", "judges"),
+    [("nothing", ["rewards/truth"]), ("test.jsonl", ["rewards/truth"]), ("*/version_0/events*", [])],
+)
+def test_a_part_of_the_training_reward_is_no_judge(make: Make, lost: str, judges: list[str]) -> None:
+    """It is logged in training; without logs nothing is known of it, and none is named."""
     folder = make()
     for path in folder.glob(f"runs/*/*/*/{lost}"):
         path.unlink()
-    assert analysis.judges(arms(folder)) == ["rewards/truth"]
+    assert analysis.judges(arms(folder)) == judges
 
 
 def test_an_interval_that_reaches_zero_is_not_significant(make: Make) -> None:

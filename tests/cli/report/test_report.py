@@ -178,6 +178,17 @@ def test_one_seed_is_said_plainly(make: Make, tmp_path: Path) -> None:
     assert (out / "learning.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_what_was_interrupted_and_what_differs_is_on_the_page(make: Make) -> None:
+    folder = make(seeds=2)
+    path = place(folder) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_step": 50}))
+    for method, size in (("GradeSTE", 4), ("RLOO", 8)):
+        (place(folder, method) / method / "version_0" / "config.yaml").write_text(f"data: {{batch_size: {size}}}")
+    text = Page(main.report([folder]).read_text()).text
+    assert "1 of them interrupted, and gone on with" in text
+    assert "Not the same task: the methods differ in data.batch_size (4, 8)." in text
+
+
 def test_without_the_extra(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(main, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 from grade_lightning.errors import InputError
-from tests.cli.report.conftest import PROMPTS, Make, log, place, row, write_run, write_test
+from tests.cli.report.conftest import PROMPTS, Make, log, place, plan, row, write_run, write_test
 
 runs = import_module("grade_lightning_cli.report.runs")
 analysis = import_module("grade_lightning_cli.report.analysis")
@@ -26,7 +27,7 @@ def read(folder: Path) -> tuple[Any, dict[str, Any], str]:
     """The study, its methods by name, and all that is missing as one text."""
     study = runs.read([folder])
     arms = analysis.arms(study)
-    return study, {arm.label: arm for arm in arms}, "\n".join([*study.missing, *analysis.absent(arms)])
+    return study, {arm.label: arm for arm in arms}, "\n".join([*study.missing, *analysis.absent(arms, study.planned)])
 
 
 def event_file(run: Path) -> Path:
@@ -178,6 +179,114 @@ def test_the_last_version_with_a_validation_counts(make: Make) -> None:
         writer.add_scalar("test/reward", 0.1, 150)
     study, _, _ = read(folder)
     assert study.runs[3].curves["val/reward"].values[-1] == pytest.approx(1.35)
+
+
+@pytest.mark.parametrize("folder", ["RLOO/job_17_ab3e5f", "RLOO/version_0", "../seed_2/RLOO/job_17_ab3e5f", 3])
+def test_the_run_says_where_its_logs_are(make: Make, folder: Any) -> None:
+    study = make()
+    for seed in (1, 2):
+        log(place(study, seed=seed) / "RLOO" / "job_17_ab3e5f", 0.3 * seed)
+    path = place(study) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"folder": folder}))
+    last = runs.read([study]).runs[3].curves["val/reward"].values[-1]
+    if folder == "RLOO/job_17_ab3e5f":
+        assert last == pytest.approx(0.75)
+    else:  # never that of another run
+        assert 0.6 < last < 0.7
+
+
+def test_the_logs_of_a_job(make: Make) -> None:
+    folder = make()
+    own = place(folder) / "RLOO"
+    (own / "version_0").rename(own / "job_17_ab3e5f")
+    study, _, missing = read(folder)
+    assert missing == ""
+    assert len(study.runs[3].curves["val/reward"].values) == 4
+
+
+def go_on(logs: Path, step: int, time: float, points: list[tuple[int, float, float]]) -> None:
+    """Add what a run logged that went on at a step: steps, seconds since then and rewards."""
+    before = sorted(logs.iterdir())
+    with SummaryWriter(str(logs)) as writer:
+        writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)), walltime=time)
+        for at, seconds, reward in points:
+            writer.add_scalar("val/reward", reward, at, walltime=time + seconds)
+    (new,) = set(logs.iterdir()) - set(before)
+    new.rename(logs / f"events.out.tfevents.9999999999.{len(before)}")  # in the order of time, however fast it was
+
+
+def test_a_run_that_went_on_twice(make: Make) -> None:
+    """What was dropped does not count, nor any pause."""
+    folder = make()
+    logs = place(folder) / "RLOO" / "version_0"
+    go_on(logs, 100, 5000.0, [(109, 10, 0.2), (149, 50, 0.2)])
+    go_on(logs, 110, 9000.0, [(109, 1, 0.9), (149, 50, 0.3)])
+    curves = runs.read([folder]).runs[3].curves
+    assert curves["val/reward"].steps.tolist() == [0, 49, 99, 109, 149]
+    assert curves["val/reward"].values[-2:] == pytest.approx([0.2, 0.3])
+    assert curves["val/reward"].seconds[-3:] == pytest.approx([100, 110, 160])
+    assert curves["train/reward"].steps[-1] == 99
+
+
+def test_a_run_that_began_anew_in_its_folder(make: Make) -> None:
+    folder = make()
+    go_on(place(folder) / "RLOO" / "version_0", 0, 5000.0, [(0, 10, 0.2)])
+    ((name, curve),) = runs.read([folder]).runs[3].curves.items()
+    assert (name, curve.values, curve.seconds) == ("val/reward", pytest.approx([0.2]), [0])
+
+
+def test_runs_that_the_plan_has_and_are_not_there(make: Make) -> None:
+    folder = make(("GradeSTE", "RLOO", "PPO"))
+    plan(folder, ("GradeSTE", "RLOO", "GRPO"), (1, 2, 4), rates=(0.001, 0.01))
+    path = place(folder) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"setting": {"lr": 0.001}}))
+    study, arms, missing = read(folder)
+    assert {label: arm.seeds for label, arm in arms.items()} == {"GradeSTE": [1, 2], "RLOO": [1, 2]}
+    assert "RLOO: no finished run with seed 4, which the plan has." in missing
+    assert "RLOO: no finished run with seed 1 at lr=0.01, which the plan has." in missing
+    assert "GRPO: no setting was chosen or tested." in missing
+    assert "GRPO: no finished run with seed 1, 2, 4, which the plan has." in missing
+    assert "not in its plan, and left out: GradeSTE/default/seed_3, PPO/default/seed_1," in missing
+    assert "which others have" not in missing
+    assert study.lost == ["GRPO"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_plan_that_was_carried_out(make: Make, seed: int) -> None:
+    folder = make()
+    plan(folder, ("GradeSTE", "RLOO"), (1, 2, 3))
+    assert read(folder)[2] == ""
+    (place(folder, seed=seed) / "run.json").unlink()
+    assert f"RLOO: no finished run with seed {seed}, which the plan has." in read(folder)[2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["methods: many", "methods: [A]\nseeds: [1]\ngrid: {}", "methods: {A: }\nseeds: [x]\ngrid: {}", "{", "- 1", "\x00",
+     "methods: {A: }\nseeds: [1]\ngrid: {lr: 3}", "methods: {}\nseeds: []\ngrid: {}", "at: 2020-99-99"],
+)  # fmt: skip
+def test_a_plan_that_is_not_understood(make: Make, text: str) -> None:
+    folder = make()
+    (folder / "plan.yaml").write_text(text)
+    study, arms, missing = read(folder)
+    assert (missing, len(arms), len(study.runs)) == ("", 2, 7)
+    (place(folder, seed=3) / "run.json").unlink()
+    assert "RLOO: no finished run with seed 3, which others have." in read(folder)[2]
+
+
+def test_a_method_that_diverged_everywhere(make: Make) -> None:
+    folder = make(("GradeSTE", "PPO"))
+    chosen = json.loads((folder / "chosen.json").read_text())
+    chosen["PPO"] = {"setting": None, "objectives": {"default": None, "lr=0.001": None}}
+    (folder / "chosen.json").write_text(json.dumps(chosen))
+    for path in folder.glob("runs/PPO/*/*/test.json*"):
+        path.unlink()
+    study, arms, missing = read(folder)
+    assert list(arms) == ["GradeSTE"]
+    said = "PPO: no setting was chosen or tested (objectives on validation: default not finite, lr=0.001 not finite)."
+    assert said in missing
+    text = analysis.verdict(list(arms.values()), [], study.lost)
+    assert text.endswith("(3 seeds). Of PPO there is no test result.")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", '{"RLOO": 3}', UNDECIDED])
