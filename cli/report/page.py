@@ -141,7 +141,8 @@ def render(
     missing = [*study.missing, *analysis.absent(arms, study.planned)]
     missing += sorted({f"{d.first.label} and {d.second.label}: {d.why_not}." for d in pairs["reward"] if d.why_not})
     warnings = [f"Mixed versions: the runs differ in {line}." for line in analysis.mixed(study)]
-    warnings += [f"Not the same task: the methods differ in {line}." for line in analysis.tasks(arms)]
+    if tasks := analysis.tasks(arms):
+        warnings.append(f"Not the same task: the methods differ in {'; '.join(tasks)}.")
     warnings += [
         f"Reward hacking? {d.arm.label}: on validation the training reward rose by {number(d.reward)} while "
         f"{_title(d.judge)} fell by {number(-d.change)} ({d.hacked} of {d.seeds} seeds)."
