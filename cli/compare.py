@@ -446,10 +446,7 @@ def _test(comparison: Comparison, run: Run) -> None:
     (metrics,) = cli.trainer.test(
         cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, verbose=False
     )
-    _write(
-        run.folder / "test.json",
-        json.dumps({name.removeprefix("test/"): value for name, value in metrics.items()}, indent=1),
-    )
+    main.write_test(metrics, run.folder)
 
 
 def _commit() -> str | None:

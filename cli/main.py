@@ -48,7 +48,7 @@ from grade_lightning.policies.loading import BUNDLED
 
 from .parser import Parser
 from .preflight import preflight
-from .resume import _latest, find_start
+from .resume import find_start, latest
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -311,7 +311,7 @@ def _run_to_test(cli: GradeCLI) -> Path | None:
     if checkpoint is None or not isinstance(cli.model, AlignmentModule) or cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     folder = checkpoint.parent.parent
-    if not (folder / "config.yaml").is_file() or _latest(folder) != checkpoint or not os.access(folder, os.W_OK):
+    if not (folder / "config.yaml").is_file() or latest(folder) != checkpoint or not os.access(folder, os.W_OK):
         return None
     for path in (folder / "test.json", folder / "test.jsonl"):
         if path.exists():

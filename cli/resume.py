@@ -52,12 +52,12 @@ def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[s
         InputError: there is no such checkpoint, or it is damaged.
     """
     job = _job_folder(runs, args) if command == "fit" else None
-    if job is not None and (own := _latest(job)) is not None:
+    if job is not None and (own := latest(job)) is not None:
         checkpoint, folder = own, job
     elif ckpt_path is None:
         return Start(folder=job)
     elif ckpt_path == "last":
-        found = [path for folder in runs.glob("*/") if (path := _latest(folder)) is not None]
+        found = [path for folder in runs.glob("*/") if (path := latest(folder)) is not None]
         if not found and command == "fit":
             rank_zero_info(f"--ckpt_path last: no checkpoint in {runs} yet, so this run begins at the beginning")
             return Start(folder=job)
@@ -67,7 +67,7 @@ def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[s
         folder = checkpoint.parent.parent
     elif Path(ckpt_path).is_dir():
         folder = Path(ckpt_path)
-        if (own := _latest(folder)) is None:
+        if (own := latest(folder)) is None:
             raise InputError(f"{folder}: holds no checkpoint of a run; give --ckpt_path a run's folder or a .ckpt file")
         checkpoint = own
     else:
@@ -79,7 +79,7 @@ def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[s
     return Start(checkpoint, folder, step, method)
 
 
-def _latest(folder: Path) -> Path | None:
+def latest(folder: Path) -> Path | None:
     """The checkpoint of a run that was written last."""
     return max(folder.glob("checkpoints/*.ckpt"), key=_written, default=None)
 
@@ -97,7 +97,7 @@ def _job_folder(runs: Path, args: Sequence[str]) -> Path | None:
         return None
     digest = hashlib.blake2b(repr(list(args)).encode(), digest_size=3).hexdigest()
     name = f"job_{job}_{digest}"
-    earlier = [folder for folder in runs.glob(f"{name}*/") if _latest(folder) is not None]
+    earlier = [folder for folder in runs.glob(f"{name}*/") if latest(folder) is not None]
     if earlier and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         return max(earlier, key=lambda folder: _written(folder / "checkpoints"))
     return runs / (f"{name}_{len(earlier) + 1}" if earlier else name)
