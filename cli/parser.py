@@ -25,6 +25,7 @@ BASES: dict[str, type] = {
     "tau": Schedule,
     "source": Source,
 }
+APART = "grade_lightning.published"  # what its classes reproduce is nothing to choose
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value|^tip:"
 )
@@ -43,7 +44,8 @@ def choices(base: type) -> list[str]:
         subclasses: list[type] = type.__subclasses__(queue.pop())
         for sub in subclasses:
             queue.append(sub)
-            if sub.__module__.startswith("grade_lightning.") and not inspect.isabstract(sub):
+            ours = sub.__module__.startswith("grade_lightning.") and sub.__module__ != APART
+            if ours and not inspect.isabstract(sub):
                 found.add(sub.__name__)
     return sorted(found - {"TrainableModule", "DifferentiableReward"})
 
