@@ -205,18 +205,45 @@ def position(run: Run, curve: Curve, axis: str) -> Array | None:
 
 def band(arm: Arm, name: str, axis: str) -> Band | None:
     """Mean and range of a curve over the seeds that have it; None where none has."""
+    curves = [(run, curve) for run in arm.runs if (curve := clean(run, name))]
+    return _band([(curve, x) for run, curve in curves if (x := position(run, curve, axis)) is not None])
+
+
+def gap_band(arm: Arm) -> Band | None:
+    """Training reward less validation reward along the training, against steps."""
+    curves = [curve for run in arm.runs if (curve := gap(run))]
+    return _band([(curve, curve.steps) for curve in curves])
+
+
+def _band(curves: Sequence[tuple[Curve, Array]]) -> Band | None:
     columns = []
-    for run in arm.runs:
-        curve = clean(run, name)
-        x = None if curve is None else position(run, curve, axis)
-        if curve is not None and x is not None:
-            rows = zip(curve.steps, x, curve.values, strict=True)
-            columns.append({step: pair for step, *pair in rows if math.isfinite(pair[0])})
+    for curve, x in curves:
+        rows = zip(curve.steps, x, curve.values, strict=True)
+        columns.append({step: pair for step, *pair in rows if math.isfinite(pair[0])})
     shared = sorted(set(columns[0]).intersection(*columns[1:])) if columns else []
     if not shared:
         return None
     x, y = np.array([[column[step] for step in shared] for column in columns]).transpose(2, 0, 1)
     return Band(x.mean(0), y.mean(0), y.min(0), y.max(0))
+
+
+def coarse(band: Band, points: int = 40) -> Band:
+    """No more than so many points, each the mean of neighbours."""
+    groups = np.array_split(np.arange(len(band.x)), min(points, len(band.x)))
+    return Band(*(np.array([values[group].mean() for group in groups]) for values in band))
+
+
+def gap(run: Run) -> Curve | None:
+    """Mean training reward since the validation before, less validation reward; None where either is absent."""
+    train, val = clean(run, "train/reward"), clean(run, "val/reward")
+    if train is None or val is None:
+        return None
+    since = zip([-1.0, *val.steps], val.steps, strict=False)
+    parts = [train.values[(train.steps > low) & (train.steps <= high) & (high > 0)] for low, high in since]
+    kept = [i for i, part in enumerate(parts) if len(part)]
+    if not kept:
+        return None
+    return Curve(val.steps[kept], np.array([parts[i].mean() - val.values[i] for i in kept]), val.seconds[kept])
 
 
 def levels(arms: Sequence[Arm]) -> list[float]:
@@ -274,6 +301,34 @@ def gaps(arm: Arm) -> tuple[Estimate, Estimate]:
     return (
         over_seeds([last(run, "train/reward", 10) - reward for run, reward in test]),
         over_seeds([last(run, "val/reward") - reward for run, reward in test]),
+    )
+
+
+class Steadiness(NamedTuple):
+    """How steady a method was; NaN where nothing is known."""
+
+    within: float
+    """Standard deviation of the training reward over the last fifth of a run's logged steps, mean over seeds."""
+    between: float
+    """Standard deviation of the last validation reward over seeds."""
+    highest_kl: float
+    """Highest KL that was logged in training, nats per sequence, of all seeds."""
+    skipped: float
+    """Optimizer steps that were left out, of all seeds."""
+
+
+def steadiness(arm: Arm) -> Steadiness:
+    """How much rewards scatter in the end and from seed to seed, how far the policy went, and what was left out."""
+    rewards = [c.values for run in arm.runs if (c := clean(run, "train/reward"))]
+    ends = [x[-max(2, len(x) // 5) :].std(ddof=1) for x in rewards if len(x) > 1]
+    finals = np.array([x for run in arm.runs if math.isfinite(x := last(run, "val/reward"))])
+    kls = [c.values.max() for run in arm.runs if (c := clean(run, "train/kl"))]
+    skipped = [x for run in arm.runs if math.isfinite(x := last(run, "train/skipped_steps"))]
+    return Steadiness(
+        float(np.mean(ends)) if ends else math.nan,
+        float(finals.std(ddof=1)) if len(finals) > 1 else math.nan,
+        float(max(kls, default=math.nan)),
+        float(sum(skipped)) if skipped else math.nan,
     )
 
 

@@ -1,7 +1,9 @@
 """The figures: Okabe and Ito's colours, with line styles and markers that tell them apart without colour."""
 
 import io
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,24 @@ from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from .analysis import AXES, Arm, band, joined, noise_kind
+from .analysis import AXES, Arm, Band, band, coarse, gap_band, joined, measure, noise_kind
 from .runs import Study
 from .statistics import Array
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
-NAMES = ("frontier", "learning", "noise")
+NAMES = ("test", "frontier", "learning", "training", "noise")
+TRAINING = {
+    "train/reward": "training reward",
+    "train/kl": "KL, nats per sequence",
+    "train/entropy": "entropy, nats per token",
+    "train/response_length": "length, tokens",
+    "grad/norm": "gradient norm",
+    "train/loss": "loss, each method’s own",
+    "train/tau": "temperature τ of GRADE",
+}
+"""What is drawn of the training, where it was logged."""
 KINDS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "png": {"dpi": 160, "metadata": {"Software": None}},
@@ -34,10 +46,19 @@ _STYLE = {
 }
 
 
-def draw(study: Study, arms: Sequence[Arm]) -> dict[str, Figure]:
-    """All figures that there is something to see in, by name."""
+def draw(study: Study, arms: Sequence[Arm], measures: dict[str, str], beta: float | None) -> dict[str, Figure]:
+    """All figures that there is something to see in, by name.
+
+    Args:
+        study: all runs.
+        arms: the methods that are compared.
+        measures: what is shown of the test, with its title.
+        beta: coefficient of the KL in the objective.
+    """
     with style.context(["default", _STYLE]):
-        found = (frontier(study, arms), learning(arms), noise(arms))
+        found = (
+            test(arms, measures, beta), frontier(study, arms), learning(arms), training(arms), noise(arms)
+        )  # fmt: skip
     return {name: figure for name, figure in zip(NAMES, found, strict=True) if figure is not None}
 
 
@@ -64,13 +85,45 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
+def _plain(label: str) -> str:
+    """A name is no formula."""
+    return label.replace("$", r"\$")
+
+
 def _legend(figure: Figure) -> None:
     """One entry for each label, above all panels."""
     entries: dict[str, Artist] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label.replace("$", r"\$"), handle)  # a name is no formula
+            entries.setdefault(_plain(label), handle)
     figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=4, frameon=False)
+
+
+def test(arms: Sequence[Arm], measures: dict[str, str], beta: float | None) -> Figure | None:
+    """Test figures with their intervals, and the mean of every seed."""
+    shown = [(i, arm) for i, arm in enumerate(arms) if arm.tested]
+    if not shown:
+        return None
+    rows = -(-len(measures) // 2)
+    figure = Figure(figsize=(7, (0.6 + 0.26 * len(shown)) * rows + 0.3), layout="constrained")
+    panels = list(figure.subplots(rows, 2, sharey=True, squeeze=False).flat)
+    for (name, title), axis in zip(measures.items(), panels, strict=False):
+        for place, (i, arm) in enumerate(shown):
+            own = look(i)
+            seeds = [measure(replace(arm, runs=[run]), name, beta).mean for run in arm.tested]
+            axis.plot(seeds, [place] * len(seeds), own["marker"], color=own["color"], markerfacecolor="none", alpha=0.6)
+            found = measure(arm, name, beta)
+            width = [[found.half_width], [found.half_width]] if math.isfinite(found.half_width) else None
+            axis.errorbar(
+                [found.mean], [place], xerr=width, fmt=own["marker"], color=own["color"], markersize=7, capsize=3
+            )
+        axis.set(xlabel=f"test {title}", yticks=range(len(shown)), yticklabels=[_plain(arm.label) for _, arm in shown])
+        axis.grid(False, axis="y")
+        axis.locator_params(axis="x", nbins=5)
+    panels[0].invert_yaxis()  # of all: they share it
+    for axis in panels[len(measures) :]:
+        axis.remove()
+    return figure
 
 
 def frontier(study: Study, arms: Sequence[Arm]) -> Figure | None:
@@ -97,22 +150,36 @@ def frontier(study: Study, arms: Sequence[Arm]) -> Figure | None:
 
 def learning(arms: Sequence[Arm]) -> Figure | None:
     """Validation reward, mean and range over seeds, against everything that a method may cost."""
-    bands = {
-        axis: [(i, found) for i, arm in enumerate(arms) if (found := band(arm, "val/reward", axis))] for axis in AXES
+    panels = {
+        ("validation reward", label): [band(arm, "val/reward", axis) for arm in arms] for axis, label in AXES.items()
     }
-    shown = [axis for axis in AXES if bands[axis]]
+    return _bands(arms, panels, sharey=True)
+
+
+def training(arms: Sequence[Arm]) -> Figure | None:
+    """What was logged on the way, mean and range over seeds, against steps."""
+    panels = {
+        (label, "optimizer steps"): [band(arm, name, "steps") for arm in arms] for name, label in TRAINING.items()
+    }
+    panels["training − validation reward", "optimizer steps"] = [gap_band(arm) for arm in arms]
+    return _bands(arms, panels, sharey=False)
+
+
+def _bands(arms: Sequence[Arm], panels: dict[tuple[str, str], list[Band | None]], sharey: bool) -> Figure | None:
+    """Two panels side by side, where any method has a curve; norms are logarithmic."""
+    shown = {labels: bands for labels, bands in panels.items() if any(bands)}
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
     figure = Figure(figsize=(7, 2.6 * rows + 0.4), layout="constrained")
-    panels = list(figure.subplots(rows, 2, sharey=True, squeeze=False).flat)
-    for name, axis in zip(shown, panels, strict=False):
-        for i, found in bands[name]:
+    axes = list(figure.subplots(rows, 2, sharey=sharey, squeeze=False).flat)
+    for ((ylabel, xlabel), bands), axis in zip(shown.items(), axes, strict=False):
+        for i, found in [(i, coarse(found)) for i, found in enumerate(bands) if found]:
             axis.plot(found.x, found.mean, label=arms[i].label, **look(i))
             axis.fill_between(found.x, found.low, found.high, color=look(i)["color"], alpha=0.15, linewidth=0)
-        axis.set(xlabel=AXES[name], ylabel="validation reward")
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "norm" in ylabel else "linear")
         axis.locator_params(axis="x", nbins=5)
-    for axis in panels[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.remove()
     _legend(figure)
     return figure

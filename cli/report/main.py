@@ -60,7 +60,7 @@ def report(
         (beta,) = study.betas
     arms = analysis.arms(study)
     levels = reach or analysis.levels(arms)
-    drawn = figures.draw(study, arms)
+    drawn = figures.draw(study, arms, page.measures(arms, beta), beta)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         new = Path(name)

@@ -77,6 +77,11 @@ def probability(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def measures(arms: Sequence[Arm], beta: float | None) -> dict[str, str]:
+    """What has an interval in the test results, with its title."""
+    return {name: _title(name) for name in _names(arms, beta) if name not in PLAIN}
+
+
 def _names(arms: Sequence[Arm], beta: float | None) -> list[str]:
     return ["reward", *(["objective"] if beta is not None else []), "kl", *analysis.judges(arms), *PLAIN]
 
@@ -135,8 +140,7 @@ def render(
         beta: coefficient of the KL in the objective; None: the objective is left out.
         levels: rewards of which is said when they were reached.
     """
-    names = [name for name in _names(arms, beta) if name not in ("kl", *PLAIN)]
-    pairs = {name: analysis.differences(arms, name, beta) for name in names}
+    pairs = {name: analysis.differences(arms, name, beta) for name in measures(arms, beta) if name != "kl"}
     drifts = list(analysis.drifts(arms))
     missing = [*study.missing, *analysis.absent(arms, study.planned)]
     missing += sorted({f"{d.first.label} and {d.second.label}: {d.why_not}." for d in pairs["reward"] if d.why_not})
@@ -159,6 +163,7 @@ def render(
         beta=beta,
         results=results(arms, beta),
         judges=_drifts(drifts),
+        steady=_steady(arms),
         figures={name: base64.b64encode(data).decode() for name, data in figures.items()},
         reached=[
             _reached(arms, levels, axis)
@@ -208,6 +213,12 @@ def _differences(name: str, found: list[Difference]) -> Table:
         remark = "significant" if d.significant else d.why_not
         rows.append([f"{d.first.label} − {d.second.label}", *size, *tested, remark])
     return Table(header, rows, _title(name), text=(0, 4, 8))
+
+
+def _steady(arms: Sequence[Arm]) -> Table:
+    rows = [[arm.label, *map(number, analysis.steadiness(arm))] for arm in arms]
+    header = ["method", "reward’s std, last fifth", "std over seeds", "highest KL, nats", "steps left out"]
+    return Table(header, rows)
 
 
 def _drifts(drifts: list[analysis.Drift]) -> Table:

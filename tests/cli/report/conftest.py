@@ -90,6 +90,7 @@ def log(folder: Path, lift: float, steps: Sequence[int] = STEPS) -> None:
                 writer.add_scalar(f"val/{name}", value, step, walltime=1000.5 + (step + 1 if step else 0))
         for step in range(4, 150, 5):
             values = {"train/reward": 0.45 + lift * step / 150, "rewards/classifier": 0.5, "grad/variance": 2.0 + lift,
+                      "train/kl": 10 * lift * step / 150, "train/skipped_steps": 2.0, "grad/norm": 1.5,
                       "train/sampled_tokens": 100.0 * (step + 1), "train/reward_calls": 16.0 * (step + 1),
                       "grad/snr": float("nan") if step % 10 == 4 else 0.25, "grad/relative_std": 2.0,
                       "grad/relative_std_low": 1.5, "grad/relative_std_high": float("inf")}  # fmt: skip

@@ -219,6 +219,49 @@ def test_gap_is_over_seeds(make: Make) -> None:
     assert train.mean < val.mean  # the training reward is of the steps before
 
 
+def test_the_gap_is_of_the_steps_since_the_validation_before(make: Make) -> None:
+    (run, *others), arm = (found := arms(make())[0]).runs, found
+    steps, rewards = np.array([1.0, 3.0, 5.0, 7.0]), np.array([0.1, 0.2, 0.3, np.nan])
+    run.curves["train/reward"] = runs.Curve(steps, rewards, steps)
+    at = np.array([0.0, 3.0, 6.0, 9.0])
+    run.curves["val/reward"] = runs.Curve(at, np.array([0.0, 0.05, 0.1, 0.2]), at)
+    gap = analysis.gap(run)
+    assert gap.steps.tolist() == [
+        3.0,
+        6.0,
+    ]  # nothing was trained before the first, nor is known of the last
+    assert gap.values == pytest.approx([0.15 - 0.05, 0.3 - 0.1])
+    for other in others:
+        del other.curves["val/reward"]
+    assert analysis.gap_band(arm).mean == pytest.approx(gap.values)
+    del run.curves["train/reward"]
+    assert analysis.gap_band(arm) is None
+
+
+def test_a_curve_is_drawn_by_means_of_neighbours() -> None:
+    x = np.arange(100.0)
+    band = analysis.Band(x, 2 * x, x, 3 * x)
+    few = analysis.coarse(band, 4)
+    assert few.x.tolist() == [12.0, 37.0, 62.0, 87.0]
+    assert few.mean.tolist() == (2 * few.x).tolist()
+    assert analysis.coarse(band, 1000).high.tolist() == band.high.tolist()
+
+
+def test_how_steady_a_method_was(make: Make) -> None:
+    arm = arms(make())[0]
+    found = analysis.steadiness(arm)
+    ends = [run.curves["val/reward"].values[-1] for run in arm.runs]
+    assert found.between == pytest.approx(np.std(ends, ddof=1))
+    assert found.within == pytest.approx(
+        np.mean([np.std(run.curves["train/reward"].values[-6:], ddof=1) for run in arm.runs])  # of 30 logs
+    )
+    assert found.highest_kl == max(run.curves["train/kl"].values.max() for run in arm.runs)
+    assert found.skipped == 6.0
+    for run in arm.runs:
+        run.curves.clear()
+    assert all(math.isnan(x) for x in analysis.steadiness(arm))
+
+
 def test_mixed_versions_are_named(make: Make) -> None:
     folder = make()
     assert analysis.mixed(runs.read([folder])) == []

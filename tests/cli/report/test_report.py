@@ -16,6 +16,9 @@ from tests.cli.report.conftest import PROMPTS, Make, place, row, write_study, wr
 
 main = import_module("grade_lightning_cli.report.main")
 page = import_module("grade_lightning_cli.report.page")
+figures = import_module("grade_lightning_cli.report.figures")
+runs = import_module("grade_lightning_cli.report.runs")
+analysis = import_module("grade_lightning_cli.report.analysis")
 NASTY = "</p><script>alert('x')</script> <img src=https://evil.example/a.png> {{ 7 * 7 }} & \u202e \ud800"
 ODD = "RLOO_#1$^$"  # no formula, either
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -62,7 +65,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_is_sound_and_loads_nothing(study: Path) -> None:
     text = (study / "report" / "report.html").read_text()
     seen = Page(text)
-    assert len(seen.loaded) == 3  # the figures
+    assert len(seen.loaded) == len(figures.NAMES)
     assert all(value.startswith("data:image/svg+xml;base64,") for value in seen.loaded)
     assert not {"script", "link", "iframe", "object"} & seen.tags
     assert not re.search(r"@import|url\(", text)
@@ -84,7 +87,7 @@ def test_completions_are_text(study: Path) -> None:
 
 def test_every_part_is_there(study: Path) -> None:
     seen = Page((study / "report" / "report.html").read_text()).text
-    for heading in ("Test results", "Training reward and judges", "Reward against KL", "Learning curves",
+    for heading in ("Test results", "Training reward and judges", "Reward against KL", "Learning curves", "Training",
                     "Noise of the gradient", "Generalisation gap", "Differences", "Settings",
                     "Completions side by side", "What is missing", "How it was made"):  # fmt: skip
         assert heading in seen
@@ -105,6 +108,21 @@ def test_the_csv_reads_back(study: Path) -> None:
     assert (whole["seeds"], whole["covers"]) == ("3", "seeds and prompts")
     objective = float(of[ODD, "all", "objective"]["mean"])
     assert objective == pytest.approx(float(whole["mean"]) - 0.05)
+
+
+def test_every_panel_says_what_it_shows(study: Path) -> None:
+    found = runs.read([study])
+    arms = analysis.arms(found)
+    drawn = figures.draw(found, arms, page.measures(arms, 0.01), 0.01)
+    labels = {name: [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes] for name, figure in drawn.items()}
+    assert list(labels) == list(figures.NAMES)
+    names = ["reward", "objective", "KL, nats", "judge truth"]
+    assert labels.pop("test") == [(f"test {name}", "") for name in names]
+    assert [label.get_text() for label in drawn["test"].axes[0].get_yticklabels()] == ["GradeSTE", figures._plain(ODD)]
+    assert [y for _, y in labels["training"]] == [
+        "training reward", "KL, nats per sequence", "gradient norm", "training − validation reward"
+    ]  # fmt: skip
+    assert all(x and y for panels in labels.values() for x, y in panels)
 
 
 def test_latex_is_escaped(study: Path) -> None:
@@ -135,7 +153,7 @@ def test_again_gives_the_same_bytes_and_leaves_other_files(study: Path) -> None:
     before = digests(study / "report")
     assert sorted(before) == sorted(
         ["report.html", "results.csv", "results.tex"]
-        + [f"{name}.{kind}" for name in ("frontier", "learning", "noise") for kind in ("png", "pdf")]
+        + [f"{name}.{kind}" for name in figures.NAMES for kind in ("png", "pdf")]
     )
     (study / "report" / "notes.txt").write_text("mine")
     main.report([study])  # β is in the plan
