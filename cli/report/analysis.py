@@ -10,6 +10,7 @@ import numpy as np
 
 from .runs import Curve, Run, Study
 from .statistics import Array, Estimate, PairedTest, crossed_interval, holm, paired_test
+from .wording import interval, number
 
 AXES = {
     "steps": "optimizer steps",
@@ -33,9 +34,8 @@ class Arm:
 
     @property
     def tested(self) -> list[Run]:
-        """Its runs with a test: those with sound prompts, if any has."""
-        whole = [run for run in self.runs if run.rows is not None]
-        return whole or [run for run in self.runs if run.test]
+        """Its runs with a test."""
+        return [run for run in self.runs if run.test]
 
     @property
     def seeds(self) -> list[int]:
@@ -78,6 +78,11 @@ def judges(arms: Sequence[Arm]) -> list[str]:
     return sorted(set().union(*(judges_of(run) for arm in arms for run in arm.runs)))
 
 
+def trained_on(arm: Arm, name: str) -> bool:
+    """Whether the method has for its reward, or a part of it, what is another's judge."""
+    return name.startswith("rewards/") and any(name in run.curves for run in arm.runs)
+
+
 # ---- test results ---------------------------------------------------------------------------------------------------
 
 
@@ -102,10 +107,13 @@ def measure(arm: Arm, name: str, beta: float | None = None) -> Estimate:
         return Estimate(math.nan, math.nan, "", 0, 0, 0)
     if name in PLAIN:
         return crossed_interval(np.array([[run.test.get(name, math.nan)] for run in runs]))
-    values = [_values(run, name, beta) for run in runs]
+    measured = [(run, x) for run in runs if np.isfinite(x := _values(run, name, beta)).any()]
+    if not measured:
+        return Estimate(math.nan, math.nan, "", 0, 0, 0)
+    runs, values = [run for run, _ in measured], [x for _, x in measured]
     if _same_prompts(runs):
         return crossed_interval(np.stack(values))
-    found = crossed_interval(np.array([[np.nanmean(x) if np.isfinite(x).any() else math.nan] for x in values]))
+    found = crossed_interval(np.array([[x[np.isfinite(x)].mean()] for x in values]))
     return found._replace(left_out=sum(int((~np.isfinite(x)).sum()) for x in values))
 
 
@@ -129,19 +137,21 @@ class Difference(NamedTuple):
 
 
 def differences(arms: Sequence[Arm], name: str, beta: float | None = None) -> list[Difference]:
-    """All pairs of methods by a figure; p-values are corrected over them."""
-    found = [_difference(one, two, name, beta) for one, two in combinations(arms, 2)]
+    """All pairs of methods by a figure, if it is a judge of those not trained on it; p is corrected over them."""
+    judged = [arm for arm in arms if not trained_on(arm, name)]
+    found = [_difference(one, two, name, beta) for one, two in combinations(judged, 2)]
     corrected = iter(holm([d.test.p for d in found if d.test]))
     return [d._replace(p=next(corrected)) if d.test else d for d in found]
 
 
 def _difference(first: Arm, second: Arm, name: str, beta: float | None) -> Difference:
     other = {run.seed: run for run in second.tested}
-    pairs = [(run, other[run.seed]) for run in first.tested if run.seed in other]
+    both = [(run, other[run.seed]) for run in first.tested if run.seed in other]
+    pairs = [pair for pair in both if all(run.rows is not None for run in pair)]
     estimate, test, why = None, None, ""
-    if not pairs:
+    if not both:
         why = "no seed was tested with both"
-    elif not _same_prompts([run for pair in pairs for run in pair]):
+    elif not pairs or not _same_prompts([run for pair in pairs for run in pair]):
         why = "the prompts differ or are not known: not paired"
     else:
         gaps = np.stack([_values(one, name, beta) - _values(two, name, beta) for one, two in pairs])
@@ -195,7 +205,7 @@ def position(run: Run, curve: Curve, axis: str) -> Array | None:
     steps, values = [-1.0, *counts.steps], [0.0, *counts.values]
     spent = run.about.get("spent")
     total = spent.get(axis.removeprefix("train/")) if isinstance(spent, dict) else None
-    if curve.steps[-1] > steps[-1] and isinstance(total, (int, float)):
+    if run.ended and curve.steps[-1] > steps[-1] and isinstance(total, (int, float)):
         steps, values = [*steps, curve.steps[-1]], [*values, total]
     at = np.where(curve.steps == 0, -1, curve.steps)
     at = np.where(at == steps[-1] + 1, steps[-1], at)  # the validation at the end carries the number of steps
@@ -247,27 +257,40 @@ def gap(run: Run) -> Curve | None:
 
 
 def levels(arms: Sequence[Arm]) -> list[float]:
-    """Rewards worth asking for: parts of the way from where validation began to the best mean."""
+    """Rewards worth asking for: parts of the way from where validation began to the best mean.
+
+    They have two digits of that way, and lie on it.
+    """
     bands = [found for arm in arms if (found := band(arm, "val/reward", "steps"))]
     if not bands:
         return []
-    start, best = max(b.mean[0] for b in bands), max(b.mean.max() for b in bands)
-    parts = (0.25, 0.5, 0.75, 0.9) if best > start else ()
-    return list(dict.fromkeys(float(f"{start + part * (best - start):.2g}") for part in parts))
+    start, best = max(float(b.mean[0]) for b in bands), max(float(b.mean.max()) for b in bands)
+    if best <= start:
+        return []
+    decimals = 1 - math.floor(math.log10(best - start))
+    rounded = (round(start + part * (best - start), decimals) for part in (0.25, 0.5, 0.75, 0.9))
+    return list(dict.fromkeys(level for level in rounded if start < level <= best))
 
 
 def reached(arm: Arm, level: float, axis: str) -> str:
-    """Where the validation reward first was at a level, from the first seed to the last, and how many got there."""
-    found, known = [], 0
+    """Where the validation reward first was at a level, from the first seed to the last, and how many got there.
+
+    Not known is what a log that ends too early leaves open.
+    """
+    found: list[float] = []
+    known = 0
     for run in arm.runs:
         curve = clean(run, "val/reward")
         x = None if curve is None else position(run, curve, axis)
-        if curve is not None and x is not None:
-            first = x[curve.values >= level][:1]
-            known += not np.isnan(first).any()
-            found += first[~np.isnan(first)].tolist()
+        if curve is None or x is None:
+            continue
+        first = x[curve.values >= level][:1]
+        known += run.ended and not np.isnan(first).any()
+        found += first[~np.isnan(first)].tolist()
+    if not found and known:
+        return "not reached" + ("" if known == len(arm.runs) else f" by {known} of {len(arm.runs)} seeds")
     if not found:
-        return "not reached" if known else "not logged"
+        return "not known"
     span = f"{min(found):,.0f}" + (f" … {max(found):,.0f}" if max(found) > min(found) else "")
     return span if len(found) == len(arm.runs) else f"{span} ({len(found)} of {len(arm.runs)} seeds)"
 
@@ -290,9 +313,22 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def last(run: Run, name: str, points: int = 1) -> float:
-    """Mean of the last points of a curve; NaN where there is none."""
-    curve = clean(run, name)
-    return math.nan if curve is None else float(curve.values[-points:].mean())
+    """Mean of the last points of a curve that are finite; NaN where none is, or the log ends before the run did."""
+    curve = run.curves.get(name)
+    values = np.empty(0) if curve is None or not run.ended else curve.values[-points:]
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def end(run: Run) -> tuple[float, float]:
+    """KL and reward of a run's last validation; NaN where they are not known."""
+    return last(run, "val/kl"), last(run, "val/reward")
+
+
+def first(run: Run, name: str) -> float:
+    """The first point of a curve, where there are more; NaN where there are not."""
+    curve = run.curves.get(name)
+    return float(curve.values[0]) if curve is not None and len(curve.values) > 1 else math.nan
 
 
 def gaps(arm: Arm) -> tuple[Estimate, Estimate]:
@@ -319,10 +355,10 @@ class Steadiness(NamedTuple):
 
 def steadiness(arm: Arm) -> Steadiness:
     """How much rewards scatter in the end and from seed to seed, how far the policy went, and what was left out."""
-    rewards = [c.values for run in arm.runs if (c := clean(run, "train/reward"))]
+    rewards = [c.values for run in arm.runs if run.ended and (c := clean(run, "train/reward"))]
     ends = [x[-max(2, len(x) // 5) :].std(ddof=1) for x in rewards if len(x) > 1]
     finals = np.array([x for run in arm.runs if math.isfinite(x := last(run, "val/reward"))])
-    kls = [c.values.max() for run in arm.runs if (c := clean(run, "train/kl"))]
+    kls = [c.values.max() for run in arm.runs if run.ended and (c := clean(run, "train/kl"))]
     skipped = [x for run in arm.runs if math.isfinite(x := last(run, "train/skipped_steps"))]
     return Steadiness(
         float(np.mean(ends)) if ends else math.nan,
@@ -355,9 +391,9 @@ def drifts(arms: Sequence[Arm]) -> Iterator[Drift]:
         for judge in judges([arm]):
             moved = []
             for run in arm.runs:
-                ends = [clean(run, f"val/{name}") for name in ("reward", judge)]
-                if judge in judges_of(run) and all(c is not None and len(c.values) > 1 for c in ends):
-                    moved.append([c.values[-1] - c.values[0] for c in ends if c is not None])
+                ways = [last(run, f"val/{name}") - first(run, f"val/{name}") for name in ("reward", judge)]
+                if judge in judges_of(run) and np.isfinite(ways).all():
+                    moved.append(ways)
             if moved:
                 reward, change = np.array(moved).T
                 hacked = int(((reward > 0) & (change < 0)).sum())
@@ -390,9 +426,14 @@ def _absent(arm: Arm, seeds: set[int], logged: set[str]) -> Iterator[str]:
         yield f"{len(arm.tested)} of {len(arm.runs)} finished runs count in the test results"
     if len(arm.tested) > 1 and not _same_prompts(arm.tested):
         yield "its runs' test prompts differ or are not known: its interval covers seeds alone"
-    for name in ("reward", "kl", *judges([arm])):
-        if left_out := measure(arm, name).left_out:
-            yield f"{left_out} values of {name} on the test are null or not finite; left out"
+    for name in ("reward", "kl", *judges([arm]), *PLAIN):
+        found, tested = measure(arm, name), len(arm.tested)
+        if 0 < found.seeds < tested:
+            yield f"{name} was measured on the test in {found.seeds} of {tested} runs; it is of those"
+        elif found.left_out and name not in PLAIN:
+            yield f"{found.left_out} values of {name} on the test are null or not finite; left out"
+    if beyond := [str(run.seed) for run in arm.runs if not all(map(math.isfinite, end(run)))]:
+        yield f"where it ended in reward and KL on validation is not known of seed {', '.join(beyond)}"
     curves = [curve for run in arm.runs if (curve := clean(run, "val/reward"))]
     if len(curves) < len(arm.runs):
         yield f"{len(curves)} of {len(arm.runs)} runs have a validation curve; the mean is of those"
@@ -467,10 +508,10 @@ def verdict(arms: Sequence[Arm], pairs: Sequence[Difference], lost: Sequence[str
     untested = [arm.label for arm in arms if not arm.tested]
     untested += [method for method in lost if all(arm.method != method for arm in arms)]
     silent = f" Of {', '.join(untested)} there is no test result." if untested else ""
-    width = "" if math.isnan(best.half_width) else f" ± {best.half_width:.3f}"
     kl = measure(top, "kl").mean
-    at = "" if math.isnan(kl) else f" at a KL of {kl:.1f} nats"
-    figures = f"{best.mean:.3f}{width}{at} ({best.seeds} seed{'s' if best.seeds > 1 else ''})"
+    at = "" if math.isnan(kl) else f" at a KL of {number(kl)} nats"
+    out = f", {best.left_out} values left out" if best.left_out else ""
+    figures = f"{interval(best)}{at} ({best.seeds} seed{'s' if best.seeds > 1 else ''}{out})"
     if not rivals:
         text = f"{top.label} has a test reward of {figures}"
         return f"{text}.{silent}" if silent else f"{text}; there is nothing to compare it with."
@@ -479,11 +520,14 @@ def verdict(arms: Sequence[Arm], pairs: Sequence[Difference], lost: Sequence[str
     if not any(pair.test for pair in own):
         why = "; ".join(sorted({pair.why_not for pair in own}))
         return f"{text}Whether that is more than chance cannot be said ({why}).{silent}"
-    said: dict[str, list[str]] = {"significantly above": [], "not significantly above": [], "not tested against": []}
+    above, below, neither = "significantly above", "significantly below", "not significantly above"
+    said: dict[str, list[str]] = {above: [], neither: [], below: [], "not tested against": []}
     for pair in own:
         rival = pair.second if pair.first is top else pair.first
         ahead = pair.estimate is not None and (pair.estimate.mean > 0) == (pair.first is top)
-        how = "" if ahead and pair.significant else "not "
-        said["not tested against" if pair.test is None else f"{how}significantly above"].append(rival.label)
-    it = " and ".join(f"{how} {', '.join(labels)}" for how, labels in said.items() if labels)
-    return f"{text}It is {it} (paired by prompt, seeds as the unit, Holm-corrected, level 0.05).{silent}"
+        how = neither if not pair.significant else above if ahead else below
+        said["not tested against" if pair.test is None else how].append(rival.label)
+    parts = [f"{how} {', '.join(labels)}" for how, labels in said.items() if labels]
+    where = "On the seeds and prompts that both have, it" if said[below] else "It"
+    how = "paired by prompt, seeds as the unit, Holm-corrected, level 0.05"
+    return f"{text}{where} is {' and '.join(parts)} ({how}).{silent}"

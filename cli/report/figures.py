@@ -12,7 +12,7 @@ from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from .analysis import AXES, Arm, Band, band, coarse, gap_band, joined, measure, noise_kind
+from .analysis import AXES, Arm, Band, band, coarse, end, gap_band, joined, measure, noise_kind, trained_on
 from .runs import Study
 from .statistics import Array
 
@@ -109,6 +109,8 @@ def test(arms: Sequence[Arm], measures: dict[str, str], beta: float | None) -> F
     panels = list(figure.subplots(rows, 2, sharey=True, squeeze=False).flat)
     for (name, title), axis in zip(measures.items(), panels, strict=False):
         for place, (i, arm) in enumerate(shown):
+            if trained_on(arm, name):
+                continue
             own = look(i)
             seeds = [measure(replace(arm, runs=[run]), name, beta).mean for run in arm.tested]
             axis.plot(seeds, [place] * len(seeds), own["marker"], color=own["color"], markerfacecolor="none", alpha=0.6)
@@ -140,7 +142,8 @@ def frontier(study: Study, arms: Sequence[Arm]) -> Figure | None:
         _, kl, reward = points.T
         axis.plot(kl, reward, own["linestyle"], color=own["color"], alpha=0.35, linewidth=0.8)
         bold = {"markersize": 9, "label": arms[shown[0]].label} if shown else {"markerfacecolor": "none"}
-        axis.plot(kl[-1:], reward[-1:], own["marker"], color=own["color"], **bold)
+        if all(map(math.isfinite, end(run))):
+            axis.plot(kl[-1:], reward[-1:], own["marker"], color=own["color"], **bold)
     if not axis.lines:
         return None
     axis.set(xlabel=r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$), nats per sequence", ylabel="validation reward")

@@ -56,8 +56,11 @@ def report(
     out = out or folders[0] / "report"
     _check_free(out)
     study = runs.read(folders)
-    if beta is None and len(study.betas) == 1:
-        (beta,) = study.betas
+    if beta is None and len(study.betas) > 1:
+        several = ", ".join(f"{one:g}" for one in sorted(study.betas))
+        study.missing.append(f"The objective is not shown: the comparisons have different β ({several}); give --beta.")
+    elif beta is None:
+        beta = next((one for one in study.betas if one > 0), None)
     arms = analysis.arms(study)
     levels = reach or analysis.levels(arms)
     drawn = figures.draw(study, arms, page.measures(arms, beta), beta)

@@ -16,6 +16,7 @@ from . import analysis
 from .analysis import AXES, PLAIN, Arm, Difference
 from .runs import Study
 from .statistics import Estimate
+from .wording import number, probability, shown
 
 TITLES = {
     "reward": "reward",
@@ -44,39 +45,6 @@ class Table(NamedTuple):
     text: tuple[int, ...] = (0,)
 
 
-def number(x: float) -> str:
-    """Three digits that count, at most three decimals; a dash for NaN.
-
-    Example:
-        >>> number(0.92817), number(12.53), number(-216.4), number(float("nan"))
-        ('0.928', '12.5', '−216', '–')
-    """
-    if not math.isfinite(x):
-        return "–"
-    decimals = 3 if x == 0 else min(3, max(0, 2 - math.floor(math.log10(abs(x)))))
-    return f"{x:,.{decimals}f}".replace("-", "−")
-
-
-def shown(e: Estimate | None) -> str:
-    """A mean with its interval, in the digits that the interval leaves.
-
-    Example:
-        >>> shown(Estimate(0.9281, 0.0182, "prompts", 1, 9, 2)).split()
-        ['0.928', '±', '0.018', '(2', 'null)']
-    """
-    if e is None or math.isnan(e.mean):
-        return "–"
-    width = "" if math.isnan(e.half_width) else f"\xa0±\xa0{number(e.half_width)}"
-    decimals = len(number(e.half_width).partition(".")[2]) if width else 0
-    mean = f"{e.mean:,.{decimals}f}".replace("-", "−") if width else number(e.mean)
-    return f"{mean}{width}" + (f" ({e.left_out} null)" if e.left_out and e.prompts > 1 else "")
-
-
-def probability(p: float) -> str:
-    """A p-value; a dash for NaN."""
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def measures(arms: Sequence[Arm], beta: float | None) -> dict[str, str]:
     """What has an interval in the test results, with its title."""
     return {name: _title(name) for name in _names(arms, beta) if name not in PLAIN}
@@ -95,12 +63,24 @@ def results(arms: Sequence[Arm], beta: float | None) -> Table:
     names, rows = _names(arms, beta), []
     for arm in [arm for arm in arms if arm.tested]:
         found = {name: analysis.measure(arm, name, beta) for name in names}
-        sure = [shown(e) for name, e in found.items() if name not in PLAIN]
-        rest = [number(found[name].mean) for name in PLAIN]
-        rows.append([arm.label, str(found["reward"].seeds), *sure, found["reward"].covers or "–", *rest])
+        whole = found["reward"]
+        cells = [
+            "trained on" if analysis.trained_on(arm, name) else number(e.mean) if name in PLAIN else shown(e)
+            for name, e in found.items()
+        ]
+        cells = [cell + _less(e, whole, name in PLAIN) for cell, (name, e) in zip(cells, found.items(), strict=True)]
+        rows.append([arm.label, str(whole.seeds), *cells[: -len(PLAIN)], whole.covers or "–", *cells[-len(PLAIN) :]])
     place = 2 + len(names) - len(PLAIN)
     header = ["method", "seeds", *map(_title, names)]
     return Table([*header[:place], "covers", *header[place:]], rows, text=(0, place))
+
+
+def _less(e: Estimate, whole: Estimate, plain: bool) -> str:
+    """What a figure stands for, where that is less than the reward does."""
+    if math.isnan(e.mean) or (e.seeds == whole.seeds and (plain or e.covers == whole.covers)):
+        return ""
+    seeds = f"{e.seeds} seed{'s' if e.seeds > 1 else ''}"
+    return f" [{seeds}]" if plain else f" [{seeds}; {e.covers or 'no interval'}]"
 
 
 def as_csv(arms: Sequence[Arm], beta: float | None) -> str:
@@ -110,7 +90,7 @@ def as_csv(arms: Sequence[Arm], beta: float | None) -> str:
     writer.writerow(["method", "setting", "seed", "measure", *Estimate._fields])
     for arm in arms:
         for seed, part in [("all", arm), *((str(run.seed), replace(arm, runs=[run])) for run in arm.tested)]:
-            for name in _names(arms, beta):
+            for name in [name for name in _names(arms, beta) if not analysis.trained_on(arm, name)]:
                 writer.writerow([arm.method, arm.setting, seed, name, *analysis.measure(part, name, beta)])
     return buffer.getvalue()
 
@@ -183,7 +163,7 @@ def render(
 
 
 def _reached(arms: Sequence[Arm], levels: list[float], axis: str) -> Table:
-    header = ["method", *(f"reward {level:g}" for level in levels)]
+    header = ["method", *(f"reward {level:.10g}" for level in levels)]
     rows = [[arm.label, *(analysis.reached(arm, level, axis) for level in levels)] for arm in arms]
     return Table(header, rows, f"{AXES[axis]} until the validation reward was reached")
 
@@ -239,8 +219,10 @@ def _settings(study: Study) -> Table:
         ]
         objective = study.objectives.get((arm.method, arm.setting), math.nan)
         cells = [arm.method, arm.setting, ", ".join(str(run.seed) for run in arm.runs), *(number(e.mean) for e in last)]
-        rows.append([*cells, number(objective), "chosen" if arm.runs[0].chosen else ""])
-    header = ["method", "setting", "seeds", "validation reward", "KL, nats", "objective", ""]
+        rows.append([*cells, number(objective), "chosen" if arm.runs[0].chosen and arm.runs[0].about else ""])
+    by = " and ".join(f"{beta:g}" for beta in sorted(study.betas))
+    chosen_by = f"objective, β = {by}" if by else "objective"
+    header = ["method", "setting", "seeds", "validation reward", "KL, nats", chosen_by, ""]
     return Table(header, rows, text=(0, 1, 6))
 
 

@@ -20,6 +20,9 @@ from grade_lightning.errors import InputError
 
 from .statistics import Array
 
+Points = dict[str, dict[int, tuple[float, float]]]
+"""Time and value of each scalar at each step."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -60,6 +63,8 @@ class Run:
     test: dict[str, float] = field(default_factory=dict)
     """Test metrics without their stage; empty where it was not tested."""
     rows: Rows | None = None
+    ended: bool = True
+    """Its curves reach to the end of its training."""
 
 
 @dataclass
@@ -72,12 +77,20 @@ class Study:
     plans: list[str] = field(default_factory=list)
     betas: set[float] = field(default_factory=set)
     """Coefficients of the KL by which the plans chose."""
+    names: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    """What a method's setting is called, by what its runs were made with."""
     planned: set[str] = field(default_factory=set)
     """Methods whose absent runs a plan has told."""
     lost: list[str] = field(default_factory=list)
     """Methods that were to be compared, of which no setting can be."""
     missing: list[str] = field(default_factory=list)
     """One sentence for each thing that is absent or damaged."""
+
+    def name(self, method: str, origin: str, *names: str) -> str:
+        """The first of the names that runs of the method have not, unless they were made with the same."""
+        taken = [name for (other, *_), name in self.names.items() if other == method]
+        key = method, names[0], origin
+        return self.names.setdefault(key, next((name for name in names if name not in taken), names[-1]))
 
 
 def read(folders: Iterable[Path]) -> Study:
@@ -87,12 +100,11 @@ def read(folders: Iterable[Path]) -> Study:
         InputError: a folder is neither.
     """
     study = Study()
-    singles: dict[tuple[str, str], str] = {}
     for folder in folders:
         if (folder / "plan.yaml").is_file() or any(folder.glob("runs/*/*/seed_*")):
             found = _comparison(folder, study)
-        elif (folder / "config.yaml").is_file() or any(folder.glob("events.out.tfevents*")):
-            found = [_single(folder, singles, study)]
+        elif (folder / "config.yaml").is_file() or _event_files(folder):
+            found = [_single(folder, study)]
         else:
             raise InputError(
                 f"{folder}: neither a comparison (runs/METHOD/SETTING/seed_N in it) nor a run "
@@ -108,6 +120,12 @@ def read(folders: Iterable[Path]) -> Study:
 
 def _comparison(folder: Path, study: Study) -> list[Run]:
     plan = _plan(folder / "plan.yaml", study)
+    origin = str(folder.resolve()) if plan is None else plan.origin
+
+    def called(method: str, setting: str) -> str:
+        own = origin if plan is None else f"{origin} {plan.methods.get(method)}"
+        return study.name(method, own, setting, f"{setting}, {folder.name}", f"{setting}, {folder.resolve()}")
+
     methods: dict[str, None] = {}
     chosen: dict[str, str] = {}
     lost = "the settings that were tested count as chosen"
@@ -117,7 +135,8 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
         if isinstance(entry.get("setting"), str):
             chosen[method] = entry["setting"]
         if isinstance(values := entry.get("objectives"), dict):
-            study.objectives |= {(method, name): _number(x) for name, x in values.items()}
+            for name, x in values.items():
+                study.objectives.setdefault((method, called(method, name)), _number(x))
     found, foreign = [], []
     for place in sorted(folder.glob("runs/*/*/seed_*"), key=_numbered):
         method, setting, seed = place.parts[-3], place.parts[-2], place.name.removeprefix("seed_")
@@ -130,13 +149,18 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
         lost = "the run is not finished and is left out"
         if not (about := _json(place / "run.json", study.missing, lost)):
             continue
-        if about.get("seed") != int(seed):
-            study.missing.append(f"{place / 'run.json'}: not of seed {seed}; {lost}.")
+        if about.get("seed") != int(seed) or about.get("method", method) != method:
+            study.missing.append(f"{place / 'run.json'}: not of {method} with seed {seed}; {lost}.")
             continue
         tested = (place / "test.json").exists()
-        run = Run(place, method, setting, int(seed), chosen[method] == setting if method in chosen else tested, about)
-        for logs in _logs(place, about):
-            run.curves, run.config = _scalars(logs, study.missing), _yaml(logs / "config.yaml")
+        is_chosen = chosen[method] == setting if method in chosen else tested
+        run = Run(place, method, called(method, setting), int(seed), is_chosen, about)
+        for logs in _logs(place, about, study.missing):
+            run.curves = _scalars(logs, study.missing)
+            run.config = _yaml(logs / "config.yaml")
+            if not run.config:
+                lost = "whether its task is that of the others is not known"
+                study.missing.append(f"{logs / 'config.yaml'}: cannot be read; {lost}.")
             if any(name.startswith("val/") for name in run.curves):
                 break  # a later one may be of a test
         if run.chosen:
@@ -162,20 +186,27 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
     return found
 
 
-def _logs(place: Path, about: dict[str, Any]) -> list[Path]:
-    """Where a run's curves may lie: as it says itself; else the last version or job goes first."""
-    own = place / str(about.get("folder", ""))
-    known = [own] if own != place and own.is_dir() and own.resolve().is_relative_to(place.resolve()) else []
+def _logs(place: Path, about: dict[str, Any], missing: list[str]) -> list[Path]:
+    """Where a run's curves lie: as it says itself; if it says nothing, the last version or job goes first."""
+    if "folder" in about:
+        own = place / str(about["folder"])
+        if own != place and own.is_dir() and own.resolve().is_relative_to(place.resolve()):
+            return [own]
+        missing.append(f"{place / 'run.json'}: its logs are not where it says ({about['folder']}).")
+        return []
     others = [path for kind in ("version", "job") for path in place.glob(f"*/{kind}_*")]
-    return list(dict.fromkeys(known + sorted(others, key=_numbered, reverse=True)))
+    return sorted(others, key=_numbered, reverse=True)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What a comparison was to have."""
 
-    methods: list[str]
+    methods: dict[str, Any]
+    """What each has of its own."""
     seeds: list[int]
+    origin: str
+    """All that is equal for its runs."""
     points: list[dict[str, Any]]
     """Of the grid, which is gone through with the first seed."""
 
@@ -191,22 +222,24 @@ class _Plan:
 
 
 def _plan(path: Path, study: Study) -> _Plan | None:
-    """None where there is none, or none that is understood."""
-    if not path.is_file():
-        return None
-    study.plans.append(path.read_text(errors="replace"))
+    """None where there is none, or none that is understood; that is said."""
+    if path.is_file():
+        study.plans.append(path.read_text(errors="replace"))
     plan = _yaml(path)
-    beta = _number(plan.get("beta"))
-    study.betas |= {beta} if beta > 0 else set()
-    methods, seeds, grid = (plan.get(name) for name in ("methods", "seeds", "grid"))
-    if not (isinstance(methods, dict) and isinstance(seeds, list) and isinstance(grid, dict)):
+    methods, seeds, grid, beta = (plan.get(name) for name in ("methods", "seeds", "grid", "beta"))
+    if (
+        not (isinstance(methods, dict) and isinstance(seeds, list) and isinstance(grid, dict))
+        or not (methods and seeds and all(type(seed) is int for seed in seeds))
+        or not all(isinstance(values, list) for values in grid.values())
+        or not math.isfinite(_number(beta))
+    ):
+        why = "not understood" if path.is_file() else "not there"
+        study.missing.append(f"{path}: {why}; which runs are absent is not known, nor the β of the objective.")
         return None
-    if not (methods and seeds and all(type(seed) is int for seed in seeds)):
-        return None
-    if not all(isinstance(values, list) for values in grid.values()):
-        return None
+    study.betas.add(_number(beta))
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return _Plan(list(map(str, methods)), seeds, points)
+    origin = json.dumps({k: v for k, v in plan.items() if k not in ("methods", "seeds")}, sort_keys=True, default=str)
+    return _Plan({str(method): own for method, own in methods.items()}, seeds, origin, points)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -218,7 +251,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> Run:
+def _single(folder: Path, study: Study) -> Run:
     config = _yaml(folder / "config.yaml")
     if not config:
         study.missing.append(f"{folder}: no readable config.yaml; its seed is unknown, and shown as 0.")
@@ -227,10 +260,9 @@ def _single(folder: Path, singles: dict[tuple[str, str], str], study: Study) -> 
     whole = folder.resolve()
     method = whole.parent.name
     # runs whose configurations differ in the seed alone are seeds of one setting
-    key = method, json.dumps(config, sort_keys=True, default=str)
-    taken = [setting for (other, _), setting in singles.items() if other == method]
-    free = next(name for name in ("default", whole.name, str(whole)) if name not in taken)
-    run = Run(folder, method, singles.setdefault(key, free), seed if isinstance(seed, int) else 0)
+    origin = json.dumps(config, sort_keys=True, default=str)
+    setting = study.name(method, origin, "default", whole.name, str(whole))
+    run = Run(folder, method, setting, seed if isinstance(seed, int) else 0)
     run.config = config
     run.curves = _scalars(folder, study.missing)
     study.missing.append(f"{folder}: a single run: nothing says whether it finished, nor its commit and versions.")
@@ -250,12 +282,41 @@ def _numbered(path: Path) -> list[Any]:
 
 
 def _note_curves(run: Run, missing: list[str]) -> None:
-    if not any(name.startswith("val/") for name in run.curves):
-        missing.append(f"{run.folder}: no validation in its TensorBoard logs; it has no curve.")
-    for name in ("train/reward", "val/reward"):
+    for name in ("val/reward", "val/kl"):
+        if name not in run.curves:
+            missing.append(f"{run.folder}: no {name} in its TensorBoard logs; it is in no picture of it.")
+    for name in ("train/reward", "val/reward", "val/kl"):
         lost = int((~np.isfinite(run.curves[name].values)).sum()) if name in run.curves else 0
         if lost:
             missing.append(f"{run.folder}: {name} is not a number at {lost} steps; those are left out.")
+    run.ended = _reaches_the_end(run)
+    if not run.ended and "val/reward" in run.curves:
+        at = f"{run.curves['val/reward'].steps[-1]:.0f}"
+        missing.append(f"{run.folder}: its last validation in the logs, at step {at}, is not that of its end; what the "
+                       "end was is not known.")  # fmt: skip
+
+
+def _reaches_the_end(run: Run) -> bool:
+    """Whether the last validation is of the last step, and what run.json says of it; where these say anything."""
+    curve = run.curves.get("val/reward")
+    if curve is None:
+        return False
+    trainer, validation = run.config.get("trainer"), run.about.get("validation")
+    steps = _number(trainer.get("max_steps")) if isinstance(trainer, dict) else math.nan
+    known = _number(validation.get("reward")) if isinstance(validation, dict) else math.nan
+    if steps > 0 and curve.steps[-1] < steps - 1:
+        return False
+    return math.isnan(known) or abs(curve.values[-1] - known) <= 1e-5 * (1 + abs(known))
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("events.out.tfevents*") if path.is_file())
+
+
+def _until(points: Points, step: float) -> Points:
+    """A copy of what was logged before a step."""
+    kept = {name: {s: p for s, p in by_step.items() if s < step} for name, by_step in points.items()}
+    return {name: by_step for name, by_step in kept.items() if by_step}
 
 
 def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
@@ -264,10 +325,11 @@ def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
     Where the run went on, what had been logged from that step on is dropped, as TensorBoard does, and the time that
     passed since the last record that is kept.
     """
-    points: dict[str, dict[int, tuple[float, float]]] = {}
+    points: Points = {}
     began, pause = math.inf, 0.0
-    files = sorted(folder.glob("events.out.tfevents*"))
+    files = _event_files(folder)
     for path in files:
+        before, again = _until(points, math.inf), False
         reader, records = PyRecordReader_New(str(path)), 0
         while True:
             try:
@@ -280,15 +342,18 @@ def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
                 break
             records += 1
             if event.session_log.status == SessionLog.START:
-                points = {name: {s: p for s, p in points[name].items() if s < event.step} for name in points}
-                points = {name: by_step for name, by_step in points.items() if by_step}
+                points, again = _until(points, event.step), True
                 last = max((time for by_step in points.values() for time, _ in by_step.values()), default=math.inf)
                 began, pause = (began, event.wall_time - last) if points else (math.inf, 0.0)
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    time = event.wall_time - pause
-                    began = min(began, time)
-                    points.setdefault(value.tag, {}).setdefault(event.step, (time, value.simple_value))
+            logged = [value for value in event.summary.value if value.HasField("simple_value")]
+            if not again and any(event.step in before.get(value.tag, {}) for value in logged):
+                missing.append(f"{path}: of another training than the files before it; left out.")
+                points = before
+                break
+            for value in logged:
+                time = event.wall_time - pause
+                began = min(began, time)
+                points.setdefault(value.tag, {}).setdefault(event.step, (time, value.simple_value))
     if not points:
         missing.append(f"{folder}: {'empty TensorBoard logs' if files else 'no TensorBoard logs'}.")
     curves = {}

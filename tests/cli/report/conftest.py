@@ -33,14 +33,14 @@ def write_study(folder: Path, methods: Sequence[str], seeds: int) -> Path:
     write_run(folder / "runs" / methods[-1] / "lr=0.001" / "seed_1", methods[-1], 1, tested=False)
     chosen[methods[-1]]["objectives"] = {"default": 0.5, "lr=0.001": 0.4}
     (folder / "chosen.json").write_text(json.dumps(chosen))
-    (folder / "plan.yaml").write_text("methods: many\nbeta: 0.01\n")
+    plan(folder, methods, range(1, seeds + 1))
     return folder
 
 
 def plan(folder: Path, methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float] = ()) -> None:
     """Write down what a comparison was to have."""
-    known = {"methods": {method: {} for method in methods}, "seeds": list(seeds), "grid": {"lr": list(rates)}}
-    (folder / "plan.yaml").write_text(yaml.safe_dump(known if rates else known | {"grid": {}}))
+    known = {"methods": {method: {} for method in methods}, "seeds": list(seeds), "beta": 0.01}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(known | {"grid": {"lr": list(rates)} if rates else {}}))
 
 
 def place(folder: Path, method: str = "RLOO", seed: int = 1) -> Path:
@@ -53,6 +53,7 @@ def write_run(folder: Path, method: str, seed: int, tested: bool = True) -> None
     rng = np.random.default_rng([seed, len(method)])
     lift = LIFT.get(method, 0.1) + 0.02 * rng.normal()
     log(folder / method / "version_0", lift)
+    (folder / method / "version_0" / "config.yaml").write_text("trainer: {max_steps: 150}")
     if tested:
         easy = np.random.default_rng(0).normal(0.45, 0.1, len(PROMPTS))
         rewards = (easy + lift + rng.normal(0, 0.05, len(PROMPTS))).tolist()

@@ -190,9 +190,9 @@ def test_costs_between_and_beyond_the_logs(make: Make) -> None:
     assert "GradeSTE: sampled tokens were not logged up to the last validation; it is not drawn against them." in (
         analysis.absent(found)
     )
-    assert analysis.reached(grade, 20.0, "train/sampled_tokens") == "not reached"
+    assert analysis.reached(grade, 20.0, "train/sampled_tokens") == "not reached by 2 of 3 seeds"
     alone = dataclasses.replace(grade, runs=[run])
-    assert analysis.reached(alone, 20.0, "train/sampled_tokens") == "not logged"
+    assert analysis.reached(alone, 20.0, "train/sampled_tokens") == "not known"
     assert analysis.band(alone, "val/reward", "train/sampled_tokens").x.tolist() == [0.0, 700.0, 1500.0]
     run.about["spent"] = {"sampled_tokens": 2300}
     assert analysis.position(run, curve, "train/sampled_tokens")[3] == 2300
@@ -206,7 +206,7 @@ def test_reached_is_never_extrapolated(make: Make) -> None:
     assert analysis.reached(rloo, 0.9, "steps") == "not reached"
     ends = sorted(run.curves["val/reward"].values[-1] for run in rloo.runs)
     assert analysis.reached(rloo, ends[1], "steps") == "149 (2 of 3 seeds)"
-    assert analysis.reached(rloo, 0.5, "train/never") == "not logged"
+    assert analysis.reached(rloo, 0.5, "train/never") == "not known"
     assert analysis.levels([grade, rloo]) == sorted(analysis.levels([grade, rloo]))
 
 

@@ -94,7 +94,7 @@ def test_every_part_is_there(study: Path) -> None:
     assert "Reward hacking?" in seen
     assert "reward − 0.01 KL" in seen
     assert "Nothing that this report looks for." in seen
-    assert "7 finished runs; seeds 1, 2, 3; commit abc123; hardware 2 cores; threads 1; grade_lightning 0.1.0" in seen
+    assert "7 runs; seeds 1, 2, 3; commit abc123; hardware 2 cores; threads 1; grade_lightning 0.1.0" in seen
     assert "grade-fit --model GradeSTE" in seen
 
 

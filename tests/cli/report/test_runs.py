@@ -57,7 +57,7 @@ def test_an_unfinished_run_does_not_count(make: Make) -> None:
     assert analysis.measure(arms["RLOO"], "reward").seeds == 2
     assert analysis.measure(arms["GradeSTE"], "reward").seeds == 3
     assert "seed_3/run.json: not there; the run is not finished and is left out." in missing
-    assert "RLOO: no finished run with seed 3, which others have." in missing
+    assert "RLOO: no finished run with seed 3, which the plan has." in missing
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 3', "[]", "\x00", '{"seed": 1}', '{"reward": 0.5}'])
@@ -98,7 +98,9 @@ def test_logs_that_are_empty(make: Make, keep: str) -> None:
     path.write_bytes(b"") if keep == "file" else path.unlink()
     _, arms, missing = read(folder)
     assert ("empty TensorBoard logs" if keep == "file" else "no TensorBoard logs") in missing
-    assert "no validation in its TensorBoard logs" in missing
+    assert "no val/reward in its TensorBoard logs" in missing
+    assert "no val/kl in its TensorBoard logs" in missing
+    assert "RLOO: where it ended in reward and KL on validation is not known of seed 1." in missing
     assert "RLOO: 2 of 3 runs have a validation curve; the mean is of those." in missing
     others = [run.curves["val/reward"].values for run in arms["RLOO"].runs[1:]]
     assert analysis.band(arms["RLOO"], "val/reward", "steps").mean == pytest.approx(np.mean(others, 0))
@@ -188,11 +190,39 @@ def test_the_run_says_where_its_logs_are(make: Make, folder: Any) -> None:
         log(place(study, seed=seed) / "RLOO" / "job_17_ab3e5f", 0.3 * seed)
     path = place(study) / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"folder": folder}))
-    last = runs.read([study]).runs[3].curves["val/reward"].values[-1]
+    found = runs.read([study])
+    own = found.runs[3]
     if folder == "RLOO/job_17_ab3e5f":
-        assert last == pytest.approx(0.75)
-    else:  # never that of another run
-        assert 0.6 < last < 0.7
+        assert own.curves["val/reward"].values[-1] == pytest.approx(0.75)
+    elif folder == "RLOO/version_0":
+        assert 0.6 < own.curves["val/reward"].values[-1] < 0.7
+    else:  # never those of another run, or of another start
+        assert (own.curves, own.ended) == ({}, False)
+        assert f"{path}: its logs are not where it says ({folder})." in found.missing
+
+
+def test_logs_of_another_start_do_not_stand_in(make: Make) -> None:
+    """Those that the run names are empty."""
+    folder = make()
+    logs = place(folder) / "RLOO"
+    (logs / "version_1").mkdir()
+    path = place(folder) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"folder": "RLOO/version_1"}))
+    study, _, missing = read(folder)
+    assert study.runs[3].curves == {}
+    assert f"{logs / 'version_1'}: no TensorBoard logs." in missing
+
+
+def test_two_trainings_in_one_folder(make: Make) -> None:
+    folder = make()
+    logs = place(folder) / "RLOO" / "version_0"
+    event_file(place(folder)).rename(logs / "events.out.tfevents.1")
+    log(logs, -0.9, steps=(0, 49, 99, 149, 199))
+    study, _, missing = read(folder)
+    assert "of another training than the files before it; left out." in missing
+    curve = study.runs[3].curves["val/reward"]
+    assert curve.steps.tolist() == [0, 49, 99, 149]
+    assert 0.6 < curve.values[-1] < 0.7
 
 
 def test_the_logs_of_a_job(make: Make) -> None:
@@ -263,13 +293,15 @@ def test_a_plan_that_was_carried_out(make: Make, seed: int) -> None:
 @pytest.mark.parametrize(
     "text",
     ["methods: many", "methods: [A]\nseeds: [1]\ngrid: {}", "methods: {A: }\nseeds: [x]\ngrid: {}", "{", "- 1", "\x00",
-     "methods: {A: }\nseeds: [1]\ngrid: {lr: 3}", "methods: {}\nseeds: []\ngrid: {}", "at: 2020-99-99"],
+     "methods: {A: }\nseeds: [1]\ngrid: {lr: 3}", "methods: {}\nseeds: []\ngrid: {}", "at: 2020-99-99",
+     "methods: {RLOO: }\ngrid: {}\nseeds: [1, 2"[:-3]],
 )  # fmt: skip
 def test_a_plan_that_is_not_understood(make: Make, text: str) -> None:
     folder = make()
     (folder / "plan.yaml").write_text(text)
     study, arms, missing = read(folder)
-    assert (missing, len(arms), len(study.runs)) == ("", 2, 7)
+    said = f"{folder / 'plan.yaml'}: not understood; which runs are absent is not known, nor the β of the objective."
+    assert (missing, len(arms), len(study.runs), study.betas) == (said, 2, 7, set())
     (place(folder, seed=3) / "run.json").unlink()
     assert "RLOO: no finished run with seed 3, which others have." in read(folder)[2]
 
@@ -308,6 +340,57 @@ def test_values_that_are_not_numbers_are_counted(make: Make) -> None:
     assert np.isfinite(analysis.band(arms["RLOO"], "val/reward", "steps").mean).all()
 
 
+def ending(folder: Path, at: float, logged: float) -> tuple[Any, dict[str, Any], str]:
+    """As read() where one run's last validation is said to be other than in its logs, or these end too early."""
+    path = place(folder) / "run.json"
+    spent = {"sampled_tokens": 15000, "reward_calls": 2400}
+    about = json.loads(path.read_text()) | {"validation": {"reward": at}, "spent": spent}
+    path.write_text(json.dumps(about))
+    (event_file(place(folder)).parent / "config.yaml").write_text(f"trainer: {{max_steps: {logged}}}")
+    return read(folder)
+
+
+def test_where_the_logs_end_is_not_the_end(make: Make) -> None:
+    """A log may be cut between two records, where nothing else tells."""
+    folder = make()
+    true = runs.read([folder]).runs[3].curves["val/reward"].values[-1]
+    for at, steps, ended in ((true, 150, True), (true, 149, True), (true + 0.1, 150, False), (true, 151, False)):
+        study, arms, missing = ending(folder, float(at), steps)
+        run, rloo = study.runs[3], arms["RLOO"]
+        assert run.ended == ended
+        assert math.isfinite(analysis.last(run, "val/reward")) == ended
+        assert ("at step 149, is not that of its end; what the end was is not known." in missing) != ended
+        assert analysis.reached(rloo, 9.0, "steps") == ("not reached" if ended else "not reached by 2 of 3 seeds")
+        assert analysis.gaps(rloo)[1].seeds == (3 if ended else 2)
+        assert next(analysis.drifts([rloo])).seeds == (3 if ended else 2)
+
+
+def test_what_was_spent_in_the_end_is_not_of_where_the_logs_end(make: Make) -> None:
+    folder = make()
+    study, _, _ = ending(folder, 7.0, 150)
+    run = study.runs[3]
+    logged = np.array([4.0, 9.0])
+    run.curves["train/sampled_tokens"] = runs.Curve(logged, 100 * (logged + 1), logged)
+    assert math.isnan(analysis.position(run, run.curves["val/reward"], "train/sampled_tokens")[-1])
+
+
+def test_a_run_of_another_method_is_no_seed_of_it(make: Make) -> None:
+    folder = make()
+    shutil.rmtree(place(folder, seed=2))
+    write_run(place(folder, seed=2), "GradeSTE", 2)
+    _, arms, missing = read(folder)
+    assert arms["RLOO"].seeds == [1, 3]
+    assert "seed_2/run.json: not of RLOO with seed 2; the run is not finished and is left out." in missing
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_without_its_configuration_a_run_s_task_is_not_known(make: Make, content: str | None) -> None:
+    folder = make()
+    path = event_file(place(folder)).parent / "config.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    assert read(folder)[2] == f"{path}: cannot be read; whether its task is that of the others is not known."
+
+
 def test_a_comparison_without_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("methods: 1\n")
     study = runs.read([tmp_path])
@@ -321,6 +404,33 @@ def test_the_same_run_twice(make: Make) -> None:
     study = runs.read([folder, other])
     assert len(study.runs) == 7
     assert sum("a second run of" in line for line in study.missing) == 7
+
+
+def test_comparisons_that_were_made_with_something_else_are_apart(make: Make) -> None:
+    folder = make()
+    other = shutil.copytree(folder, folder.with_name("other"))
+    for path in other.glob("runs/*/*/seed_*"):
+        seed = int(path.name[-1]) + 3
+        (path / "run.json").write_text(json.dumps(json.loads((path / "run.json").read_text()) | {"seed": seed}))
+        path.rename(path.with_name(f"seed_{seed}"))
+    plan(other, ("GradeSTE", "RLOO"), (4, 5, 6))
+    pooled = analysis.arms(runs.read([folder, other]))
+    assert {arm.label: arm.seeds for arm in pooled} == {"GradeSTE": [1, 2, 3, 4, 5, 6], "RLOO": [1, 2, 3, 4, 5, 6]}
+    (other / "plan.yaml").write_text((other / "plan.yaml").read_text() + "arguments: {model.beta: 0.1}\n")
+    (other / "chosen.json").write_text('{"RLOO": {"setting": "default", "objectives": {"default": -9.0}}}')
+    study = runs.read([folder, other])
+    apart = {arm.label: arm.seeds for arm in analysis.arms(study)}
+    assert apart["RLOO (default)"] == [1, 2, 3]
+    assert apart["RLOO (default, other)"] == [4, 5, 6]
+    assert (study.objectives["RLOO", "default"], study.objectives["RLOO", "default, other"]) == (0.5, -9.0)
+
+
+def test_a_single_run_is_no_seed_of_a_comparison(make: Make, tmp_path: Path) -> None:
+    single = tmp_path / "RLOO" / "version_7"
+    log(single, 0.3)
+    (single / "config.yaml").write_text("seed_everything: 9\noptimizer: {lr: 0.5}\n")
+    labels = [arm.label for arm in analysis.arms(runs.read([make(), single]))]
+    assert labels == ["GradeSTE", "RLOO (default)", "RLOO (version_7)"]
 
 
 def test_single_runs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 statistics = import_module("grade_lightning_cli.report.statistics")  # its name once it is installed
 
 
-@pytest.mark.parametrize("name", ["statistics", "page"])
+@pytest.mark.parametrize("name", ["statistics", "wording"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(import_module(f"grade_lightning_cli.report.{name}"))
     assert found.attempted > 0
