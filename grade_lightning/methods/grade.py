@@ -40,7 +40,8 @@ class Grade(AlignmentModule):
         reward: a differentiable reward of the policy's vocabulary.
         judges: further rewards that are logged and never trained on.
         sampler: how tokens are drawn; its top-k, if it has one, is the support of the soft tokens.
-        top_k: the support otherwise, in training and evaluation; None: the whole vocabulary.
+        top_k: the support otherwise, of soft tokens alone: evaluation samples as it does for every method. None: the
+            whole vocabulary.
         tau: temperature τ of the soft tokens, a schedule over the run; the paper's line from 2.0 to 0.5 by default.
         beta: coefficient β of the exact KL, in reward per nat.
         block: sampling steps whose activations are in memory at a time; fewer need less memory. All of them
@@ -71,10 +72,10 @@ class Grade(AlignmentModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         check_range("[1, inf)", top_k=top_k)
-        sampler = copy.copy(sampler or Sampler())
-        sampler.top_k = sampler.top_k or top_k
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
-        self.relaxed_sampler = RelaxedSampler(self.sampler, block)
+        soft = copy.copy(self.sampler)
+        soft.top_k = soft.top_k or top_k
+        self.relaxed_sampler = RelaxedSampler(soft, block)
         self.tau = tau or Linear(2.0, 0.5)
 
     def explore(self, batch: dict[str, Any]) -> RelaxedExperience:
@@ -95,7 +96,7 @@ class Grade(AlignmentModule):
             soft = rollout.embed(self.policy.reference_table())[:, :-1]
             inputs = torch.cat([self.policy.reference_embed(rollout.prompt_ids), soft], dim=1)
             reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], tokens.shape[1])
-            logps, ref_logps = (self.sampler.log_distribution(x) for x in (rollout.logits, reference))
+            logps, ref_logps = (self.relaxed_sampler.sampler.log_distribution(x) for x in (rollout.logits, reference))
             kl = divergences.categorical_kl(logps, ref_logps)
         objective = reward.nansum() / len(reward) - self.beta * sequences.masked_sum(kl, mask).mean()
         logps, ref_logps, kl = logps.detach(), ref_logps.detach(), kl.detach()

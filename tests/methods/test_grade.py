@@ -212,10 +212,9 @@ def test_what_is_kept_of_a_step_holds_no_graph() -> None:
 
 def test_defaults_are_the_papers() -> None:
     method = Grade(make_method().policy, make_method().reward)
-    assert method.sampler.top_k == 256
+    assert method.relaxed_sampler.sampler.top_k == 256
     assert isinstance(method.tau, Linear)
     assert (method.tau(0, 10), method.tau(10, 10)) == (2.0, 0.5)
-    assert method.relaxed_sampler.sampler is method.sampler
     assert (method.relaxed_sampler.block, make_method(block=3).relaxed_sampler.block) == (8, 3)
 
 
@@ -250,12 +249,22 @@ def test_the_reward_is_raised_by_its_own_gradient() -> None:
 
 
 def test_the_support_is_the_papers_unless_the_sampler_has_its_own() -> None:
-    """Also when another field of the sampler is set; the sampler that was given stays as it is."""
+    """Also when another field of the sampler is set; evaluation samples by the sampler that was given."""
     policy, reward, sampler = make_method().policy, make_method().reward, Sampler(max_new_tokens=4)
-    assert Grade(policy, reward, sampler=sampler).sampler.top_k == 256
+    for given, top_k, support in ((sampler, 256, 256), (Sampler(top_k=7), 256, 7), (sampler, None, None)):
+        method = Grade(policy, reward, sampler=given, top_k=top_k)
+        assert method.relaxed_sampler.sampler.top_k == support
+        assert method.relaxed_sampler.sampler.max_new_tokens == given.max_new_tokens
+        assert method.sampler is given
     assert sampler.top_k is None
-    assert Grade(policy, reward, sampler=Sampler(top_k=7)).sampler.top_k == 7
-    assert Grade(policy, reward, top_k=None).sampler.top_k is None
+
+
+def test_its_kl_is_of_the_distribution_that_soft_tokens_are_drawn_from() -> None:
+    """The same support by either argument; the whole vocabulary is another."""
+    settings: list[dict[str, Any]] = [{"sampler": {"top_k": 5}}, {"sampler": {}, "top_k": 5}, {"sampler": {}}]
+    by_sampler, by_argument, whole = (float(step(make_method(**one), 0)[1].kl.sum()) for one in settings)
+    assert by_argument == pytest.approx(by_sampler, rel=1e-9)
+    assert abs(whole - by_sampler) > 1e-3
 
 
 class Abstains(ClassifierReward):

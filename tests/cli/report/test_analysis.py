@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import yaml  # type: ignore[import-untyped]
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.cli.report.conftest import PROMPTS, Make, place, row, write_test
+from tests.cli.report.conftest import PROMPTS, Make, place, plan, row, write_test
 
 runs = import_module("grade_lightning_cli.report.runs")
 analysis = import_module("grade_lightning_cli.report.analysis")
+page = import_module("grade_lightning_cli.report.page")
 
 
 def arms(folder: Path) -> list[Any]:
@@ -67,6 +69,85 @@ def test_verdict_names_what_is_not(make: Make) -> None:
     text = verdict(folder)
     assert text.startswith("RLOO has the highest mean test reward")
     assert "It is not significantly above GradeSTE (" in text
+
+
+def test_verdict_says_below_where_the_pairs_do(make: Make) -> None:
+    """Its mean is higher for a seed that the other has not, and for easy prompts."""
+    folder = make(("GradeSTE", "RLOO"))
+    base = [json.loads(x)["reward"] for x in (place(folder, "RLOO", 1) / "test.jsonl").open()]
+    shutil.copytree(place(folder, "RLOO", 1), place(folder, "RLOO", 4))
+    (place(folder, "RLOO", 4) / "run.json").write_text(json.dumps({"method": "RLOO", "seed": 4}))
+    write_test(place(folder, "RLOO", 4), [row(p, r + 2) for p, r in zip(PROMPTS, base, strict=True)])
+    plan(folder, ("GradeSTE", "RLOO"), (1, 2, 3, 4))
+    text = verdict(folder)
+    assert text.startswith("RLOO has the highest mean test reward, 1.1")
+    assert "(4 seeds). On the seeds and prompts that both have, it is significantly below GradeSTE (" in text
+
+
+def test_verdict_counts_what_was_left_out(make: Make) -> None:
+    folder = make(("GradeSTE", "RLOO"))
+    write_test(place(folder, "GradeSTE"), [row(p, 0.9 if i else None) for i, p in enumerate(PROMPTS)])
+    assert "(3 seeds, 1 values left out)" in verdict(folder)
+
+
+def test_what_one_trains_on_is_no_judge_of_it(make: Make) -> None:
+    folder = make(("GradeSTE", "RLOO", "PPO"))
+    for path in folder.glob("runs/RLOO/default/*/RLOO/version_0"):
+        with SummaryWriter(str(path)) as writer:
+            writer.add_scalar("rewards/truth", 0.5, 3)
+    found = arms(folder)
+    assert analysis.judges(found) == ["rewards/truth"]
+    assert [analysis.trained_on(arm, "rewards/truth") for arm in found] == [False, False, True]
+    (pair,) = analysis.differences(found, "rewards/truth")
+    assert (pair.first.label, pair.second.label) == ("GradeSTE", "PPO")
+    table = page.results(found, None)
+    of = table.header.index("judge truth")
+    assert [cells[of] == "trained on" for cells in table.rows] == [False, False, True]
+
+
+def test_what_stands_for_less_than_the_reward_says_so(make: Make) -> None:
+    folder = make()
+    for seed, name in ((1, "truth"), (2, "truth"), (3, "perplexity")):
+        path = place(folder, seed=seed)
+        test = json.loads((path / "test.json").read_text())
+        (path / "test.json").write_text(json.dumps({k: v for k, v in test.items() if name not in k}))
+        rows = [json.loads(line) for line in (path / "test.jsonl").open()]
+        for line in rows:
+            line["rewards"].pop(name, None)
+        (path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    found = arms(folder)
+    table = page.results(found, None)
+    cells = dict(zip(table.header, table.rows[1], strict=True))
+    assert cells["judge truth"].endswith("[1 seed; prompts]")
+    assert cells["perplexity"] == "110 [2 seeds]"
+    assert "[" not in cells["reward"] + cells["KL, nats"] + cells["distinct-2"]
+    said = analysis.absent(found)
+    assert "RLOO: rewards/truth was measured on the test in 1 of 3 runs; it is of those." in said
+    assert "RLOO: perplexity was measured on the test in 2 of 3 runs; it is of those." in said
+
+
+def test_runs_without_their_prompts_still_count(make: Make) -> None:
+    folder = make()
+    (place(folder, seed=2) / "test.jsonl").unlink()
+    found = arms(folder)
+    reward = analysis.measure(found[1], "reward")
+    assert (reward.seeds, reward.covers) == (3, "seeds")
+    (pair,) = analysis.differences(found, "reward")
+    assert (pair.estimate.seeds, pair.why_not) == (2, "two seeds: no test is made")
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "levels"),
+    [(0.5, 0.9, [0.6, 0.7, 0.8, 0.86]), (0.97, 0.999, [0.977, 0.985, 0.992, 0.996]),
+     (1e6, 1e6 + 300, [1000075, 1000150, 1000225, 1000270]), (-216.4, -204.4, [-213, -210, -207, -206]), (0.5, 0.5, [])],
+)  # fmt: skip
+def test_levels_lie_on_the_way(make: Make, start: float, best: float, levels: list[float]) -> None:
+    (arm, *_) = arms(make())
+    for run in arm.runs:
+        run.curves["val/reward"] = runs.Curve(*(np.array([a, b]) for a, b in ((0, 9), (start, best), (0, 1))))
+    found = analysis.levels([arm])
+    assert found == pytest.approx(levels, rel=1e-3)
+    assert all(start < level <= best for level in found)
 
 
 def test_verdict_names_what_was_not_tested(make: Make) -> None:
