@@ -123,7 +123,7 @@ class Unrolled(AlignmentModule):
         inputs = table[prompts]
         for _ in range(self.sampler.max_new_tokens):
             if self.prefix == "cache":
-                output = network(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+                output = network(inputs_embeds=inputs, use_cache=True, **{self.policy.cache_name: cache})
             elif self.prefix == "published":
                 output = network(inputs_embeds=inputs, use_cache=False)
             else:

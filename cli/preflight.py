@@ -371,7 +371,7 @@ def _cache(module: TrainableModule, data: TextDataModule) -> int:
     ids = torch.zeros(1, sum(_lengths(module, data).values()), dtype=torch.long, device=module.device)
     with module.policy.evaluating() as model:
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    layers = getattr(getattr(output, module.policy.cache_name, None), "layers", [])
     return sum(_bytes([x for x in vars(layer).values() if isinstance(x, Tensor)]) for layer in layers)
 
 

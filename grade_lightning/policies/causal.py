@@ -1,6 +1,7 @@
 """The policy: a causal language model, perhaps with LoRA adapters, beside its frozen reference."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,11 @@ class Policy(nn.Module):
         """The transformers model itself, without the wrapper of its adapters."""
         model: PreTrainedModel = self.model if self.lora is None else self.model.get_base_model()
         return model
+
+    @property
+    def cache_name(self) -> str:
+        """What the model calls its key-value cache: `cache`, or `past_key_values` before transformers 5.24."""
+        return "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
 
     @property
     def width(self) -> int:

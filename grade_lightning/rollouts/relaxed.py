@@ -211,9 +211,9 @@ class RelaxedSampler:
                     inputs_embeds=inputs,
                     attention_mask=mask,
                     position_ids=position_ids(mask)[:, -inputs.shape[1] :],
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
+                    **{policy.cache_name: cache},
                 ).logits
                 values, indices = self._support(self.sampler.logits(logits, policy.eos_ids, positions=step))
                 logps = values.log_softmax(-1)

@@ -133,6 +133,22 @@ def test_a_forward_that_somebody_has_wrapped_stays_wrapped() -> None:
         assert len(calls) == turn
 
 
+def before_5_24(self: Any, input_ids: Tensor, past_key_values: Any = None) -> None: ...
+
+
+def since_5_24(self: Any, input_ids: Tensor, cache: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("forward", "name"), [(before_5_24, "past_key_values"), (since_5_24, "cache")])
+def test_the_cache_is_called_what_the_model_calls_it(
+    forward: Callable[..., None], name: str, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("llama", lora)
+    monkeypatch.setattr(type(policy.base), "forward", forward)
+    assert policy.cache_name == name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_value_head_takes_the_hidden_states_of_any_policy(dtype: torch.dtype) -> None:
     """Zero at first; then its weights times the hidden state plus its bias, in its own precision."""

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -97,7 +99,7 @@ def test_the_training_pass_sees_the_sampled_distribution(settings: dict[str, Any
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_rollout_has_its_context_in_training_with_checkpointing(lora: bool) -> None:
-    """The trap: `generate` in training mode with gradient checkpointing loses its cache, and the prompt with it."""
+    """The trap, before transformers 5.24: in this mode `generate` loses its cache, and the prompt with it."""
     policy = make_policy("llama", lora)
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
@@ -107,6 +109,7 @@ def test_the_rollout_has_its_context_in_training_with_checkpointing(lora: bool) 
     assert policy.base.is_gradient_checkpointing
 
 
+@pytest.mark.skipif(Version(transformers.__version__) >= Version("5.24"), reason="transformers keeps the cache now")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_trap_is_real(name: str) -> None:
     """What the rollout avoids: in that mode the most likely tokens of `generate` itself are not those of the prompt."""
