@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -30,7 +30,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from grade_lightning.errors import InputError, check_range
+from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.module import AlignmentModule
 
 from . import main
@@ -38,6 +38,9 @@ from .parser import Parser
 
 ELSEWHERE = 75
 """Exit status of a run that another process is at."""
+
+_PARENT = "GRADE_COMPARE_PARENT"
+"""Names the process that a run ends with."""
 
 _PLANNED = {"model", "seed_everything", "ckpt_path", "output"}
 _PLANNED |= {f"trainer.{name}" for name in ("default_root_dir", "max_steps", "val_check_interval", "devices")}
@@ -159,8 +162,8 @@ class Run:
 
     @property
     def tested(self) -> bool:
-        """Whether the test split was measured."""
-        return (self.folder / "test.json").is_file()
+        """Whether the test split was measured, or there is nothing to measure."""
+        return bool((self.result or {}).get("diverged")) or _read(self.folder / "test.json") is not None
 
     @contextmanager
     def claimed(self, patience: float = 0) -> Iterator[bool]:
@@ -264,9 +267,11 @@ class Comparison:
     def arguments(self, run: Run) -> list[str]:
         """Of `grade-fit` for a run."""
         own = dict(self.plan.methods[run.method])
-        everything = {"model": own.pop("model", run.method)} | self.plan.arguments | own
-        everything |= self.plan.settings()[run.setting] | {"seed_everything": run.seed}
+        model = own.pop("model", run.method)
+        everything = self.plan.arguments | own | self.plan.settings()[run.setting] | {"seed_everything": run.seed}
         return [
+            *_flags("config", everything.pop("config", [])),  # first: what the plan says comes after
+            f"--model={model}",
             "--trainer.devices=1",
             "--export.enabled=false",
             *itertools.chain.from_iterable(_flags(key, value) for key, value in everything.items()),
@@ -278,7 +283,8 @@ class Comparison:
         with self._alone():
             self.plan = _load(self.path)
             choices = {m: dict(zip(("setting", "objectives"), self._choice(m), strict=True)) for m in self.plan.methods}
-            _write(self.out / "chosen.json", json.dumps(choices, indent=1))
+            if choices != _read(self.out / "chosen.json"):
+                _write(self.out / "chosen.json", json.dumps(choices, indent=1))
 
 
 def _flags(key: str, value: Any) -> list[str]:
@@ -340,14 +346,31 @@ def _digests(plan: Plan) -> dict[str, str]:
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 
-class Heartbeat(Callback):
-    """Says in a file how far the run is."""
+class Watch(Callback):
+    """Says in a file how far the run is; ends it when the process that started it has ended."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.last = path, 0.0
+        self.parent = int(os.environ.get(_PARENT, 0))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse epochs whose last step would be of fewer batches than the others.
+
+        Raises:
+            InputError: they are.
+        """
+        batches, micro = trainer.num_training_batches, trainer.accumulate_grad_batches
+        window = max(micro, getattr(pl_module, "visits", 1))
+        if batches % window and trainer.max_steps * micro > batches:
+            raise InputError(
+                f"an epoch has {batches} batches, no multiple of {window}: its last step would be of fewer than the "
+                "others; choose trainer.accumulate_grad_batches or data.prompt_size so that it is one"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write now and then."""
+        if self.parent and os.getppid() != self.parent:
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends a run between two steps
         if time.monotonic() - self.last > 2:
             self.last = time.monotonic()
             reward = trainer.callback_metrics.get("train/reward")
@@ -356,7 +379,8 @@ class Heartbeat(Callback):
                 "of": trainer.max_steps,
                 "reward": None if reward is None else float(reward),
             }
-            _write(self.path, json.dumps(state))
+            with suppress(OSError):  # a full disk is no reason to end a run
+                _write(self.path, json.dumps(state))
 
 
 def work(comparison: Comparison, run: Run) -> None:
@@ -372,13 +396,21 @@ def _train(comparison: Comparison, run: Run) -> None:
     plan, arguments = comparison.plan, comparison.arguments(run)
     arguments += _budget(main.build(arguments), plan)
     cli = main.build([*arguments, "--ckpt_path=last"])  # of an earlier start, if there was one
-    cli.trainer.callbacks.append(Heartbeat(run.folder / "progress.json"))  # type: ignore[attr-defined]
+    cli.trainer.callbacks.append(Watch(run.folder / "progress.json"))  # type: ignore[attr-defined]
     started, began = datetime.now(timezone.utc), time.perf_counter()
-    main.train(cli)
+    diverged = None
+    try:
+        main.train(cli)
+    except DivergenceError as error:
+        diverged = str(error)
+        print(f"grade-compare: diverged: {diverged}", file=sys.stderr)
+    spent = {k: int(v) for k, v in cli.model.spent.items()} if isinstance(cli.model, AlignmentModule) else {}
     step, steps = cli.trainer.global_step, cli.config.trainer.max_steps
-    if step < steps:
+    if not diverged and step < steps:
         raise InputError(f"ended at step {step} of {steps}; take away what ended it, such as trainer.max_time")
-    last = cli.summary.measurements[-1].metrics if cli.summary.measurements else {}
+    if not diverged and 0 < spent.get("reward_calls", 0) < plan.completions:
+        raise InputError(f"{spent['reward_calls']} of {plan.completions} completions were sampled; look at the data")
+    last = cli.summary.measurements[-1].metrics if cli.summary.measurements and not diverged else {}
     result = {
         "method": run.method,
         "model": type(cli.model).__name__,
@@ -398,7 +430,8 @@ def _train(comparison: Comparison, run: Run) -> None:
         "from_step": cli.start.step,  # above 0: an earlier start was interrupted, and took its own seconds
         "validation": last,
         "objective": _objective(last, plan.beta),
-        "spent": {k: int(v) for k, v in cli.model.spent.items()} if isinstance(cli.model, AlignmentModule) else {},
+        "spent": spent,
+        "diverged": diverged,
     }
     _write(run.folder / "run.json", json.dumps(result, indent=1))
 
@@ -418,6 +451,12 @@ def _objective(metrics: Mapping[str, float], beta: float) -> float | None:
 def _budget(cli: main.GradeCLI, plan: Plan) -> list[str]:
     """The steps in which so many completions are sampled, and the batches from one validation to the next."""
     model, micro = cli.model, cli.trainer.accumulate_grad_batches
+    for there, option in (
+        (cli.trainer.checkpoint_callback, "enable_checkpointing"),
+        (cli.trainer.logger, "logger"),
+    ):
+        if there is None:
+            raise InputError(f"trainer.{option}: a comparison needs it; take it away from the arguments")
     epochs, minibatches = getattr(model, "epochs", 1), getattr(model, "minibatches", 1)
     window = cli.datamodule.batch_size * micro * cli.trainer.world_size * minibatches
     windows, rest = divmod(plan.completions, window)
@@ -460,18 +499,24 @@ def _commit() -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    """None where nothing is that could be read; a machine that loses power may leave such."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return found if isinstance(found, dict) else None
 
 
 def _write(path: Path, text: str) -> None:
     """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
 
 
 # ---- all runs ------------------------------------------------------------------------------------------------------
@@ -482,7 +527,7 @@ class Workers:
 
     def __init__(self, comparison: Comparison, jobs: int, threads: int | None) -> None:
         self.comparison, self.jobs = comparison, jobs
-        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = threads or max(1, _cores() // jobs)
         self.at: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
         self.failed: set[Run] = set()
         self.elsewhere: set[Run] = set()
@@ -501,6 +546,7 @@ class Workers:
             slot = free.pop(0)
             command = [sys.executable, "-m", "grade_lightning_cli.compare", f"--out={run.out}", f"--run={run.name}"]
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+            environment[_PARENT] = str(os.getpid())
             if torch.cuda.device_count() > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = _gpus()[slot % len(_gpus())]
             with (run.folder / "log.txt").open("ab") as log:
@@ -521,6 +567,11 @@ class Workers:
             process.terminate()
         for process, _ in self.at.values():
             process.wait()
+
+
+def _cores() -> int:
+    """That this process may use, which a job's own limit makes fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
@@ -573,6 +624,8 @@ def _state(comparison: Comparison, workers: Workers, run: Run) -> str:
     if run in workers.failed:
         return f"failed: {_last_line(run.folder / 'log.txt')}"
     if result := run.result:
+        if result.get("diverged"):
+            return "diverged"
         reward = f"{result['validation'].get('reward', float('nan')):.3f}"
         return reward if comparison.finished(run) else f"{reward}, test to come"
     if run in workers.elsewhere:
@@ -632,7 +685,7 @@ def compare(args: Sequence[str] | None = None) -> None:
                 if not comparison.finished(run) and not run.held:
                     print(shlex.join(["grade-compare", "--out", o.out, "--run", run.name]))
         else:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the runs, too
+            _end_by_signals()
             workers = Workers(comparison, o.jobs, o.threads)
             compare_all(comparison, workers)
             Console().print(progress(comparison, workers))
@@ -647,6 +700,14 @@ def compare(args: Sequence[str] | None = None) -> None:
             if trouble:
                 raise InputError("; ".join(trouble))
             print(f"grade-report {o.out}")
+
+
+def _end_by_signals() -> None:
+    """And end the runs, too; what a command like nohup has turned off stays so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda caught, _: sys.exit(128 + caught))
 
 
 def _divided(args: list[str]) -> tuple[list[str], list[str]]:

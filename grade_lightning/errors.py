@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+class DivergenceError(InputError):
+    """The policy was trained into something that gives no finite numbers; other settings may not."""
+
+
 def check_range(interval: str, owner: str = "", **values: float | None) -> None:
     """Check that numbers lie in an interval, written as in mathematics; None is no number.
 

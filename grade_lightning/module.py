@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.errors import InputError, check_range
+from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
@@ -242,7 +242,7 @@ class TrainableModule(LightningModule):
         """Leave out a step whose gradient is not finite, so that the weights stay finite.
 
         Raises:
-            InputError: there was no other on the latest three batches.
+            DivergenceError: there was no other on the latest three batches.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -257,7 +257,7 @@ class TrainableModule(LightningModule):
             # all steps on one rollout are one
             self._bad.add((self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx // self.visits))
         if len(self._bad) == BAD_BATCHES:
-            raise InputError(
+            raise DivergenceError(
                 f"{BAD_BATCHES} batches in a row gave gradients that are not finite, the last at step "
                 f"{self.global_step}; the weights are those before them. What the last was made of lies in "
                 f"{self._save_evidence()}; lower --model.optimizer.lr or look at the reward and the data"

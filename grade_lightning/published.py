@@ -56,8 +56,8 @@ def sample_without_context(
 ) -> Rollout:
     """Sample so that only the first token sees the prompt; each later one sees nothing but the token before it.
 
-    That is what `generate` of transformers does to a model in training mode with gradient checkpointing: it drops the
-    key-value cache at every layer and warns once.
+    That is what `generate` of transformers before 5.24 does to a model in training mode with gradient checkpointing: it
+    drops the key-value cache at every layer and warns once.
 
     Args:
         sampler: the distribution, and how long.

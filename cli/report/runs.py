@@ -163,7 +163,9 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
                 study.missing.append(f"{logs / 'config.yaml'}: cannot be read; {lost}.")
             if any(name.startswith("val/") for name in run.curves):
                 break  # a later one may be of a test
-        if run.chosen:
+        if about.get("diverged"):
+            study.missing.append(f"{place}: diverged; it has no test, and those that have speak of runs that did not.")
+        elif run.chosen:
             _read_test(run, study.missing)
         _note_curves(run, study.missing)
         found.append(run)

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grade_lightning.errors import check_range
+from grade_lightning.errors import DivergenceError, check_range
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps, truncate_logits
 from grade_lightning.policies import Policy
 
@@ -258,6 +258,9 @@ class Sampler:
             input_ids: prompts, (B, P), padded on the left.
             attention_mask: (B, P).
             columns: other columns of the rows.
+
+        Raises:
+            DivergenceError: the policy's distribution is not a number.
         """
         eos_ids, pad_id, width = policy.eos_ids, policy.tokenizer.pad_token_id, input_ids.shape[1]
         completion = input_ids.new_full((len(input_ids), self.max_new_tokens), pad_id)
@@ -274,7 +277,7 @@ class Sampler:
                     attention_mask=mask,
                     generation_config=self._settings(min(block, self.max_new_tokens - done), eos_ids, pad_id),
                     logits_processor=LogitsProcessorList([recorder]),
-                    **({} if cache is None else {"past_key_values": cache}),
+                    **({} if cache is None else {policy.cache_name: cache}),
                 )
                 new = ids[:, width + done :]
                 span = slice(done, done + new.shape[1])
@@ -347,9 +350,9 @@ def _shared_prefill(policy: Policy, ids: Tensor, mask: Tensor) -> DynamicCache:
             input_ids=ids[first, :-1],
             attention_mask=seen,
             position_ids=position_ids(seen),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{policy.cache_name: cache},
         )
         if len(first) < len(ids):
             cache.batch_select_indices(number)
@@ -368,8 +371,10 @@ class _Recorder(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids)
-        position = input_ids.shape[1] - self.prompt_length
+        position, began = input_ids.shape[1] - self.prompt_length, self.last is not None
         self.last = self.sampler.logits(scores, self.eos_ids, positions=position).log_softmax(-1)
+        if not began and bool(self.last.isnan().any()):  # looked at once, for that waits for a GPU
+            raise DivergenceError("the policy gives no probabilities: it has diverged; lower --model.optimizer.lr")
         return self.last
 
     def _take(self, ids: Tensor) -> None:

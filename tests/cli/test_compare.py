@@ -1,5 +1,6 @@
 """A comparison: what is equal, what is chosen, and what is left after an interruption."""
 
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from grade_lightning.errors import InputError
 from tests.cli.conftest import QUIET, SIZES, Shelf, new_shell, scalar
 
 module = import_module("grade_lightning_cli.compare")  # its name once it is installed
+main = import_module("grade_lightning_cli.main")
 Comparison, compare, work = module.Comparison, module.compare, module.work
 plan = partial(module.plan, completions=32)
 
@@ -108,12 +110,20 @@ def test_what_a_run_is_given(tmp_path: Path) -> None:
     run = comparison.runs()[1]
     assert run.name == "wide/lr=0.1/seed_5"
     assert comparison.run(run.name) == run
-    assert comparison.arguments(run)[2:] == [
-        "--model=GradeSTE",
-        *("--config=a.yaml", "--config=b.yaml", "--data.batch_size=8"),
+    assert comparison.arguments(run) == [
+        *("--config=a.yaml", "--config=b.yaml", "--model=GradeSTE"),
+        *("--trainer.devices=1", "--export.enabled=false", "--data.batch_size=8"),
         *("--trainer.callbacks+=A", "--trainer.callbacks+=B", "--model.hops=4"),
         *("--model.optimizer.lr=0.1", "--seed_everything=5", f"--trainer.default_root_dir={run.folder}"),
     ]
+
+
+def test_the_plan_goes_before_a_configuration_file(shelf: Shelf, tmp_path: Path) -> None:
+    """Such as one that another method's run has saved."""
+    Path("saved.yaml").write_text("model: {class_path: GradeSTE, init_args: {hops: 1}}\ntrainer: {devices: 2}\n")
+    comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf) | {"config": "saved.yaml"}))
+    cli = main.build(comparison.arguments(comparison.runs()[0]))
+    assert (type(cli.model).__name__, cli.trainer.world_size) == ("RLOO", 1)
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
@@ -295,6 +305,62 @@ def test_a_process_that_leaves_nothing_has_failed(tmp_path: Path) -> None:
         assert (workers.at, workers.failed) == ({}, failed)
 
 
+@pytest.mark.parametrize("content", ["", '{"objective": 1', "[]"])
+def test_a_result_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> None:
+    comparison = Comparison(tmp_path / "out", plan("A", seeds=[1]))
+    (run,) = comparison.runs()
+    finish(comparison, run, 0.5, tested=True)
+    assert comparison.complete()
+    (run.folder / "test.json").write_text(content)
+    assert (run.tested, comparison.complete()) == (False, False)
+    (run.folder / "run.json").write_text(content)
+    assert run.result is None
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it: without a name
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*chosen\.json"):
+        module._write(tmp_path / "chosen.json", "{}")
+    assert list(tmp_path.iterdir()) == []
+    trainer = SimpleNamespace(callback_metrics={}, global_step=1, max_steps=2)
+    module.Watch(tmp_path / "progress.json").on_train_batch_end(trainer, None)  # goes on
+
+
+def test_a_run_ends_with_what_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    trainer = SimpleNamespace(callback_metrics={}, global_step=1, max_steps=2)
+    for parent, ended in ((None, 0), (os.getppid(), 0), (1 + os.getppid(), 1)):
+        if parent is not None:
+            monkeypatch.setenv("GRADE_COMPARE_PARENT", str(parent))
+        module.Watch(tmp_path / "progress.json").on_train_batch_end(trainer, None)
+        assert len(killed) == ended
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_threads_are_of_the_cores_that_a_job_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    comparison = Comparison(tmp_path / "out", plan("A", seeds=[1]))
+    assert module.Workers(comparison, jobs=2, threads=None).threads == 3
+    assert module.Workers(comparison, jobs=8, threads=None).threads == 1
+
+
+def test_signals_end_the_command_unless_they_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    off = {signal.SIGHUP}  # by nohup
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number in off else signal.SIG_DFL)
+    module._end_by_signals()
+    assert set(handlers) == {signal.SIGINT, signal.SIGTERM}
+    with pytest.raises(SystemExit) as ended:
+        handlers[signal.SIGINT](signal.SIGINT, None)
+    assert ended.value.code == 130
+
+
 # ---- real runs ------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +425,36 @@ def test_a_run_that_ends_early_is_not_finished(shelf: Shelf, tmp_path: Path) -> 
     with pytest.raises(InputError, match="ended at step 2 of 8; take away what ended it"):
         work(comparison, run)
     assert run.result is None
+
+
+def test_what_diverged_is_not_chosen_and_not_tried_again(shelf: Shelf, tmp_path: Path) -> None:
+    grid = {"model.optimizer.lr": [0.001, 1e30]}
+    comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf), grid, seeds=[1]))
+    good, bad = comparison.runs()
+    for run in (good, bad, good):  # its test, once all are there
+        work(comparison, run)
+    assert (bad.result["objective"], bad.result["validation"]) == (None, {})
+    assert "it has diverged" in bad.result["diverged"]
+    assert comparison.chosen("RLOO") == good.setting
+    assert (good.tested, comparison.complete()) == (True, True)
+    workers = module.Workers(comparison, jobs=1, threads=None)
+    assert module._state(comparison, workers, bad) == "diverged"
+
+
+@pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
+def test_a_last_step_of_fewer_batches_is_refused(method: str, shelf: Shelf, tmp_path: Path) -> None:
+    """It would sample fewer completions than planned, or make fewer steps of them."""
+    odd = arguments(shelf) | {"trainer.accumulate_grad_batches": 2, "trainer.limit_train_batches": 3}
+    comparison = Comparison(tmp_path / "out", plan(method, odd, seeds=[1]))
+    with pytest.raises(InputError, match="an epoch has 3 batches, no multiple of 2: its last step"):
+        work(comparison, comparison.runs()[0])
+
+
+@pytest.mark.parametrize("option", ["enable_checkpointing", "logger"])
+def test_what_a_comparison_needs_is_not_turned_off(option: str, shelf: Shelf, tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf) | {f"trainer.{option}": False}, seeds=[1]))
+    with pytest.raises(InputError, match=rf"trainer\.{option}: a comparison needs it"):
+        work(comparison, comparison.runs()[0])
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def test_runs_without_their_prompts_still_count(make: Make) -> None:
 @pytest.mark.parametrize(
     ("start", "best", "levels"),
     [(0.5, 0.9, [0.6, 0.7, 0.8, 0.86]), (0.97, 0.999, [0.977, 0.985, 0.992, 0.996]),
-     (1e6, 1e6 + 300, [1000075, 1000150, 1000225, 1000270]), (-216.4, -204.4, [-213, -210, -207, -206]), (0.5, 0.5, [])],
+     (1e6, 1e6 + 300, [1000075, 1000150, 1000225, 1000270]), (-216.4, -204.4, [-213, -210, -207, -206]),
+     (0.5, 0.5, [])],
 )  # fmt: skip
 def test_levels_lie_on_the_way(make: Make, start: float, best: float, levels: list[float]) -> None:
     (arm, *_) = arms(make())
