@@ -6,11 +6,13 @@ python benchmarks/published.py OUT
 
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from grade_lightning_cli.report import runs
 from grade_lightning_cli.report.runs import Run
+from scipy.stats import ttest_ind
 
 FIGURES: dict[str, Callable[[Run], float]] = {
     "test reward": lambda run: run.test["reward"],
@@ -20,12 +22,12 @@ FIGURES: dict[str, Callable[[Run], float]] = {
     "“gradient variance”": lambda run: curve(run, "grad/across_tensor_std").mean(),
     "its mean norm": lambda run: curve(run, "grad/norm").mean(),
     "published KL, first step": lambda run: curve(run, "published/kl")[0],
-    "published KL, last fifth": lambda run: late(run, "published/kl"),
-    "true KL per token, last fifth": lambda run: late(run, "train/kl_per_token"),
-    "mean log-ratio of the samples, last fifth": lambda run: (
+    "published KL, last 100 steps": lambda run: late(run, "published/kl"),
+    "true KL per token, last 100 steps": lambda run: late(run, "train/kl_per_token"),
+    "mean log-ratio of the samples, last 100 steps": lambda run: (
         late(run, "train/kl_k1") / late(run, "train/response_length")
     ),
-    "variance of the reward over the last fifth": lambda run: curve(run, "train/reward")[-last(run) :].var(),
+    "“reward variance”": lambda run: stability(curve(run, "train/reward")),
     "true test KL, nats per sequence": lambda run: run.test["kl"],
 }
 
@@ -35,14 +37,24 @@ def curve(run: Run, name: str) -> np.ndarray:
     return run.curves[name].values if name in run.curves else np.array([np.nan])
 
 
-def last(run: Run) -> int:
-    """Number of logged steps in the last fifth of a run."""
-    return max(1, len(curve(run, "train/reward")) // 5)
-
-
 def late(run: Run, name: str) -> float:
-    """Mean over the last fifth of a run."""
-    return float(curve(run, name)[-last(run) :].mean())
+    """Mean over the last 100 steps; each step is logged."""
+    return float(curve(run, name)[-100:].mean())
+
+
+def stability(rewards: np.ndarray) -> float:
+    """Mean variance within windows of 50 steps, of which the last is left out."""
+    starts = range(0, len(rewards) - 50, 50)
+    return float(np.mean([rewards[start : start + 50].var() for start in starts])) if starts else float("nan")
+
+
+def significance(methods: dict[str, list[Run]]) -> None:
+    """Print what its t-tests say: training rewards of the last fifth of one run each, as if they were independent."""
+    for one, two in combinations(methods, 2):
+        both = [(a, b) for a in methods[one] for b in methods[two] if a.seed == b.seed]
+        ends = [[curve(run, "train/reward") for run in pair] for pair in both]
+        p = [float(ttest_ind(*(x[-len(x) // 5 :] for x in pair)).pvalue) for pair in ends]
+        print(f"{one} and {two}: significant by {sum(x < 0.05 for x in p)} of {len(p)} seeds, each alone")
 
 
 def main(folder: str) -> None:
@@ -60,6 +72,7 @@ def main(folder: str) -> None:
             values = np.array([figure(run) for run in found])
             cells.append(f"{values.mean():.4g} ± {values.std(ddof=1) if len(values) > 1 else np.nan:.2g}")
         print(f"| {title} | " + " | ".join(cells) + " |")
+    significance(methods)
 
 
 if __name__ == "__main__":
