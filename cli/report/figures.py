@@ -122,7 +122,7 @@ def test(arms: Sequence[Arm], measures: dict[str, str], beta: float | None) -> F
         axis.set(xlabel=f"test {title}", yticks=range(len(shown)), yticklabels=[_plain(arm.label) for _, arm in shown])
         axis.grid(False, axis="y")
         axis.locator_params(axis="x", nbins=5)
-    panels[0].invert_yaxis()  # of all: they share it
+    panels[0].set_ylim(len(shown) - 0.5, -0.5)  # of all: they share it, and the first is on top
     for axis in panels[len(measures) :]:
         axis.remove()
     return figure

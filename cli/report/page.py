@@ -196,7 +196,8 @@ def _differences(name: str, found: list[Difference]) -> Table:
 
 
 def _steady(arms: Sequence[Arm]) -> Table:
-    rows = [[arm.label, *map(number, analysis.steadiness(arm))] for arm in arms]
+    known = [(arm, analysis.steadiness(arm)) for arm in arms]
+    rows = [[arm.label, *map(number, x[:-1]), "–" if math.isnan(x.skipped) else f"{x.skipped:.0f}"] for arm, x in known]
     header = ["method", "reward’s std, last fifth", "std over seeds", "highest KL, nats", "steps left out"]
     return Table(header, rows)
 
