@@ -174,7 +174,8 @@ def _bands(arms: Sequence[Arm], panels: dict[tuple[str, str], list[Band | None]]
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
-    figure = Figure(figsize=(7, 2.6 * rows + 0.4), layout="constrained")
+    # no higher than a printed page
+    figure = Figure(figsize=(7, (2.6 if rows < 3 else 2.0) * rows + 0.4), layout="constrained")
     axes = list(figure.subplots(rows, 2, sharey=sharey, squeeze=False).flat)
     for ((ylabel, xlabel), bands), axis in zip(shown.items(), axes, strict=False):
         for i, found in [(i, coarse(found)) for i, found in enumerate(bands) if found]:
