@@ -315,6 +315,12 @@ def _event_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("events.out.tfevents*") if path.is_file())
 
 
+def _contradicts(points: Points, step: int, value: Any) -> bool:
+    """Whether something else was logged there; the same again is what one training may leave in two files."""
+    there = points.get(value.tag, {}).get(step)
+    return there is not None and not np.array_equal(there[1], value.simple_value, equal_nan=True)
+
+
 def _until(points: Points, step: float) -> Points:
     """A copy of what was logged before a step."""
     kept = {name: {s: p for s, p in by_step.items() if s < step} for name, by_step in points.items()}
@@ -348,7 +354,7 @@ def _scalars(folder: Path, missing: list[str]) -> dict[str, Curve]:
                 last = max((time for by_step in points.values() for time, _ in by_step.values()), default=math.inf)
                 began, pause = (began, event.wall_time - last) if points else (math.inf, 0.0)
             logged = [value for value in event.summary.value if value.HasField("simple_value")]
-            if not again and any(event.step in before.get(value.tag, {}) for value in logged):
+            if not again and any(_contradicts(before, event.step, value) for value in logged):
                 missing.append(f"{path}: of another training than the files before it; left out.")
                 points = before
                 break

@@ -213,6 +213,24 @@ def test_logs_of_another_start_do_not_stand_in(make: Make) -> None:
     assert f"{logs / 'version_1'}: no TensorBoard logs." in missing
 
 
+def test_one_training_may_say_the_same_in_two_files(make: Make) -> None:
+    """Such as the epoch, beside the validation before training and beside the first step."""
+    folder = make()
+    logs = place(folder) / "RLOO" / "version_0"
+    event_file(place(folder)).rename(logs / "events.out.tfevents.2")
+    with SummaryWriter(str(logs)) as writer:
+        writer.add_scalar("epoch", 0.0, 4, walltime=1000)
+        writer.add_scalar("val/kl", float("nan"), 7, walltime=1000)
+    (first,) = set(logs.glob("events*")) - {logs / "events.out.tfevents.2"}
+    first.rename(logs / "events.out.tfevents.1")
+    with SummaryWriter(str(logs)) as writer:
+        writer.add_scalar("epoch", 0.0, 4, walltime=2000)
+        writer.add_scalar("val/kl", float("nan"), 7, walltime=2000)
+    study, _, missing = read(folder)
+    assert "another training" not in missing
+    assert study.runs[3].curves["val/reward"].steps.tolist() == [0, 49, 99, 149]
+
+
 def test_two_trainings_in_one_folder(make: Make) -> None:
     folder = make()
     logs = place(folder) / "RLOO" / "version_0"
