@@ -207,6 +207,16 @@ def test_what_was_interrupted_and_what_differs_is_on_the_page(make: Make) -> Non
     assert "Not the same task: the methods differ in data.batch_size (4, 8)." in text
 
 
+def test_an_objective_of_several_betas_is_not_shown(make: Make, tmp_path: Path) -> None:
+    folder = make(("GradeSTE",), seeds=1)
+    other = write_study(tmp_path / "other", ("RLOO",), 1)
+    (other / "plan.yaml").write_text((other / "plan.yaml").read_text().replace("0.01", "0.2"))
+    text = Page(main.report([folder, other]).read_text()).text
+    assert "The objective is not shown: the comparisons have different β (0.01, 0.2); give --beta." in text
+    assert "The objective is reward" not in text
+    assert "The objective is reward − 0.2 KL" in Page(main.report([folder, other], beta=0.2).read_text()).text
+
+
 def test_without_the_extra(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(main, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:

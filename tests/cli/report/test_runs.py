@@ -392,6 +392,15 @@ def test_what_was_spent_in_the_end_is_not_of_where_the_logs_end(make: Make) -> N
     assert math.isnan(analysis.position(run, run.curves["val/reward"], "train/sampled_tokens")[-1])
 
 
+def test_a_run_that_diverged_has_no_test(make: Make) -> None:
+    folder = make()
+    path = place(folder, seed=2) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": "no probabilities", "validation": {}}))
+    _, arms, missing = read(folder)
+    assert [run.seed for run in arms["RLOO"].tested] == [1, 3]
+    assert f"{path.parent}: diverged; it has no test, and those that have speak of runs that did not." in missing
+
+
 def test_a_run_of_another_method_is_no_seed_of_it(make: Make) -> None:
     folder = make()
     shutil.rmtree(place(folder, seed=2))
