@@ -31,6 +31,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grade_lightning.errors import DivergenceError, InputError, check_range
+from grade_lightning.files import write_atomically
 from grade_lightning.module import AlignmentModule
 
 from . import main
@@ -213,7 +214,7 @@ class Comparison:
                 raise InputError(f"{changed[0]}: has changed since the runs in {out}; give --out another name")
             self.plan = replace(found, files=digests)
             if self.plan != there:
-                _write(self.path, yaml.safe_dump(asdict(self.plan), sort_keys=False))
+                write_atomically(self.path, yaml.safe_dump(asdict(self.plan), sort_keys=False))
 
     def _alone(self) -> FileLock:
         """While no other process changes what is of all runs."""
@@ -284,7 +285,7 @@ class Comparison:
             self.plan = _load(self.path)
             choices = {m: dict(zip(("setting", "objectives"), self._choice(m), strict=True)) for m in self.plan.methods}
             if choices != _read(self.out / "chosen.json"):
-                _write(self.out / "chosen.json", json.dumps(choices, indent=1))
+                write_atomically(self.out / "chosen.json", json.dumps(choices, indent=1))
 
 
 def _flags(key: str, value: Any) -> list[str]:
@@ -380,7 +381,7 @@ class Watch(Callback):
                 "reward": None if reward is None else float(reward),
             }
             with suppress(OSError):  # a full disk is no reason to end a run
-                _write(self.path, json.dumps(state))
+                write_atomically(self.path, json.dumps(state))
 
 
 def work(comparison: Comparison, run: Run) -> None:
@@ -433,7 +434,7 @@ def _train(comparison: Comparison, run: Run) -> None:
         "spent": spent,
         "diverged": diverged,
     }
-    _write(run.folder / "run.json", json.dumps(result, indent=1))
+    write_atomically(run.folder / "run.json", json.dumps(result, indent=1))
 
 
 def _objective(metrics: Mapping[str, float], beta: float) -> float | None:
@@ -505,18 +506,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
 
 
 # ---- all runs ------------------------------------------------------------------------------------------------------

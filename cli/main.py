@@ -43,6 +43,7 @@ from grade_lightning.callbacks import (
 )
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError, check_range
+from grade_lightning.files import write_atomically
 from grade_lightning.module import AlignmentModule, TrainableModule, check_method
 from grade_lightning.policies.loading import BUNDLED
 
@@ -327,10 +328,8 @@ def write_test(metrics: Mapping[str, float], folder: Path) -> Path:
         metrics: `test/reward` and so on.
         folder: the run's; `test.jsonl` beside it has the lines of a `PredictionWriter`.
     """
-    path = folder / "test.json"
-    part = path.with_name("test.json.part")
-    part.write_text(json.dumps({name.removeprefix("test/"): value for name, value in metrics.items()}, indent=1))
-    return part.replace(path)
+    found = {name.removeprefix("test/"): value for name, value in metrics.items()}
+    return write_atomically(folder / "test.json", json.dumps(found, indent=1))
 
 
 @contextmanager

@@ -318,14 +318,14 @@ def test_a_result_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> N
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it: without a name
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as the system says it: without a name
 
-    monkeypatch.setattr(Path, "write_text", full)
+    comparison = Comparison(tmp_path, plan("A"))
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: .*chosen\.json"):
-        module._write(tmp_path / "chosen.json", "{}")
-    assert list(tmp_path.iterdir()) == []
+        comparison.note_choices()
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml", "lock"}
     trainer = SimpleNamespace(callback_metrics={}, global_step=1, max_steps=2)
     module.Watch(tmp_path / "progress.json").on_train_batch_end(trainer, None)  # goes on
 
