@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import model, note, tokenizer
-from grade_lightning_cli import main as cli
 from grade_lightning_cli import preflight
+from grade_lightning_cli.config import build
 from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile
 
@@ -66,7 +66,7 @@ class Beside(preflight._Measure):
 
 def compare(args: list[str]) -> tuple[float, float]:
     """Bytes of a run: as estimated, and as seen by the profiler."""
-    run = cli.build(args)
+    run = build(args)
     beside = Beside(run.datamodule)
     run.trainer.callbacks, run.trainer.logger = [beside], None
     try:

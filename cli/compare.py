@@ -34,8 +34,10 @@ from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.files import write_atomically
 from grade_lightning.module import AlignmentModule
 
-from . import main
+from .config import GradeCLI, build
+from .guard import user_errors
 from .parser import Parser
+from .run import train, write_test
 
 ELSEWHERE = 75
 """Exit status of a run that another process is at."""
@@ -395,13 +397,13 @@ def work(comparison: Comparison, run: Run) -> None:
 
 def _train(comparison: Comparison, run: Run) -> None:
     plan, arguments = comparison.plan, comparison.arguments(run)
-    arguments += _budget(main.build(arguments), plan)
-    cli = main.build([*arguments, "--ckpt_path=last"])  # of an earlier start, if there was one
+    arguments += _budget(build(arguments), plan)
+    cli = build([*arguments, "--ckpt_path=last"])  # of an earlier start, if there was one
     cli.trainer.callbacks.append(Watch(run.folder / "progress.json"))  # type: ignore[attr-defined]
     started, began = datetime.now(timezone.utc), time.perf_counter()
     diverged = None
     try:
-        main.train(cli)
+        train(cli)
     except DivergenceError as error:
         diverged = str(error)
         print(f"grade-compare: diverged: {diverged}", file=sys.stderr)
@@ -449,7 +451,7 @@ def _objective(metrics: Mapping[str, float], beta: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _budget(cli: main.GradeCLI, plan: Plan) -> list[str]:
+def _budget(cli: GradeCLI, plan: Plan) -> list[str]:
     """The steps in which so many completions are sampled, and the batches from one validation to the next."""
     model, micro = cli.model, cli.trainer.accumulate_grad_batches
     for there, option in (
@@ -474,7 +476,7 @@ def _test(comparison: Comparison, run: Run) -> None:
     assert result is not None
     rows = run.folder / "test.jsonl"
     rows.unlink(missing_ok=True)  # of a test that did not end
-    cli = main.build(
+    cli = build(
         [
             *result["arguments"],
             f"--ckpt_path={run.folder / result['folder']}",
@@ -486,7 +488,7 @@ def _test(comparison: Comparison, run: Run) -> None:
     (metrics,) = cli.trainer.test(
         cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint, weights_only=True, verbose=False
     )
-    main.write_test(metrics, run.folder)
+    write_test(metrics, run.folder)
 
 
 def _commit() -> str | None:
@@ -650,7 +652,7 @@ def compare(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="Only print a command for each run that can start now.")
     parser.add_argument("--run", type=str | None, default=None, help="Only this run: METHOD/SETTING/seed_N.")
     parser.add_function_arguments(plan, fail_untyped=False)
-    with main.for_people("grade-compare"):
+    with user_errors("grade-compare"):
         o = parser.parse_args(given)
         check_range("[1, inf)", jobs=o.jobs, threads=o.threads)
         named = parser.parse_args(given, defaults=False)

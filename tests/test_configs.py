@@ -156,8 +156,7 @@ def test_comparisons_of_the_documentation_are_understood(
 
 def test_bundled_spells_out_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(grade_lightning.bundled, "prepare", lambda: tmp_path)
-    (entry,) = entry_points(group="console_scripts", name="grade-fit")
-    build = sys.modules[entry.load().__module__].build
+    build = import_module("grade_lightning_cli.config").build
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
     said = []
     for extra in ([], ["--config", "configs/bundled.yaml"]):

@@ -683,7 +683,7 @@ def arguments(folder: Path, method: str, *args: str) -> list[str]:
 
 
 def test_one_argument_of_the_kl_leaves_the_methods_other_defaults(folder: Path) -> None:
-    main = import_module("grade_lightning_cli.main")
+    config = import_module("grade_lightning_cli.config")
     for method, args, expected in (
         ("PPO", ["--model.kl.beta=0.2"], KL(0.2)),
         ("PPO", ["--model.kl.estimator=k3", "--model.kl.placement=loss"], KL(0.05, "k3", "loss")),
@@ -692,7 +692,7 @@ def test_one_argument_of_the_kl_leaves_the_methods_other_defaults(folder: Path) 
         ("DAPO", ["--model.kl.beta=0.3"], KL(0.3)),
         ("GSPO", [], KL()),
     ):
-        module = main.build(arguments(folder, method, *args)).model
+        module = config.build(arguments(folder, method, *args)).model
         assert type(module).__name__ == method
         assert module.kl == expected
         assert module.beta == expected.beta

@@ -1,11 +1,12 @@
 """The commands as a user enters them, and small models and data for them."""
 
 import gc
+import io
 import logging
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from transformers import GPT2Config, GPT2Model
 
@@ -40,6 +42,7 @@ SIZES = [
     "--data.max_text_tokens=16",
 ]
 GRADE = ["--model=GradeSTE", "--model.sampler.max_new_tokens=6"]
+OFTEN = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
 
 
 @dataclass(frozen=True)
@@ -280,3 +283,35 @@ def events(folder: Path) -> EventAccumulator:
 def scalar(folder: Path, name: str) -> list[float]:
     """The values of a curve."""
     return [event.value for event in events(folder).Scalars(name)]
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    out: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint(self.folder)
+
+
+@pytest.fixture(scope="session")
+def finished(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One run of GradeSTE, four steps, that many tests look at."""
+    out, root = io.StringIO(), tmp_path_factory.mktemp("finished")
+    with new_shell(root, tmp_path_factory.getbasetemp() / "datasets") as patch, redirect_stdout(out):
+        enter(patch, "fit", *shelf.all, *OFTEN, "--completions.every_n_steps=2")
+    return Finished(root / version(), out.getvalue())
+
+
+@pytest.fixture
+def printed_config(run: Run, capsys: pytest.CaptureFixture[str]) -> Any:
+    def printed_config(*args: str) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run("fit", *args, "--print_config")
+        assert not exit.value.code
+        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return config
+
+    return printed_config

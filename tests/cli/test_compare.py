@@ -23,7 +23,7 @@ from grade_lightning.errors import InputError
 from tests.cli.conftest import QUIET, SIZES, Shelf, new_shell, scalar
 
 module = import_module("grade_lightning_cli.compare")  # its name once it is installed
-main = import_module("grade_lightning_cli.main")
+config = import_module("grade_lightning_cli.config")
 Comparison, compare, work = module.Comparison, module.compare, module.work
 plan = partial(module.plan, completions=32)
 
@@ -122,7 +122,7 @@ def test_the_plan_goes_before_a_configuration_file(shelf: Shelf, tmp_path: Path)
     """Such as one that another method's run has saved."""
     Path("saved.yaml").write_text("model: {class_path: GradeSTE, init_args: {hops: 1}}\ntrainer: {devices: 2}\n")
     comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf) | {"config": "saved.yaml"}))
-    cli = main.build(comparison.arguments(comparison.runs()[0]))
+    cli = config.build(comparison.arguments(comparison.runs()[0]))
     assert (type(cli.model).__name__, cli.trainer.world_size) == ("RLOO", 1)
 
 

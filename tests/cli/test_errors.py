@@ -4,18 +4,14 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerFast
 
-from grade_lightning.errors import InputError
-from grade_lightning.rewards import Classifier
-from tests.cli.conftest import SIZES, WORDS, Run, Shelf, checkpoint, enter, load, new_shell, version
+from tests.cli.conftest import WORDS, Run, Shelf, checkpoint, enter, new_shell, version
 from tests.conftest import make_model, make_tokenizer
 
 PROGRESS = re.compile(r"INFO: |WARNING: |\[rank: 0\] |(Generating|Filter|Map|Loading|Writing)\b.*")
@@ -496,37 +492,3 @@ def test_a_judge_that_fails(function: str, parts: tuple[str, ...], refuse: Refus
 def test_a_function_that_is_not_there(refuse: Refuse, shelf: Shelf, own: str) -> None:
     judge = ["--model.judges+=FunctionReward", f"--model.judges.function={own}.nothing"]
     says(refuse("fit", *shelf.all, *judge), "function", f"{own}.nothing")
-
-
-# ---- what is no error of the user -----------------------------------------------------------------------------
-
-
-def test_a_fault_of_ours_keeps_its_traceback(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what was made for people is shortened."""
-    monkeypatch.setattr(Classifier, "forward", lambda *_: 1 / 0)
-    fit: Any = load("fit")
-    with pytest.raises(ZeroDivisionError):
-        fit([*shelf.all, *SIZES])
-
-
-def refuse_ours() -> None:
-    try:
-        Trainer(max_steps=-5)
-    except Exception as error:
-        raise InputError("ours") from error
-
-
-@pytest.mark.parametrize(
-    ("fault", "raised", "says"),
-    [
-        (lambda: Trainer(max_steps=-5), InputError, r"^`max_steps` must be .*; check the value$"),
-        (refuse_ours, InputError, r"^ours$"),
-        (lambda: 1 / 0, ZeroDivisionError, "division"),
-    ],
-)
-def test_what_others_refuse_hides_neither_our_line_nor_a_fault(
-    fault: Callable[[], object], raised: type[Exception], says: str
-) -> None:
-    refusals = import_module("grade_lightning_cli.main")._refusals
-    with pytest.raises(raised, match=says), refusals():
-        fault()

@@ -20,7 +20,7 @@ from tests.cli.conftest import Shelf
 from tests.cli.test_errors import PROGRESS
 from tests.fuzz import cases, check_all
 
-main = import_module("grade_lightning_cli.main")  # its name once it is installed
+config, guard = (import_module(f"grade_lightning_cli.{name}") for name in ("config", "guard"))
 METHODS = sorted(name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type))
 RULE = "grade_lightning.data.reviews.grammar_valid"
 TREE: dict[str, Any] = {
@@ -167,8 +167,8 @@ def refused(shelf: Shelf, shell: pytest.MonkeyPatch) -> Any:
         err, status = io.StringIO(), None
         with redirect_stderr(err), redirect_stdout(io.StringIO()):
             try:
-                with main.for_people("grade-fit"):
-                    main.build(list(args))
+                with guard.user_errors("grade-fit"):
+                    config.build(list(args))
             except SystemExit as left:
                 status = left.code
         if status is None:

@@ -20,7 +20,7 @@ from grade_lightning.module import AlignmentModule, TrainableModule
 from tests.cli.conftest import Run, Shelf, assert_same, checkpoint, version
 from tests.conftest import VOCABULARY
 
-main, preflight = (import_module(f"grade_lightning_cli.{name}") for name in ("main", "preflight"))
+config, preflight = (import_module(f"grade_lightning_cli.{name}") for name in ("config", "preflight"))
 METHODS = {
     name: value
     for name, value in vars(grade_lightning.methods).items()
@@ -122,7 +122,7 @@ def test_what_does_not_depend_on_the_batch_is_exact(lora: list[str], look: Look,
 
 
 def test_nothing_is_trained(shelf: Shelf) -> None:
-    cli = main.build([*shelf.all, "--model.optimizer.weight_decay=0.5", "--model.optimizer.lr=1"])
+    cli = config.build([*shelf.all, "--model.optimizer.weight_decay=0.5", "--model.optimizer.lr=1"])
     cli.model.configure_model()
     before = {name: value.clone() for name, value in cli.model.state_dict().items()}
     preflight.preflight(cli.trainer, cli.model, cli.datamodule, None)
@@ -190,7 +190,7 @@ def test_the_estimate_of_a_larger_batch(method: str, look: Look, shelf: Shelf, m
     full = [arg for arg in FULL if issubclass(METHODS[method], AlignmentModule) or "sampler" not in arg]
     args = [*arguments(shelf, method), *full, "--data.batch_size=32", "--data.prompt_size=32", "--data.reward_size=0"]
     _, memory = look(*args)
-    cli = main.build([*args, "--trainer.max_steps=5", "--trainer.limit_val_batches=0"])
+    cli = config.build([*args, "--trainer.max_steps=5", "--trainer.limit_val_batches=0"])
     watch = Watch(step=cli.model.visits)  # the first of the second window, or the second
     cli.trainer.callbacks = [watch]
     cli.trainer.logger = None

@@ -1,15 +1,9 @@
-"""What the commands leave behind, entered as a shell enters them."""
+"""What fit, validate, test and predict leave behind, entered as a shell enters them."""
 
-import contextlib
-import io
-import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,54 +13,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.cli.conftest import (
-    Run,
-    Shelf,
-    assert_same,
-    checkpoint,
-    enter,
-    events,
-    load,
-    new_shell,
-    scalar,
-    version,
-    weights,
-)
+from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
 
 DOCS = Path(__file__).parents[2] / "docs"
-OFTEN = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    folder: Path
-    out: str
-
-    @property
-    def checkpoint(self) -> Path:
-        return checkpoint(self.folder)
-
-
-@pytest.fixture(scope="session")
-def finished(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One run of GradeSTE, four steps, that many tests look at."""
-    out, root = io.StringIO(), tmp_path_factory.mktemp("finished")
-    with new_shell(root, tmp_path_factory.getbasetemp() / "datasets") as patch, contextlib.redirect_stdout(out):
-        enter(patch, "fit", *shelf.all, *OFTEN, "--completions.every_n_steps=2")
-    return Finished(root / version(), out.getvalue())
-
-
-@pytest.fixture
-def printed_config(run: Run, capsys: pytest.CaptureFixture[str]) -> Any:
-    def printed_config(*args: str) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run("fit", *args, "--print_config")
-        assert not exit.value.code
-        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
-        return config
-
-    return printed_config
 
 
 # ---- fit ------------------------------------------------------------------------------------------------------
@@ -329,137 +278,6 @@ def test_predict_names_its_own_file(run: Run, shelf: Shelf, capsys: pytest.Captu
     assert Path(written).is_relative_to("runs/GradeSTE")
 
 
-# ---- configurations -------------------------------------------------------------------------------------------
-
-
-def test_the_printed_configuration_is_the_run(
-    run: Run, printed_config: Any, finished: Finished, shelf: Shelf, tmp_path: Path
-) -> None:
-    path = tmp_path / "printed.yaml"
-    path.write_text(yaml.safe_dump(printed_config(*shelf.all, *OFTEN)))
-    run("fit", f"--config={path}")
-    assert_same(weights(checkpoint(version())), weights(finished.checkpoint))
-
-
-def test_the_saved_configuration_is_the_run(run: Run, finished: Finished) -> None:
-    run("fit", f"--config={finished.folder / 'config.yaml'}")
-    assert_same(weights(checkpoint(version())), weights(finished.checkpoint))
-
-
-def test_all_commands_read_the_same_configuration(run: Run, finished: Finished) -> None:
-    for command in ("validate", "test", "predict"):
-        run(command, f"--config={finished.folder / 'config.yaml'}", f"--ckpt_path={finished.checkpoint}")
-
-
-CONFIG = "model: {init_args: {beta: 0.5, hops: 4}}\ntrainer: {max_steps: 17}\n"
-
-
-@pytest.mark.parametrize("model", [["--model", "GradeSTE"], ["--model=GradeSTE"]], ids=["two words", "one"])
-@pytest.mark.parametrize("config", [["--config", "c.yaml"], ["-c=c.yaml"]], ids=["--config", "-c"])
-def test_order_of_model_and_config(model: list[str], config: list[str], printed_config: Any) -> None:
-    Path("c.yaml").write_text(CONFIG)
-    for args in itertools.permutations([model, config]):
-        found = printed_config(*itertools.chain(*args))
-        assert found["model"]["class_path"] == "grade_lightning.methods.GradeSTE"
-        assert found["model"]["init_args"]["beta"] == 0.5
-        assert found["model"]["init_args"]["hops"] == 4
-        assert found["trainer"]["max_steps"] == 17
-    for order in ([*model, *config, "--model.beta=0.25"], [*config, *model, "--model.beta=0.25"]):
-        assert printed_config(*order)["model"]["init_args"]["beta"] == 0.25
-
-
-def test_later_configurations_win(printed_config: Any) -> None:
-    Path("c.yaml").write_text(CONFIG)
-    Path("d.yaml").write_text("trainer: {max_steps: 5}\n")
-    found = printed_config("--config=c.yaml", "--model=GradeSTE", "--config=d.yaml")
-    assert found["trainer"]["max_steps"] == 5
-    assert found["model"]["init_args"]["beta"] == 0.5
-
-
-def test_a_configuration_of_another_method_keeps_what_fits(printed_config: Any) -> None:
-    """A recipe without a method is for all of them."""
-    Path("c.yaml").write_text("model: {init_args: {policy: {path: some/model}}}\n")
-    for method in ("GradeSTE", "SupervisedFineTuning"):
-        found = printed_config("--config=c.yaml", f"--model={method}")["model"]
-        assert found["class_path"].endswith(f".{method}")
-        assert found["init_args"]["policy"]["init_args"]["path"] == "some/model"
-
-
-# ---- parts of one's own ---------------------------------------------------------------------------------------
-
-
-def test_model_reward_and_source_of_ones_own(run: Run, own: str, shelf: Shelf) -> None:
-    sizes = [arg for arg in shelf.data if not arg.startswith("--data.source")]
-    args = [arg for arg in shelf.grade if not arg.startswith(("--data.source", "--model=", "--model.reward"))]
-    mine = [
-        f"--model={own}.Mine",
-        "--model.extra=2.5",
-        f"--model.reward={own}.Late",
-        "--model.reward.above=12",
-        f"--data.source={own}.Words",
-        "--data.source.rows=80",
-    ]
-    run("fit", *mine, *args, *sizes, *OFTEN)
-    assert scalar(version(method="Mine"), "train/extra") == [2.5] * 4
-    assert 0 < scalar(version(method="Mine"), "val/rewards/Late")[0] < 1
-    run("test", *mine, *args, *sizes, f"--ckpt_path={checkpoint(version(method='Mine'))}")
-
-
-def test_judges_in_a_file(run: Run, own: str, shelf: Shelf) -> None:
-    Path("judges.yaml").write_text(
-        "model: {init_args: {judges: ["
-        f"{{class_path: FunctionReward, init_args: {{function: {own}.words}}}}, "
-        f"{{class_path: FunctionReward, init_args: "
-        f"{{function: {{class_path: {own}.Brevity, init_args: {{most: 3}}}}, timeout: 60}}}}, "
-        f"{{class_path: {own}.Late, init_args: {{above: 9}}}}]}}}}\n"
-    )
-    run("fit", "--config=judges.yaml", *shelf.all, *OFTEN)
-    assert 0 < scalar(version(), "val/rewards/words")[0] <= 6
-    assert 0 <= scalar(version(), "val/rewards/Brevity")[0] <= 1
-    assert 0 < scalar(version(), "val/rewards/Late")[0] < 1
-    assert scalar(version(), "val/rewards/classifier") == scalar(version(), "val/reward")
-
-
-def test_optimizer_and_scheduler_by_class_path(run: Run, shelf: Shelf) -> None:
-    chosen = [
-        "--model.optimizer=torch.optim.SGD",
-        "--model.optimizer.lr=0.5",
-        "--model.optimizer.momentum=0.25",
-        "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
-        "--model.lr_scheduler.gamma=0.5",
-    ]
-    run("fit", *shelf.all, *OFTEN, *chosen)
-    (state,) = torch.load(checkpoint(version()), weights_only=True)["optimizer_states"]
-    (group,) = state["param_groups"]
-    assert (group["lr"], group["momentum"]) == (0.5**5, 0.25)
-    trained = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(shelf.policy).parameters())
-    assert sum(s["momentum_buffer"].numel() for s in state["state"].values()) == trained
-
-
-def test_callbacks_of_ones_own_are_beside_ours(run: Run, shelf: Shelf) -> None:
-    run("fit", *shelf.all, "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=mine", *OFTEN)
-    assert checkpoint(version()).name == "mine.ckpt"
-    assert (version() / "export").is_dir()
-    assert scalar(version(), "val/reward")
-
-
-def test_nested_parts_of_ours(run: Run, shelf: Shelf) -> None:
-    parts = [
-        "--model.estimator=Gumbel",
-        "--model.estimator.draws=2",
-        "--model.tau=Linear",
-        "--model.tau.start=2.0",
-        "--model.tau.end=1.0",
-        "--model.hops=exact",
-        "--model.kl_prefix=full",
-        "--model.sampler.top_k=5",
-        "--model.reward.output=logit",
-    ]
-    run("fit", *shelf.all, *OFTEN, *parts)
-    assert scalar(version(), "train/tau") == pytest.approx([2.0, 1.75, 1.5, 1.25])
-    assert max(scalar(version(), "train/hop_residual")) == pytest.approx(0, abs=1e-6)
-
-
 def test_lora(run: Run, shelf: Shelf) -> None:
     lora = ["--model.policy.lora.r=2"]
     run("fit", *shelf.all, *lora, *OFTEN)
@@ -502,68 +320,3 @@ def test_supervised_fine_tuning_makes_a_policy(run: Run, shelf: Shelf) -> None:
     assert losses[-1] < losses[0]
     run("fit", *shelf.all, f"--model.policy.path={folder / 'export'}")
     assert scalar(version(), "val/kl")[0] == pytest.approx(0, abs=1e-5)
-
-
-# ---- the programs themselves ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_help_and_version_are_for_people(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        run(command, "--help")
-    assert not exit.value.code
-    out = capsys.readouterr().out
-    assert f"grade-{command}" in out
-    assert "--model" in out
-    assert ("--output" in out) == (command in ("predict", "test"))
-
-
-def test_help_on_a_method(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        run("fit", "--model.help", "GradeSTE")
-    assert not exit.value.code
-    assert "--model.kl_prefix" in capsys.readouterr().out
-
-
-def test_main_is_importable_and_takes_arguments(shelf: Shelf) -> None:
-    """What an entry point calls also takes a list, for notebooks and scripts."""
-    fit: Any = load("fit")
-    assert fit([*shelf.all, "--trainer.limit_val_batches=0"]) is None
-    assert (version() / "export" / "config.json").is_file()
-
-
-def test_the_module_is_grade_fit(tmp_path: Path) -> None:
-    """As a process, so that its status is what a shell sees."""
-    command = [sys.executable, "-m", "grade_lightning_cli", "--model", "GradeSTF"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert "did you mean 'GradeSTE'?" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_first_command_of_the_readme(tmp_path: Path) -> None:
-    """On a fresh machine without network: it trains its own models, aligns, and the measurements say so."""
-    environment = os.environ | {"GRADE_LIGHTNING_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    (tmp_path / "work").mkdir()
-    command = [sys.executable, "-m", "grade_lightning_cli", "--model", "GradeSTE", "--trainer.accelerator", "cpu"]
-    done = subprocess.run(
-        command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "before (step 0)" in done.stdout
-    assert "after (step 300)" in done.stdout
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"bundled-v1", "bundled-v1.lock"}
-    folder = tmp_path / "work" / version()
-    first, last = ({name: scalar(folder, f"val/{name}")[i] for name in FINAL} for i in (0, -1))
-    assert 0.4 <= first["reward"] <= 0.6
-    assert 0.3 <= first["rewards/grammar_positive"] <= 0.6
-    assert first["kl"] == pytest.approx(0, abs=1e-3)
-    assert last["reward"] >= 0.90
-    assert last["kl"] <= 20
-    assert last["rewards/grammar_positive"] >= 0.85
-
-
-FINAL = ("reward", "kl", "rewards/grammar_positive")
