@@ -87,9 +87,9 @@ def test_every_recipe_is_here() -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Path) -> None:
-    compare = import_module("grade_lightning_cli.compare")
-    plan = compare.plan(**yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()))
-    comparison = compare.Comparison(tmp_path, plan)
+    written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    plan = import_module("grade_lightning_cli.compare.plan").plan(**written)
+    comparison = import_module("grade_lightning_cli.compare.comparison").Comparison(tmp_path, plan)
     assert len(comparison.runs()) >= len(plan.methods)
     for run in comparison.runs():
         config = printed("grade-fit", *comparison.arguments(run))

@@ -1,0 +1,141 @@
+"""What is compared, and what is equal."""
+
+import hashlib
+import itertools
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from grade_lightning.errors import InputError, check_range
+
+from .options import as_list, option_names
+
+_PLANNED = {"model", "seed_everything", "ckpt_path", "output"}
+_PLANNED |= {f"trainer.{name}" for name in ("default_root_dir", "max_steps", "val_check_interval", "devices")}
+"""Arguments that the plan sets for each run."""
+
+
+@dataclass
+class Plan:
+    """What is compared, and what is equal."""
+
+    methods: dict[str, dict[str, Any]]
+    arguments: dict[str, Any]
+    grid: dict[str, list[Any]]
+    seeds: list[int]
+    completions: int
+    beta: float
+    validations: int
+    files: dict[str, str] = field(default_factory=dict)
+    """A digest of each configuration file that is named, once it lies in a comparison's folder."""
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Each point of the grid by its name."""
+        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return {
+            ",".join(f"{key.rpartition('.')[2]}={value}".replace("/", "_") for key, value in p.items()) or "default": p
+            for p in points
+        }
+
+
+def plan(
+    methods: str | list[str] | dict[str, dict[str, Any] | None] = "",
+    arguments: dict[str, Any] | None = None,
+    grid: dict[str, list[Any]] | None = None,
+    seeds: str | list[int] = "1,2,3",
+    completions: int | None = None,
+    beta: float = 0.0,
+    validations: int = 3,
+) -> Plan:
+    """Say what is compared, and what is equal.
+
+    Args:
+        methods: names, or for each name the arguments that it alone has (`model`, if it is not the name).
+        arguments: of grade-fit, for all; `config` is one file or a list of them.
+        grid: values of arguments that are tried, all with all, with the first seed. A method is compared with those
+            that are best on validation.
+        seeds: of the runs.
+        completions: sampled in each run; how many steps that takes follows from the method. Must be given.
+        beta: β of the objective, reward − β KL, by which the best of the grid is chosen; reward per nat.
+        validations: how often a run is measured on the way.
+
+    Raises:
+        InputError: something is missing, twice there, out of range, or not for the user to set.
+
+    Example:
+        >>> plan("GradeSTE,RLOO", grid={"model.optimizer.lr": [0.001, 0.01]}, completions=9600).settings()
+        {'lr=0.001': {'model.optimizer.lr': 0.001}, 'lr=0.01': {'model.optimizer.lr': 0.01}}
+    """
+    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
+    own = methods if isinstance(methods, dict) else {}
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if isinstance(seeds, str) else seeds
+    except ValueError:
+        raise InputError(f"seeds = {seeds}: give whole numbers, such as 1,2,3") from None
+    lists: dict[str, list[Any]] = {"methods": names, "seeds": numbers, **(grid or {})}
+    for name, values in lists.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise InputError(f"{name}: must hold something, and nothing twice")
+    odd = [name for name in names if not name or set(name) & set("/\\") or name.startswith(".")]
+    if odd:
+        raise InputError(f"methods: {odd[0]!r} cannot be the name of a folder")
+    if completions is None:
+        raise InputError("completions: say how many each run samples, such as 9600")
+    check_range("[1, inf)", validations=validations, completions=completions)
+    check_range("[0, inf)", beta=beta)
+    for seed in numbers:
+        check_range("[0, 4294967295]", seeds=seed)
+    each = {name: dict(own.get(name) or {}) for name in names}
+    given = [*option_names(arguments or {}), *option_names(grid or {})]
+    given += [key for one in each.values() for key in option_names(one) if key != "model"]
+    if planned := sorted(_PLANNED.intersection(given)):
+        raise InputError(f"{planned[0]}: the plan itself sets it for each run; take it away")
+    found = Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations)
+    if len(found.settings()) < math.prod(map(len, found.grid.values())):
+        raise InputError("grid: two of its points have the same name, in which / is _; give other values")
+    return found
+
+
+def load(path: Path) -> Plan:
+    """Read what `grade-compare` wrote.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        written = yaml.safe_load(path.read_text())
+        files = written.pop("files", {})
+        found = plan(**written)
+        if asdict(found) == written | {"files": {}}:
+            return replace(found, files=files)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path}: not a plan that this grade-compare wrote; give --out another name")
+
+
+def joined(there: Plan, plan: Plan, path: Path) -> Plan:
+    """Methods and seeds are added; what is equal for all, or decides the choice, may not change."""
+    old, new = asdict(there), asdict(plan)
+    differ = [key for key in ("arguments", "grid", "completions", "beta", "validations") if old[key] != new[key]]
+    differ += [f"methods.{m}" for m in old["methods"] if old["methods"][m] != new["methods"].get(m, old["methods"][m])]
+    if there.seeds[0] != plan.seeds[0]:
+        differ.append("first seed")
+    if differ:
+        raise InputError(f"{path}: the runs there were made with other {', '.join(differ)}; give --out another name")
+    return replace(there, methods=there.methods | plan.methods, seeds=list(dict.fromkeys(there.seeds + plan.seeds)))
+
+
+def file_digests(plan: Plan) -> dict[str, str]:
+    """Of the configuration files that a plan names."""
+    named = [one.get("config") or [] for one in (plan.arguments, *plan.methods.values(), plan.grid)]
+    digests = {}
+    paths = [path for value in named for some in as_list(value) for path in as_list(some)]  # a point may hold several
+    for path in paths:
+        try:
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise InputError(f"config {path}: cannot be read ({error.strerror}); mend the plan") from None
+    return digests
