@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import model, note, tokenizer
-from grade_lightning_cli import preflight
 from grade_lightning_cli.config import build
+from grade_lightning_cli.preflight import inventory, measure
+from grade_lightning_cli.preflight.memory import Memory
 from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile
 
@@ -45,19 +46,19 @@ def brevity(completions: list[str], **_: Any) -> list[float]:
     return [-float(len(text)) for text in completions]
 
 
-class Beside(preflight._Measure):
+class Beside(measure.Measure):
     """Profiles a step of the real batch, too."""
 
-    memory: preflight.Memory
+    memory: Memory
     peak: int
 
-    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> preflight.Memory:
+    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> Memory:
         self.memory = super()._memory(trainer, module, batch, unit)
         rows = module.rows_per_batch(self.data.batch_size)
-        longest = preflight._longest(batch, rows, preflight._lengths(module, self.data))
+        longest = measure.longest(batch, rows, inventory.lengths(module, self.data))
         module.zero_grad()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            preflight._step(trainer, module, longest)
+            measure.step(trainer, module, longest)
         results: Any = seen.profiler
         events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
         self.peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
@@ -72,7 +73,7 @@ def compare(args: list[str]) -> tuple[float, float]:
     try:
         with redirect_stdout(io.StringIO()):
             run.trainer.fit(run.model, datamodule=run.datamodule)
-    except preflight._Done:
+    except measure.Done:
         pass
     parts = beside.memory.parts
     stays = sum(parts.values()) - parts["gradients"]  # those are made, and seen, in the step
