@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from grade_lightning_cli.report import runs
+from grade_lightning_cli.report.reading import read
 from grade_lightning_cli.report.runs import Run
 from scipy.stats import ttest_ind
 
@@ -59,7 +59,7 @@ def significance(methods: dict[str, list[Run]]) -> None:
 
 def main(folder: str) -> None:
     """Print a table in Markdown, mean ± standard deviation over the seeds."""
-    study = runs.read([Path(folder)])
+    study = read([Path(folder)])
     methods: dict[str, list[Run]] = {}
     for run in study.runs:
         if run.test:

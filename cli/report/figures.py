@@ -12,7 +12,11 @@ from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from .analysis import AXES, Arm, Band, band, coarse, end, gap_band, joined, measure, noise_kind, trained_on
+from .arms import Arm, trained_on
+from .bands import Band, band, coarse, gap_band
+from .curves import AXES, end, joined
+from .diagnostics import noise_kind
+from .estimates import measure
 from .runs import Study
 from .statistics import Array
 

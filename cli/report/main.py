@@ -51,18 +51,20 @@ def report(
     """
     if any(find_spec(name) is None for name in ("jinja2", "matplotlib", "scipy")):
         raise InputError("a report needs more libraries; pip install 'grade-lightning[report]'")
-    from . import analysis, figures, page, runs
+    from . import bands, figures, page
+    from .arms import arms as arms_of
+    from .reading import read
 
     out = out or folders[0] / "report"
     _check_free(out)
-    study = runs.read(folders)
+    study = read(folders)
     if beta is None and len(study.betas) > 1:
         several = ", ".join(f"{one:g}" for one in sorted(study.betas))
         study.missing.append(f"The objective is not shown: the comparisons have different β ({several}); give --beta.")
     elif beta is None:
         beta = next((one for one in study.betas if one > 0), None)
-    arms = analysis.arms(study)
-    levels = reach or analysis.levels(arms)
+    arms = arms_of(study)
+    levels = reach or bands.levels(arms)
     drawn = figures.draw(study, arms, page.measures(arms, beta), beta)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:

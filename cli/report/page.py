@@ -12,10 +12,17 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from . import analysis
-from .analysis import AXES, PLAIN, Arm, Difference
+from . import bands, consistency, curves, diagnostics, differences, estimates
+from .absent import absent
+from .arms import Arm, judges, trained_on
+from .arms import arms as arms_of
+from .curves import AXES
+from .diagnostics import Drift
+from .differences import Difference
+from .estimates import PLAIN
 from .runs import Study
 from .statistics import Estimate
+from .verdict import verdict
 from .wording import number, probability, shown
 
 TITLES = {
@@ -51,7 +58,7 @@ def measures(arms: Sequence[Arm], beta: float | None) -> dict[str, str]:
 
 
 def _names(arms: Sequence[Arm], beta: float | None) -> list[str]:
-    return ["reward", *(["objective"] if beta is not None else []), "kl", *analysis.judges(arms), *PLAIN]
+    return ["reward", *(["objective"] if beta is not None else []), "kl", *judges(arms), *PLAIN]
 
 
 def _title(name: str) -> str:
@@ -62,10 +69,10 @@ def results(arms: Sequence[Arm], beta: float | None) -> Table:
     """The test results, a row for each method that has any."""
     names, rows = _names(arms, beta), []
     for arm in [arm for arm in arms if arm.tested]:
-        found = {name: analysis.measure(arm, name, beta) for name in names}
+        found = {name: estimates.measure(arm, name, beta) for name in names}
         whole = found["reward"]
         cells = [
-            "trained on" if analysis.trained_on(arm, name) else number(e.mean) if name in PLAIN else shown(e)
+            "trained on" if trained_on(arm, name) else number(e.mean) if name in PLAIN else shown(e)
             for name, e in found.items()
         ]
         cells = [cell + _less(e, whole, name in PLAIN) for cell, (name, e) in zip(cells, found.items(), strict=True)]
@@ -90,8 +97,8 @@ def as_csv(arms: Sequence[Arm], beta: float | None) -> str:
     writer.writerow(["method", "setting", "seed", "measure", *Estimate._fields])
     for arm in arms:
         for seed, part in [("all", arm), *((str(run.seed), replace(arm, runs=[run])) for run in arm.tested)]:
-            for name in [name for name in _names(arms, beta) if not analysis.trained_on(arm, name)]:
-                writer.writerow([arm.method, arm.setting, seed, name, *analysis.measure(part, name, beta)])
+            for name in [name for name in _names(arms, beta) if not trained_on(arm, name)]:
+                writer.writerow([arm.method, arm.setting, seed, name, *estimates.measure(part, name, beta)])
     return buffer.getvalue()
 
 
@@ -120,12 +127,12 @@ def render(
         beta: coefficient of the KL in the objective; None: the objective is left out.
         levels: rewards of which is said when they were reached.
     """
-    pairs = {name: analysis.differences(arms, name, beta) for name in measures(arms, beta) if name != "kl"}
-    drifts = list(analysis.drifts(arms))
-    missing = [*study.missing, *analysis.absent(arms, study.planned)]
+    pairs = {name: differences.differences(arms, name, beta) for name in measures(arms, beta) if name != "kl"}
+    drifts = list(diagnostics.drifts(arms))
+    missing = [*study.missing, *absent(arms, study.planned)]
     missing += sorted({f"{d.first.label} and {d.second.label}: {d.why_not}." for d in pairs["reward"] if d.why_not})
-    warnings = [f"Mixed versions: the runs differ in {line}." for line in analysis.mixed(study)]
-    if tasks := analysis.tasks(arms):
+    warnings = [f"Mixed versions: the runs differ in {line}." for line in consistency.mixed(study)]
+    if tasks := consistency.tasks(arms):
         warnings.append(f"Not the same task: the methods differ in {'; '.join(tasks)}.")
     warnings += [
         f"Reward hacking? {d.arm.label}: on validation the training reward rose by {number(d.reward)} while "
@@ -138,7 +145,7 @@ def render(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
         title=f"Comparison of {labels if len(arms) < 7 else len(arms)}" if len(arms) > 1 else f"Report on {labels}",
-        verdict=analysis.verdict(arms, pairs["reward"], study.lost),
+        verdict=verdict(arms, pairs["reward"], study.lost),
         warnings=warnings,
         beta=beta,
         results=results(arms, beta),
@@ -148,7 +155,7 @@ def render(
         reached=[
             _reached(arms, levels, axis)
             for axis in ("steps", "train/sampled_tokens")
-            if levels and any(analysis.band(arm, "val/reward", axis) for arm in arms)
+            if levels and any(bands.band(arm, "val/reward", axis) for arm in arms)
         ],
         noise=_noise(arms),
         gaps=_gaps(arms),
@@ -164,22 +171,22 @@ def render(
 
 def _reached(arms: Sequence[Arm], levels: list[float], axis: str) -> Table:
     header = ["method", *(f"reward {level:.10g}" for level in levels)]
-    rows = [[arm.label, *(analysis.reached(arm, level, axis) for level in levels)] for arm in arms]
+    rows = [[arm.label, *(bands.reached(arm, level, axis) for level in levels)] for arm in arms]
     return Table(header, rows, f"{AXES[axis]} until the validation reward was reached")
 
 
 def _noise(arms: Sequence[Arm]) -> Table:
-    kind = analysis.noise_kind(arms)
+    kind = diagnostics.noise_kind(arms)
     rows = []
     for arm in arms:
-        values = [analysis.joined(run, f"{kind}/snr")[:, 1] for run in arm.runs]
+        values = [curves.joined(run, f"{kind}/snr")[:, 1] for run in arm.runs]
         known = np.concatenate(values) if values else np.empty(0)
         rows.append([arm.label, str(len(known)), str(int(np.isfinite(known).sum()))])
     return Table(["method", "measurements", "of these resolved"], rows, f"logged as {kind}/…")
 
 
 def _gaps(arms: Sequence[Arm]) -> Table:
-    rows = [[arm.label, *map(shown, analysis.gaps(arm))] for arm in arms]
+    rows = [[arm.label, *map(shown, diagnostics.gaps(arm))] for arm in arms]
     return Table(["method", "last training − test", "last validation − test"], rows)
 
 
@@ -196,13 +203,13 @@ def _differences(name: str, found: list[Difference]) -> Table:
 
 
 def _steady(arms: Sequence[Arm]) -> Table:
-    known = [(arm, analysis.steadiness(arm)) for arm in arms]
+    known = [(arm, diagnostics.steadiness(arm)) for arm in arms]
     rows = [[arm.label, *map(number, x[:-1]), "–" if math.isnan(x.skipped) else f"{x.skipped:.0f}"] for arm, x in known]
     header = ["method", "reward’s std, last fifth", "std over seeds", "highest KL, nats", "steps left out"]
     return Table(header, rows)
 
 
-def _drifts(drifts: list[analysis.Drift]) -> Table:
+def _drifts(drifts: list[Drift]) -> Table:
     rows = [
         [d.arm.label, _title(d.judge), number(d.reward), number(d.change), f"{d.hacked} of {d.seeds}",
          "reward rises, judge falls" if d.flagged else ""]
@@ -214,9 +221,9 @@ def _drifts(drifts: list[analysis.Drift]) -> Table:
 
 def _settings(study: Study) -> Table:
     rows = []
-    for arm in analysis.arms(study, chosen=False):
+    for arm in arms_of(study, chosen=False):
         last = [
-            analysis.over_seeds([analysis.last(run, f"val/{name}") for run in arm.runs]) for name in ("reward", "kl")
+            estimates.over_seeds([curves.last(run, f"val/{name}") for run in arm.runs]) for name in ("reward", "kl")
         ]
         objective = study.objectives.get((arm.method, arm.setting), math.nan)
         cells = [arm.method, arm.setting, ", ".join(str(run.seed) for run in arm.runs), *(number(e.mean) for e in last)]
@@ -249,7 +256,7 @@ def _made(study: Study) -> str:
     """All that is known of how the runs were made."""
     known: dict[str, dict[str, None]] = {"seeds": dict.fromkeys(str(run.seed) for run in study.runs)}
     for run in study.runs:
-        for name, value in analysis.facts(run).items():
+        for name, value in consistency.facts(run).items():
             known.setdefault(name, {})[value] = None
     made = [f"{name} {', '.join(values)}" for name, values in known.items()]
     again = sum(bool(run.about.get("from_step")) for run in study.runs)

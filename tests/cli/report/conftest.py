@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ PROMPTS = [f"prompt {i}" for i in range(40)]
 STEPS = (0, 49, 99, 149)
 LIFT = {"GradeSTE": 0.4, "RLOO": 0.2, "PPO": 0.05}
 VERSIONS = {"grade_lightning": "0.1.0", "torch": "2.13.0", "lightning": "2.6.6", "transformers": "5.23"}
+
+differences = import_module("grade_lightning_cli.report.differences")
+reading = import_module("grade_lightning_cli.report.reading")
+absent = import_module("grade_lightning_cli.report.absent").absent
+arms_of = import_module("grade_lightning_cli.report.arms").arms
+verdict_of = import_module("grade_lightning_cli.report.verdict").verdict
 
 Make = Callable[..., Path]
 
@@ -97,3 +104,36 @@ def log(folder: Path, lift: float, steps: Sequence[int] = STEPS) -> None:
                       "grad/relative_std_low": 1.5, "grad/relative_std_high": float("inf")}  # fmt: skip
             for name, value in values.items():
                 writer.add_scalar(name, value, step, walltime=1001 + step)
+
+
+def arms(folder: Path) -> list[Any]:
+    found: list[Any] = arms_of(reading.read([folder]))
+    return found
+
+
+def verdict(folder: Path) -> str:
+    found = arms(folder)
+    text: str = verdict_of(found, differences.differences(found, "reward"))
+    return text
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Any], str]:
+    """The study, its methods by name, and all that is missing as one text."""
+    study = reading.read([folder])
+    arms = arms_of(study)
+    return study, {arm.label: arm for arm in arms}, "\n".join([*study.missing, *absent(arms, study.planned)])
+
+
+def event_file(run: Path) -> Path:
+    (path,) = run.glob("*/version_0/events.out.tfevents*")
+    return path
+
+
+def ending(folder: Path, at: float, logged: float) -> tuple[Any, dict[str, Any], str]:
+    """As read() where one run's last validation is said to be other than in its logs, or these end too early."""
+    path = place(folder) / "run.json"
+    spent = {"sampled_tokens": 15000, "reward_calls": 2400}
+    about = json.loads(path.read_text()) | {"validation": {"reward": at}, "spent": spent}
+    path.write_text(json.dumps(about))
+    (event_file(place(folder)).parent / "config.yaml").write_text(f"trainer: {{max_steps: {logged}}}")
+    return read(folder)

@@ -17,8 +17,8 @@ from tests.cli.report.conftest import PROMPTS, Make, place, row, write_study, wr
 main = import_module("grade_lightning_cli.report.main")
 page = import_module("grade_lightning_cli.report.page")
 figures = import_module("grade_lightning_cli.report.figures")
-runs = import_module("grade_lightning_cli.report.runs")
-analysis = import_module("grade_lightning_cli.report.analysis")
+reading = import_module("grade_lightning_cli.report.reading")
+arms_of = import_module("grade_lightning_cli.report.arms").arms
 NASTY = "</p><script>alert('x')</script> <img src=https://evil.example/a.png> {{ 7 * 7 }} & \u202e \ud800"
 ODD = "RLOO_#1$^$"  # no formula, either
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -111,8 +111,8 @@ def test_the_csv_reads_back(study: Path) -> None:
 
 
 def test_every_panel_says_what_it_shows(study: Path) -> None:
-    found = runs.read([study])
-    arms = analysis.arms(found)
+    found = reading.read([study])
+    arms = arms_of(found)
     drawn = figures.draw(found, arms, page.measures(arms, 0.01), 0.01)
     labels = {name: [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes] for name, figure in drawn.items()}
     assert list(labels) == list(figures.NAMES)
