@@ -46,7 +46,7 @@ def brevity(completions: list[str], **_: Any) -> list[float]:
     return [-float(len(text)) for text in completions]
 
 
-class Beside(measure.Measure):
+class Beside(measure._Measure):
     """Profiles a step of the real batch, too."""
 
     memory: Memory

@@ -13,7 +13,7 @@ from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.strategies import FSDP2
 
-from .measure import Done, Measure
+from .measure import Done, _Measure
 
 
 def preflight(trainer: Trainer, model: LightningModule, data: TextDataModule, ckpt_path: Path | None) -> None:
@@ -27,7 +27,7 @@ def preflight(trainer: Trainer, model: LightningModule, data: TextDataModule, ck
             "preflight: under fsdp2 nothing is measured; leave --trainer.strategy and --trainer.devices out, and "
             "divide weights, gradients and optimizer state by the processes (a step has one whole copy of the weights)"
         )
-    measure = Measure(data)
+    measure = _Measure(data)
     quiet = (ProgressBar, ModelSummary, SaveConfigCallback, Export)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Export):  # while there is the logger, by which it finds its folder

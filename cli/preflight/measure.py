@@ -22,7 +22,7 @@ from .memory import Line, LiveTensors, Memory, storage_bytes
 from .tables import SHOWN, USED, readable_size
 
 
-class Measure(Callback):
+class _Measure(Callback):  # private, so that --help does not offer it as a callback
     """At the first batch, when all else has been set up and checked: look, measure, print, and end the run."""
 
     def __init__(self, data: TextDataModule) -> None:
