@@ -26,16 +26,20 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from grade_lightning.advantages import Baseline
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough
-from grade_lightning.functional.moments import Alignment, Interval, alignment, gram, jackknife
+from grade_lightning.functional.gradient_quality import Alignment, alignment
+from grade_lightning.functional.intervals import Interval, jackknife
+from grade_lightning.functional.moments import gram
 from grade_lightning.functional.sequences import completion_mask, entropy, masked_sum, token_logps
 from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE, Reinforce
-from grade_lightning.module import AlignmentModule, hash_seed
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule
+from grade_lightning.numerics import hash_seed
 from grade_lightning.policies import Policy
-from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.records import Rollout
 from grade_lightning.rewards import DifferentiableReward
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
 
 EOS, PROMPT, WIDTH = 0, 3, 16
@@ -134,7 +138,8 @@ class Problem:
         rows = samples
         if isinstance(module, PolicyGradientModule):
             rows = samples // module.num_generations
-            module.running["baseline"] = self.value
+            if isinstance(module.advantage, Baseline):
+                module.advantage.average = self.value
         prompts = self.prompt.expand(rows, -1)
         estimates = []
         for draw in range(draws):

@@ -19,6 +19,7 @@ from grade_lightning import bundled
 from grade_lightning.data import TextDataModule
 from grade_lightning.data.reviews import grammar_positive
 from grade_lightning.methods import GradeSTE
+from grade_lightning.records import Batching
 from grade_lightning.rewards import FunctionReward
 
 HOPS = (0, 1, 2, 4, "exact")
@@ -30,7 +31,7 @@ def seconds(repeats: int) -> dict[object, float]:
     for method in methods.values():
         method.configure_model()
     data = TextDataModule()
-    data.attach(next(iter(methods.values())).tokenizer, "prompts")
+    data.attach(next(iter(methods.values())).tokenizer, Batching())
     data.setup()
     times: dict[object, list[float]] = {hops: [] for hops in HOPS}
     for _, batch in zip(range(repeats), data.train_dataloader(), strict=False):

@@ -25,9 +25,9 @@ from common import Memory, Prompts, Words, note, tokenizer, wait
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grade_lightning.methods import RLOO, GradeSTE
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
-from grade_lightning.rollouts import Sampler
+from grade_lightning.rollouts import Sampler, TransformersEngine
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 512},
@@ -67,7 +67,7 @@ def step(module: AlignmentModule, batch: dict[str, Any], device: str) -> tuple[f
     module.zero_grad(set_to_none=True)
     wait(device)
     began = time.perf_counter()
-    experience = module.explore(batch)
+    experience = module.collect(batch)
     wait(device)
     sampled = time.perf_counter()
     module.loss(experience).loss.backward()
@@ -117,7 +117,7 @@ def main() -> None:
     print("| step | sampling, s | tokens/s | of the bound | training pass, s | MFU | memory, MB | largest batch |")
     print("|---" + "|--:" * 7 + "|")
     for name, (method, settings) in METHODS.items():
-        sampler = Sampler(max_new_tokens=o.length, static_cache=o.static_cache)
+        sampler = Sampler(max_new_tokens=o.length, engine=TransformersEngine(static_cache=o.static_cache))
         module = method(policy=shared, reward=reward, sampler=sampler, **settings).train()
 
         def batch(size: int, generations: int = settings.get("num_generations", 1)) -> dict[str, Any]:

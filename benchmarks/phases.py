@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
 from grade_lightning.methods import GRPO, RLOO, GradeSTE
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.rollouts import Sampler
 
 METHODS: dict[str, type[AlignmentModule]] = {"GradeSTE": GradeSTE, "RLOO": RLOO, "GRPO": GRPO}

@@ -22,7 +22,7 @@ from grade_lightning_cli.preflight.memory import Memory
 from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from grade_lightning.module import TrainableModule
+from grade_lightning.modules import TrainableModule
 
 VOCABULARY, TEXTS = 4_096, 300
 RUNS = {
@@ -54,7 +54,7 @@ class Beside(measure._Measure):
 
     def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> Memory:
         self.memory = super()._memory(trainer, module, batch, unit)
-        rows = module.rows_per_batch(self.data.batch_size)
+        rows = module.batching.rows(self.data.batch_size)
         longest = measure.longest(batch, rows, inventory.lengths(module, self.data))
         module.zero_grad()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

@@ -31,8 +31,9 @@ import torch
 from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, note, policy, wait
 
 from grade_lightning.methods import RLOO, GradeSTE
-from grade_lightning.module import AlignmentModule, Experience
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
+from grade_lightning.records import Experience
 from grade_lightning.rollouts import Sampler
 
 AXES = {
@@ -70,12 +71,12 @@ class Setting(NamedTuple):
             return RLOO(policy=shared, reward=reward, sampler=sampler, num_generations=GROUP)
         return GradeSTE(policy=shared, reward=reward, sampler=sampler, hops=self.hops)
 
-    def explore(self, module: AlignmentModule, o: argparse.Namespace) -> Experience:
+    def collect(self, module: AlignmentModule, o: argparse.Namespace) -> Experience:
         """Its completions."""
         torch.manual_seed(o.seed)
         prompts = self.batch // GROUP if self.method == "RLOO" else self.batch
         batch = next(iter(Prompts(prompts, self.vocabulary, PROMPT)))
-        return module.explore({name: x.to(o.device) if torch.is_tensor(x) else x for name, x in batch.items()})
+        return module.collect({name: x.to(o.device) if torch.is_tensor(x) else x for name, x in batch.items()})
 
 
 def settings(o: argparse.Namespace) -> dict[str, list[Setting]]:
@@ -102,7 +103,7 @@ def times(o: argparse.Namespace, wanted: list[Setting]) -> Iterator[tuple[Settin
                 if setting.vocabulary not in policies:
                     policies[setting.vocabulary] = setting.policy(o)
                 module = setting.module(policies[setting.vocabulary])
-                passes[setting] = (module, setting.explore(module, o))
+                passes[setting] = (module, setting.collect(module, o))
             module, experience = passes[setting]
             module.policy.zero_grad(set_to_none=True)
             wait(o.device)
@@ -129,7 +130,7 @@ def peak(setting: Setting) -> float:
 def peak_here(o: argparse.Namespace, setting: Setting) -> float:
     """The same in this process."""
     module = setting.module(setting.policy(o))
-    experience = setting.explore(module, o)
+    experience = setting.collect(module, o)
     trained = [p for p in module.policy.parameters() if p.requires_grad]
     for _ in range(2):  # the first one also loads code
         module.policy.zero_grad(set_to_none=True)

@@ -52,9 +52,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
-from grade_lightning.module import AlignmentModule, Experience, StepOutput
-from grade_lightning.rewards import DifferentiableReward, Scores
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.modules import AlignmentModule
+from grade_lightning.records import Experience, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.rewards import DifferentiableReward
+from grade_lightning.rollouts import Sampler
 
 GROUP, ENDLESS = 4, 10**6
 
@@ -80,7 +81,7 @@ class Unrolled(AlignmentModule):
             prefix again at every step.
         tau: temperature τ of the relaxed tokens.
         beta: coefficient β of the exact KL.
-        **kwargs: those of :class:`~grade_lightning.module.AlignmentModule`.
+        **kwargs: those of :class:`~grade_lightning.modules.AlignmentModule`.
     """
 
     backpropagates_reward = True
@@ -97,7 +98,7 @@ class Unrolled(AlignmentModule):
         if self.prefix == "published":
             self.policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def explore(self, batch: dict[str, Any]) -> Unrolling:
+    def collect(self, batch: dict[str, Any]) -> Unrolling:
         """Sample with one graph; the reward is read once, of the straight-through tokens."""
         assert isinstance(self.reward, DifferentiableReward)
         prompts, table = batch["input_ids"], self.reward.table()
@@ -110,7 +111,7 @@ class Unrolled(AlignmentModule):
             prompt_mask=batch["attention_mask"],
             completion_ids=ids,
             completion_mask=mask,
-            logps=sequences.token_logps(logits.detach().float().log_softmax(-1), ids),
+            engine_logps=sequences.token_logps(logits.detach().float().log_softmax(-1), ids),
             tokenizer=self.tokenizer,
             eos_ids=self.policy.eos_ids,
         )
@@ -139,14 +140,16 @@ class Unrolled(AlignmentModule):
         """Reward − β KL; the reference reads the sampled tokens, without a graph."""
         assert isinstance(experience, Unrolling)
         rollout = experience.rollout
-        inputs = self.policy.reference_embed(rollout.ids[:, :-1])
+        inputs = self.policy.frozen.embed(rollout.ids[:, :-1])
         with torch.no_grad():
-            reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], rollout.completion_ids.shape[1])
-        logps, ref_logps = (self.sampler.log_distribution(x) for x in (experience.logits, reference))
+            reference = self.policy.frozen.logits(inputs, rollout.mask[:, :-1], rollout.completion_ids.shape[1])
+        logps, ref_logps = (self.sampler.distribution.log_distribution(x) for x in (experience.logits, reference))
         kl = divergences.categorical_kl(logps, ref_logps)
-        log_ratio = sequences.token_logps(logps.detach() - ref_logps, rollout.completion_ids)
+        own, others = (sequences.token_logps(x, rollout.completion_ids) for x in (logps.detach(), ref_logps))
         loss = self.beta * kl.sum(-1).mean() - experience.reward.mean()
-        return StepOutput(loss, rollout.logps, kl.detach(), sequences.entropy(logps.detach()), log_ratio)
+        assert rollout.engine_logps is not None
+        entropy = sequences.entropy(logps.detach())
+        return StepOutput(loss, TokenStats(rollout.engine_logps, own - others, kl.detach(), entropy, others))
 
 
 # ---- contestants: a training that waits for its turn before every step ----------------------------------------------
@@ -223,7 +226,7 @@ class Ours(Contestant):
             accelerator="gpu" if self.o.device == "cuda" else "cpu",
             devices=1,
             max_steps=ENDLESS,
-            callbacks=[Turns(self, self.module.visits)],
+            callbacks=[Turns(self, self.module.batching.steps_per_batch)],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,

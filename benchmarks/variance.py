@@ -21,16 +21,20 @@ from common import note
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grade_lightning.advantages import Baseline
 from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough
-from grade_lightning.functional.moments import Alignment, alignment, gram, jackknife, ratio_interval
+from grade_lightning.functional.gradient_quality import Alignment, alignment
+from grade_lightning.functional.intervals import jackknife, ratio_interval
+from grade_lightning.functional.moments import gram
 from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE, Reinforce
-from grade_lightning.module import AlignmentModule, hash_seed
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule
+from grade_lightning.numerics import hash_seed
 from grade_lightning.policies import Policy
+from grade_lightning.records import Batching, Prompts, slice_rows
 from grade_lightning.rewards import ClassifierReward
 from grade_lightning.rollouts import Sampler
-from grade_lightning.rows import repeat_prompts, slice_rows
 from grade_lightning.schedules import Constant
 
 COLUMNS = {
@@ -84,7 +88,7 @@ class Bench:
         self.policy.load()
         data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=o.sets * o.prompts)
         data.prepare_data()
-        data.attach(self.policy.tokenizer, "prompts")
+        data.attach(self.policy.tokenizer, Batching())
         data.setup()
         batch = next(iter(data.train_dataloader()))
         self.sets = [slice_rows(batch, i * o.prompts, o.prompts) for i in range(o.sets)]
@@ -113,7 +117,7 @@ class Bench:
                     torch.manual_seed(hash_seed(o.seed, i, part))
                     total = torch.zeros(())
                     for _ in range(o.repeats):
-                        experience = module.explore(batch)
+                        experience = module.collect(batch)
                         rewards.append(experience.scores.total)
                         loss = module.loss(experience).loss
                         gradient = torch.autograd.grad(-loss, [p for p in self.policy.parameters() if p.requires_grad])
@@ -133,12 +137,12 @@ class Bench:
         """Draw, and compare with the references."""
         o, began, parts = self.o, time.perf_counter(), []
         module = self.module(make, **settings)
-        if isinstance(module, (Reinforce, PPO)):
-            module.running["baseline"] = self.baseline()
+        if isinstance(module, PolicyGradientModule) and isinstance(module.advantage, Baseline):
+            module.advantage.average = self.baseline()
         spread: list[Tensor] = []
         for i, (batch, reference) in enumerate(zip(self.sets, references, strict=True)):
             torch.manual_seed(hash_seed(o.seed, i, "draw"))
-            rows = batch if "num_generations" in settings else repeat_prompts(batch, o.completions)
+            rows = batch if "num_generations" in settings else repeated(batch, o.completions)
             drawn = [self.draw(module, rows) for _ in range(draws)]
             gradients = torch.stack([gradient for gradient, _ in drawn])
             spread += [torch.stack([norms.std(unbiased=False), norms.mean()]) for _, norms in drawn]
@@ -168,6 +172,13 @@ class Bench:
             "sets": {name: getattr(found, name).tolist() for name in Alignment._fields},
             **{name: ends.tolist() for name, ends in intervals.items()},
         }
+
+
+def repeated(batch: dict[str, Any], times: int) -> dict[str, Any]:
+    """A batch with each prompt so often in a row."""
+    prompts = Prompts.of(batch)
+    prompts = prompts.repeat(torch.full((len(prompts),), times))
+    return {"input_ids": prompts.ids, "attention_mask": prompts.mask, "columns": prompts.columns}
 
 
 def draw(folders: list[Path], path: Path) -> None:

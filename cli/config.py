@@ -29,7 +29,8 @@ from grade_lightning.callbacks import (
 )
 from grade_lightning.data import TextDataModule, reviews
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.module import AlignmentModule, TrainableModule, check_method
+from grade_lightning.modules import AlignmentModule, TrainableModule
+from grade_lightning.modules.guards import check_method
 from grade_lightning.policies.loading import BUNDLED
 
 from .guard import refusals

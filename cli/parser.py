@@ -16,7 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from grade_lightning.data import Source
 from grade_lightning.estimators import TokenEstimator
 from grade_lightning.rewards import Reward
+from grade_lightning.rollouts import Engine
 from grade_lightning.schedules import Schedule
+from grade_lightning.selection import Selection
 
 BASES: dict[str, type] = {
     "model": LightningModule,
@@ -24,8 +26,9 @@ BASES: dict[str, type] = {
     "estimator": TokenEstimator,
     "tau": Schedule,
     "source": Source,
+    "engine": Engine,
+    "selection": Selection,
 }
-APART = "grade_lightning.published"  # what its classes reproduce is nothing to choose
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value|^tip:"
 )
@@ -44,10 +47,10 @@ def choices(base: type) -> list[str]:
         subclasses: list[type] = type.__subclasses__(queue.pop())
         for sub in subclasses:
             queue.append(sub)
-            ours = sub.__module__.startswith("grade_lightning.") and sub.__module__ != APART
-            if ours and not inspect.isabstract(sub):
+            package, _, rest = sub.__module__.partition(".")
+            if package == "grade_lightning" and not rest.startswith("modules.") and not inspect.isabstract(sub):
                 found.add(sub.__name__)
-    return sorted(found - {"TrainableModule", "DifferentiableReward"})
+    return sorted(found)
 
 
 def explain(message: str, args: Sequence[str] = ()) -> str:

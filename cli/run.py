@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from grade_lightning.callbacks import Export, PredictionWriter
 from grade_lightning.files import write_atomically
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 
 from .config import GradeCLI
 from .guard import all_end_together, remove_unstarted_run

@@ -1,3 +1,116 @@
-"""Align language models through their sampled tokens (GRADE-STE), as Lightning modules."""
+"""Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
+
+from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
+from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
+from grade_lightning.errors import DivergenceError, InputError
+from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
+from grade_lightning.kl import KL
+from grade_lightning.methods import (
+    CISPO,
+    DAPO,
+    DPO,
+    GPPO,
+    GRPO,
+    GSPO,
+    IPO,
+    PPO,
+    RLOO,
+    SAPO,
+    DrGRPO,
+    Grade,
+    GradeSTE,
+    Reinforce,
+    ReinforcePlusPlus,
+    RewardModel,
+    SupervisedFineTuning,
+)
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
+from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.rewards import (
+    ClassifierReward,
+    DifferentiableReward,
+    FunctionReward,
+    OverlongPenalty,
+    Reward,
+    WeightedSum,
+)
+from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
+from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
+from grade_lightning.selection import DynamicSampling, Selection
+from grade_lightning.strategies import FSDP2
+from grade_lightning.terms import Critic, Term
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CISPO",
+    "DAPO",
+    "DPO",
+    "FSDP2",
+    "GPPO",
+    "GRPO",
+    "GSPO",
+    "IPO",
+    "KL",
+    "PPO",
+    "RLOO",
+    "SAPO",
+    "AlignmentModule",
+    "BundledReviews",
+    "Checkpoint",
+    "ClassifierReward",
+    "Completions",
+    "Constant",
+    "Cosine",
+    "Critic",
+    "DifferentiableReward",
+    "Distribution",
+    "DivergenceError",
+    "DrGRPO",
+    "DynamicSampling",
+    "Engine",
+    "Environment",
+    "Experience",
+    "Exponential",
+    "Export",
+    "FunctionReward",
+    "Grade",
+    "GradeSTE",
+    "GradientVariance",
+    "Gumbel",
+    "HubDataset",
+    "InputError",
+    "Linear",
+    "LoRA",
+    "LocalFiles",
+    "OverlongPenalty",
+    "Policy",
+    "PolicyGradientModule",
+    "PredictionWriter",
+    "PreferenceModule",
+    "Prompts",
+    "ReinMax",
+    "Reinforce",
+    "ReinforcePlusPlus",
+    "Reward",
+    "RewardModel",
+    "Rollout",
+    "Sampler",
+    "Schedule",
+    "Scores",
+    "Selection",
+    "Source",
+    "StepOutput",
+    "StraightThrough",
+    "Summary",
+    "SupervisedFineTuning",
+    "Term",
+    "TextDataModule",
+    "TokenEstimator",
+    "TokenStats",
+    "TrainableModule",
+    "TransformersEngine",
+    "Turns",
+    "WeightedSum",
+]

@@ -2,8 +2,10 @@
 
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_atomically(path: Path, text: str) -> Path:
@@ -28,10 +30,27 @@ def write_atomically(path: Path, text: str) -> Path:
         ...     path.read_text(), [file.name for file in Path(folder).iterdir()]
         ('{}', ['run.json'])
     """
-    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+    with atomic(path) as file:
+        file.write(text)
+    return path
+
+
+@contextmanager
+def atomic(path: Path, mode: str = "w", part: Path | None = None) -> Iterator[IO[Any]]:
+    """A file to write, which gets its name once all is written and on the disk.
+
+    Args:
+        path: the file, in a folder that exists; what it held before is replaced.
+        mode: `w` for text, `wb` for bytes.
+        part: what it is called until then; a name that no other process has by default.
+
+    Raises:
+        OSError: the file cannot be written; what lay there before stays. The error names `path`.
+    """
+    part = part or path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -40,4 +59,3 @@ def write_atomically(path: Path, text: str) -> Path:
     finally:
         with suppress(OSError):
             part.unlink()
-    return path

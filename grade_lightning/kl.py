@@ -1,19 +1,22 @@
-"""The KL to the reference as an object: which estimate of it, where it acts, how strongly, and whose it is."""
+"""The KL to the reference as an object: its estimator, where it acts, how strongly, and which tokens are charged."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.records import Experience
+from grade_lightning.stateful import Stateful
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 Placement = Literal["reward", "loss", "both"]
-Clock = Literal["token", "sequence"]
+Credit = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,10 @@ class KL:
         beta: coefficient β; in the reward, reward per nat. 0: no KL in the objective (it is logged all the same).
         estimator: `k1`, `k2`, `k3` of the sampled tokens, or `full`: the exact KL of each position's distribution.
         placement: in the `reward`, without a gradient of its own; in the `loss`, differentiated; or in `both`.
-        clock: `token`: in the reward each token answers for the KL from itself on, in the loss each position for its
-            own. `sequence`: in the reward all tokens answer for the whole sum; in the loss the estimate is of the
-            whole sequence, with all of its gradient (`full`: the score term of the KL that follows is added, which in
-            `both` is the reward's).
+        credit: `token`: in the reward each token is charged with the KL from itself on, in the loss each position with
+            its own. `sequence`: in the reward all tokens are charged with the whole sum; in the loss the estimate is of
+            the whole sequence, with all of its gradient (`full`: the score term of the KL that follows is added, which
+            in `both` is the reward's).
         target: make β adaptive: it moves until the KL is this many nats per sequence.
         horizon: how slowly, in completions.
 
@@ -46,7 +49,7 @@ class KL:
     beta: float = 0.0
     estimator: Estimator = "k1"
     placement: Placement = "reward"
-    clock: Clock = "token"
+    credit: Credit = "token"
     target: float | None = None
     horizon: int = 10_000
 
@@ -105,7 +108,7 @@ class KL:
         By `sequence` the whole of it stands at the last token, to be counted to the completion's reward.
         """
         log_ratio, exact = (x.detach().masked_fill(~mask, 0) for x in (log_ratio, exact))
-        if self.clock == "token":
+        if self.credit == "token":
             return self.estimates(log_ratio, exact)
         whole = self.estimates(log_ratio.sum(-1), exact.sum(-1))
         return torch.where(sequences.last_token(mask), whole.unsqueeze(-1), 0)
@@ -117,17 +120,17 @@ class KL:
             logps: log π of the sampled tokens, (B, T), with its graph.
             log_ratio: log π − log π_ref, (B, T), with its graph.
             exact: KL of the distributions, (B, T), with its graph if the estimator is `full`.
-            mask: which tokens are the completion's, (B, T).
+            mask: tokens that are trained on, (B, T).
             weights: of each token, (B, T), constant within a sequence.
 
         Returns:
             A scalar.
         """
         log_ratio, exact = (x.masked_fill(~mask, 0) for x in (log_ratio, exact))
-        if self.estimator == "full" and self.clock == "sequence" and self.placement == "loss":
+        if self.estimator == "full" and self.credit == "sequence" and self.placement == "loss":
             score = divergences.later(exact.detach()) * logps.masked_fill(~mask, 0)
             return (weights * (exact + score)).sum()  # the value is not the KL's; the gradient is
-        if self.clock == "token":
+        if self.credit == "token":
             return (weights * self.estimates(log_ratio, exact)).sum()
         return (weights.amax(-1) * self.estimates(log_ratio.sum(-1), exact.sum(-1))).sum()
 
@@ -142,3 +145,31 @@ class KL:
             return beta
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return beta * (1 + error * min(1.0, completions / self.horizon))
+
+
+class Coefficient(Stateful):
+    """β as it is now: fixed, or moved by what the KL was.
+
+    Args:
+        kl: the settings.
+    """
+
+    def __init__(self, kl: KL) -> None:
+        self.kl = kl
+        self.beta = kl.beta
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Move β towards the target, where there is one."""
+        if self.kl.target is not None:
+            kl = sequences.masked_sum(seen.old.kl, seen.rollout.sampled)
+            mean = float(reduce.mean(kl.mean()))
+            self.beta = self.kl.adapted(self.beta, mean, len(kl) * reduce.processes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """β, where it moves."""
+        return {} if self.kl.target is None else {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a moving β; a fixed one is what the user set."""
+        if self.kl.target is not None:
+            self.beta = state.get("beta", self.beta)

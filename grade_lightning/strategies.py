@@ -4,16 +4,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
+
+from grade_lightning.distributed import gather_full_state
 
 
 class FSDP2(ModelParallelStrategy):
@@ -83,11 +83,11 @@ class FSDP2(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What the module saves, gathered by all processes on the first."""
         assert self.lightning_module is not None
-        return whole(self.lightning_module.state_dict())
+        return gather_full_state(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer."""
-        return whole(optimizer.state_dict())
+        return gather_full_state(optimizer.state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file, on each process."""
@@ -148,30 +148,6 @@ def _shard(module: Any, mesh: DeviceMesh) -> _Whole:
 
 def _parts(module: Any) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
-def whole(state: dict[str, Any]) -> dict[str, Any]:
-    """The same with whole tensors in place of those that are spread.
-
-    All processes must call it. The first has the tensors, in its own memory; the others have empty ones.
-
-    Example:
-        >>> import torch
-        >>> whole({"step": 1, "weight": torch.ones(2)})
-        {'step': 1, 'weight': tensor([1., 1.])}
-    """
-
-    def gather(tensor: DTensor) -> Tensor:
-        full = tensor.full_tensor()
-        return full.cpu() if is_first_process() else full.new_empty(0)
-
-    gathered: dict[str, Any] = apply_to_collection(state, DTensor, gather)
-    return gathered
-
-
-def is_first_process() -> bool:
-    """Whether this process writes what is written once."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _spread(value: Any, like: Any) -> Any:

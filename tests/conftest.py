@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +78,15 @@ def make_prompts(lengths: tuple[int, ...] = (5, 3, 4)) -> dict[str, Any]:
     ids = torch.randint(2, VOCABULARY, (len(lengths), width), generator=generator)
     mask = (torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)).long()
     return {"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask}
+
+
+@pytest.fixture
+def own_random_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same noise for each test, and none of it for others."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # `seed_everything` sets it; undone after each test
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture

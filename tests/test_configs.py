@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 import grade_lightning.bundled
 import grade_lightning.methods
 from grade_lightning.data import BundledReviews
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.rewards import ClassifierReward, FunctionReward
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def test_a_recipe_does_what_it_says(name: str, printed: Any) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     for method in RECIPES[name]:
         config = printed("grade-fit", "--model", method, "--config", f"configs/{name}.yaml")
-        assert config["model"]["class_path"] == f"grade_lightning.methods.{method}"
+        assert config["model"]["class_path"] == f"grade_lightning.{method}"
         assert list(stated(recipe, config)) == []
 
 

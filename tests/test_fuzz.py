@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from grade_lightning.functional import advantages, divergences, sequences
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.kl import KL
-from grade_lightning.module import AlignmentModule
+from grade_lightning.methods import IPO
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule
 from grade_lightning.policies import LoRA, Policy
-from grade_lightning.policy_gradient import PolicyGradientModule
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.records import Prompts, Rollout
+from grade_lightning.rollouts import Sampler, TransformersEngine
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_tokenizer
 from tests.fuzz import cases, check_all
-from tests.methods.test_contract import METHODS, Toy
+from tests.methods.toy_task import METHODS, Toy
 
 CONTEXT = 64  # of the models that have a longest one
 
@@ -47,7 +48,8 @@ class Case:
 
     @property
     def sampler(self) -> Sampler:
-        return Sampler(**dict(self.settings))
+        settings = dict(self.settings)
+        return Sampler(engine=TransformersEngine(block=settings.pop("block")), **settings)
 
     def batch(self, more: int = 0) -> dict[str, Any]:
         width = max(map(len, self.prompts)) + self.padding + more
@@ -62,7 +64,7 @@ class Case:
 
     def sampled(self) -> Rollout:
         torch.manual_seed(self.seed)
-        return self.sampler(self._policy(model(self.model), reference=False), **self.batch())
+        return self.sampler(self._policy(model(self.model), reference=False), Prompts.of(self.batch()))
 
     def _policy(self, network: PreTrainedModel, reference: bool = True) -> Policy:
         tokenizer = make_tokenizer()
@@ -114,27 +116,32 @@ def alone(case: Case, rollout: Rollout, row: int) -> Tensor:
     prompt, completion = case.prompts[row], rollout.completion_ids[row][rollout.completion_mask[row]]
     ids: Any = torch.cat([torch.tensor(prompt), completion]).unsqueeze(0)
     logits = model(case.model).eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    logps = case.sampler.logits(logits, list(case.eos), completion).log_softmax(-1)
+    logps = case.sampler.distribution.logits(logits, list(case.eos), completion).log_softmax(-1)
     return logps.gather(-1, completion.unsqueeze(-1)).squeeze(-1)
 
 
+def logps_of(rollout: Rollout) -> Tensor:
+    assert rollout.engine_logps is not None
+    return rollout.engine_logps
+
+
 def check_rollout(case: Case) -> None:
-    rollout, sampler = case.sampled(), case.sampler
+    rollout, distribution = case.sampled(), case.sampler.distribution
     length = rollout.completion_ids.shape[1]
-    assert 1 <= length <= sampler.max_new_tokens
+    assert 1 <= length <= distribution.max_new_tokens
     assert int(rollout.lengths.max()) == length
     for row, ids in enumerate(rollout.completion_ids.tolist()):
         end = next((i + 1 for i, token in enumerate(ids) if token in case.eos), length)
         ended = ids[end - 1] in case.eos
-        assert ended or end == sampler.max_new_tokens
-        assert end > sampler.min_new_tokens or (end == sampler.max_new_tokens and not ended)
+        assert ended or end == distribution.max_new_tokens
+        assert end > distribution.min_new_tokens or (end == distribution.max_new_tokens and not ended)
         assert rollout.completion_mask[row].tolist() == [True] * end + [False] * (length - end)
         assert ids[end:] == [case.pad] * (length - end)
         assert bool(rollout.ended[row]) == ended
-        found = rollout.logps[row]
+        found = logps_of(rollout)[row]
         assert not found[end:].any()
         torch.testing.assert_close(found[:end], alone(case, rollout, row), rtol=1e-3, atol=1e-3)
-        if sampler.top_k == 1:
+        if distribution.top_k == 1:
             assert found.abs().max() < 1e-6
 
 
@@ -149,7 +156,7 @@ def content(rollout: Rollout) -> list[Any]:
     prompts = (ids[mask.bool()].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True))
     masks = rollout.completion_mask
     completions = (ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, masks, strict=True))
-    logps = (values[mask].tolist() for values, mask in zip(rollout.logps, masks, strict=True))
+    logps = (values[mask].tolist() for values, mask in zip(logps_of(rollout), masks, strict=True))
     return list(zip(prompts, completions, logps, rollout.ended.tolist(), *texts, strict=True))
 
 
@@ -163,7 +170,7 @@ def test_rollouts_are_taken_apart_and_joined(count: int) -> None:
         for part in parts:
             assert bool(part.prompt_mask[:, 0].any())
             assert bool(part.completion_mask[:, -1].any())
-            assert part.unpacked(part.packed(part.logps)).equal(part.logps)
+            assert part.put(part.take(logps_of(part))).equal(logps_of(part))
         joined, whole = Rollout.join(parts), content(rollout)
         assert content(joined) == [whole[row] for row in order]
         assert joined.completion_ids[~joined.completion_mask].eq(case.pad).all()
@@ -181,7 +188,7 @@ kls = st.builds(
     beta=st.sampled_from([0.0, 0.1]),
     estimator=st.sampled_from(["k1", "k2", "k3", "full"]),
     placement=st.sampled_from(["reward", "loss", "both"]),
-    clock=st.sampled_from(["token", "sequence"]),
+    credit=st.sampled_from(["token", "sequence"]),
 )
 
 
@@ -190,20 +197,19 @@ class Steps:
 
     def __init__(self, method: type[AlignmentModule], case: Case, kl: KL, minibatches: int, rows: int) -> None:
         options = inspect.signature(method).parameters
-        settings: dict[str, Any] = {"kl": kl} if "kl" in options else {}
-        settings |= {"num_generations": 2} if "num_generations" in options else {}
+        settings: dict[str, Any] = {"num_generations": 2} if "num_generations" in options or method is IPO else {}
         if issubclass(method, PolicyGradientModule):
-            settings["minibatches"] = minibatches
+            settings |= {"kl": kl, "minibatches": minibatches}
         self.case, self.module = case, method(policy=case.policy(), reward=Toy(), sampler=case.sampler, **settings)
         self.module.configure_model()
-        self.rows = self.module.rows_per_batch(rows * getattr(self.module, "num_generations", 1))
+        self.rows = self.module.batching.rows(rows * getattr(self.module, "num_generations", 1))
 
     def run(self, more: int = 0) -> list[Tensor]:
         prompts = tuple(islice(cycle(self.case.prompts), self.rows))
         batch = replace(self.case, prompts=prompts).batch(more)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         optimizer, losses = torch.optim.SGD(parameters, lr=1e-3), []
-        for visit in range(self.module.visits):
+        for visit in range(self.module.batching.steps_per_batch):
             optimizer.zero_grad()
             loss = self.module.training_step(batch, visit)
             loss.backward()
@@ -235,10 +241,10 @@ def test_no_false_alarm_at_the_first_batch(count: int) -> None:
     def check(method: type[AlignmentModule], case: Case, rows: int) -> None:
         steps = Steps(method, replace(case, double=False), KL(0.1), 1, rows)
         batch = replace(case, prompts=tuple(islice(cycle(case.prompts), steps.rows))).batch()
-        experience = steps.module.explore(batch)
+        experience = steps.module.collect(batch)
         step = steps.module.loss(experience)
         steps.module._trainer = SimpleNamespace(precision="32-true")  # type: ignore[assignment]
-        steps.module._check_first_batch(experience.rollout, step)
+        steps.module.check_first_batch(experience.rollout, step)
 
     check_all(count, check, methods, trained_cases, st.integers(1, 2))
 

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grade_lightning.estimators import Gumbel
 from grade_lightning.methods import GradeSTE, RewardModel, SupervisedFineTuning
-from grade_lightning.module import AlignmentModule, Measured
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
+from grade_lightning.records import TokenStats
 from tests.conftest import make_model, make_tokenizer
-from tests.methods.test_contract import assert_same, batches, every_method, fit, make, trainer, weights
-from tests.methods.test_stages import labelled, text
+from tests.methods.stages import labelled, text
+from tests.methods.toy_task import assert_same, batches, every_method, fit, make, trainer, weights
 
 WEIGHTS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 every_precision = pytest.mark.parametrize("precision", WEIGHTS)
@@ -51,27 +52,27 @@ def test_what_must_be_float32_is(
     settings: dict[str, Any] = {"estimator": Gumbel()} if method is GradeSTE else {}  # which has noise
     module = make(method, **settings)
     found: list[tuple[str, dict[str, torch.dtype]]] = []
-    measured, loss = Measured.__init__, module.loss
+    measured, loss = TokenStats.__init__, module.loss
 
-    def measure(self: Measured, *args: Any, **kwargs: Any) -> None:
+    def measure(self: TokenStats, *args: Any, **kwargs: Any) -> None:
         measured(self, *args, **kwargs)
-        found.append(("Measured", floats(self)))
+        found.append(("TokenStats", floats(self)))
 
     def watched(experience: Any) -> Any:
         step = loss(experience)
-        found.append(("Rollout", {"logps": experience.rollout.logps.dtype}))
+        found.append(("Rollout", {"logps": experience.rollout.engine_logps.dtype}))
         found.extend((type(part).__name__, floats(part)) for part in (experience, experience.scores, step))
         found.append(("parts", {name: x.dtype for name, x in experience.scores.parts.items()}))
         found.append(("metrics", {name: x.dtype for name, x in step.metrics.items() if x.is_floating_point()}))
         return step
 
-    monkeypatch.setattr(Measured, "__init__", measure)
+    monkeypatch.setattr(TokenStats, "__init__", measure)
     monkeypatch.setattr(module, "loss", watched)
     with Draws() as draws:
         run = fit(module, 2, precision=precision)
     assert {p.dtype for p in module.parameters()} == {WEIGHTS[precision]}
     assert {"Rollout", "Scores", "StepOutput", "metrics"} < {name for name, _ in found}
-    assert method.__name__ == "Grade" or "Measured" in {name for name, _ in found}
+    assert method.__name__ == "Grade" or "TokenStats" in {name for name, _ in found}
     assert [(name, types) for name, types in found if not set(types.values()) <= {torch.float32, torch.float64}] == []
     assert draws.found == {torch.float32}
     assert abs(run.steps[0]["train/kl"]) < 1e-3
@@ -82,8 +83,8 @@ def test_what_must_be_float32_is(
 def test_evaluation_is_in_float32(method: type[AlignmentModule]) -> None:
     module = make(method)
     trainer(precision="bf16-true").validate(module, batches(1), verbose=False)
-    result = module.last_evaluation
-    columns = [result[name] for name in ("reward", "kl", "entropy", "ref_nll")] + [*result["parts"].values()]
+    found = module.last_evaluation
+    columns = [getattr(found, name) for name in ("reward", "kl", "entropy", "ref_nll")] + [*found.parts.values()]
     assert {column.dtype for column in columns} == {torch.float32}
 
 
@@ -96,9 +97,9 @@ def test_the_reward_rises(method: type[AlignmentModule], lora: bool, precision: 
         pytest.skip("needs a GPU: on a processor Lightning makes it bf16-mixed")
     module = make(method, lora, lr=5e-3)  # at 1e-2 PPO with LoRA goes up and down in bf16-true
     device = "cuda" if precision == "16-mixed" else "cpu"
-    run = fit(module, steps=80 * module.epochs, precision=precision, accelerator=device)
+    run = fit(module, steps=80 * module.batching.epochs, precision=precision, accelerator=device)
     rewards = [step["train/reward"] for step in run.steps]
-    last = rewards[-5 * module.epochs :]
+    last = rewards[-5 * module.batching.epochs :]
     assert sum(last) / len(last) > rewards[0] + 0.1
 
 

@@ -13,6 +13,7 @@ from grade_lightning.data import BundledReviews, TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel
 from grade_lightning.kl import KL
+from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
     DAPO,
@@ -31,12 +32,12 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
     RewardModel,
 )
+from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
-from grade_lightning.policy_gradient import PolicyGradientModule
-from grade_lightning.preference import PreferenceModule
-from grade_lightning.rewards import FunctionReward, NoReward, WeightedSum
-from grade_lightning.rollouts import RelaxedSampler, Sampler
+from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
+from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
+from grade_lightning.selection import DynamicSampling
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -47,8 +48,8 @@ def a_function(timeout: float) -> FunctionReward:
     return FunctionReward(print, timeout)
 
 
-def a_relaxed_sampler(block: int) -> RelaxedSampler:
-    return RelaxedSampler(Sampler(), block)
+def a_memory(capacity: int) -> PromptMemory:
+    return PromptMemory(capacity)
 
 
 def a_target(target: float) -> KL:
@@ -58,8 +59,12 @@ def a_target(target: float) -> KL:
 SEED = 2**32 - 1
 WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     Sampler: {"max_new_tokens": [0], "min_new_tokens": [-1, 49], "temperature": [0], "top_k": [0]}
-    | {"top_p": [0, 1.1], "block": [0]},
-    a_relaxed_sampler: {"block": [0]},
+    | {"top_p": [0, 1.1]},
+    TransformersEngine: {"block": [0]},
+    RelaxedEngine: {"block": [0]},
+    a_memory: {"capacity": [0]},
+    OverlongPenalty: {"buffer": [-1]},
+    DynamicSampling: {"max_retries": [-1]},
     KL: {"beta": [-0.1], "horizon": [0]},
     a_target: {"target": [0]},
     Gumbel: {"draws": [0]},

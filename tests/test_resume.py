@@ -35,13 +35,12 @@ from grade_lightning.callbacks import Checkpoint, Completions, GradientVariance
 from grade_lightning.data import Source, TextDataModule
 from grade_lightning.kl import KL
 from grade_lightning.methods import RewardModel, SupervisedFineTuning
-from grade_lightning.module import TrainableModule
+from grade_lightning.modules import PolicyGradientModule, TrainableModule
 from grade_lightning.policies import Policy
-from grade_lightning.policy_gradient import PolicyGradientModule
 from grade_lightning.rewards import FunctionReward
 from grade_lightning.rollouts import Sampler
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_tokenizer
-from tests.methods.test_contract import METHODS, Toy
+from tests.methods.toy_task import METHODS, Toy
 
 resume = import_module("grade_lightning_cli.resume")  # its name once it is installed
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from grade_lightning.errors import InputError
 from grade_lightning.files import write_atomically
+from grade_lightning.modules.trainable import batching_of
 
 PARENT = "GRADE_COMPARE_PARENT"
 """Names the process that a run ends with."""
@@ -31,7 +32,7 @@ class Watch(Callback):
             InputError: they are.
         """
         batches, micro = trainer.num_training_batches, trainer.accumulate_grad_batches
-        window = max(micro, getattr(pl_module, "visits", 1))
+        window = max(micro, batching_of(pl_module).steps_per_batch)
         if batches % window and trainer.max_steps * micro > batches:
             raise InputError(
                 f"an epoch has {batches} batches, no multiple of {window}: its last step would be of fewer than the "

@@ -17,7 +17,8 @@ import torch
 
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.files import write_atomically
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
+from grade_lightning.modules.trainable import batching_of
 
 from ..config import GradeCLI, build
 from ..run import train, write_test
@@ -48,7 +49,7 @@ def _train(comparison: Comparison, run: Run) -> None:
     except DivergenceError as error:
         diverged = str(error)
         print(f"grade-compare: diverged: {diverged}", file=sys.stderr)
-    spent = {k: int(v) for k, v in cli.model.spent.items()} if isinstance(cli.model, AlignmentModule) else {}
+    spent = {k: int(v) for k, v in cli.model.meter.spent.items()} if isinstance(cli.model, AlignmentModule) else {}
     step, steps = cli.trainer.global_step, cli.config.trainer.max_steps
     if not diverged and step < steps:
         raise InputError(f"ended at step {step} of {steps}; take away what ended it, such as trainer.max_time")
@@ -101,14 +102,14 @@ def _budget(cli: GradeCLI, plan: Plan) -> list[str]:
     ):
         if there is None:
             raise InputError(f"trainer.{option}: a comparison needs it; take it away from the arguments")
-    epochs, minibatches = getattr(model, "epochs", 1), getattr(model, "minibatches", 1)
-    window = cli.datamodule.batch_size * micro * cli.trainer.world_size * minibatches
+    batching = batching_of(model)
+    window = cli.datamodule.batch_size * micro * cli.trainer.world_size * batching.minibatches
     windows, rest = divmod(plan.completions, window)
     if rest:
         raise InputError(
             f"completions = {plan.completions}: {type(model).__name__} samples {window} at once; give a multiple"
         )
-    steps = windows * epochs * minibatches
+    steps = windows * batching.epochs * batching.minibatches
     return [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={max(1, steps * micro // plan.validations)}"]
 
 

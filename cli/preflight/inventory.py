@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 
 from .memory import storage_bytes
@@ -48,7 +48,7 @@ def lengths(module: TrainableModule, data: TextDataModule) -> dict[str, int]:
     text = min(data.max_text_tokens, context)
     if not isinstance(module, AlignmentModule):
         return {"input": text, "completion": text}
-    sampled = module.view == "prompts"
+    sampled = module.batching.view == "prompts"
     return {"input": data.max_prompt_tokens, "completion": module.sampler.max_new_tokens if sampled else text}
 
 
@@ -56,6 +56,6 @@ def smallest_batch(module: TrainableModule, size: int) -> int:
     """The smallest batch size that the method takes."""
     for unit in range(1, size):
         with suppress(InputError):
-            module.rows_per_batch(unit)
+            module.batching.rows(unit)
             return unit
     return size

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.functional.vocabulary import ELEMENTS
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
-from grade_lightning.rows import slice_rows
+from grade_lightning.records import slice_rows
 
 from . import inventory, tables
 from .memory import Line, LiveTensors, Memory, storage_bytes
@@ -43,7 +43,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         size, unit = self.data.batch_size, inventory.smallest_batch(pl_module, self.data.batch_size)
         parts, room = inventory.tensors_by_part(pl_module), inventory.room(trainer, pl_module)
         settings = tables.settings(trainer, pl_module, self.data)
-        shown = slice_rows(batch, 0, pl_module.rows_per_batch(max(unit, SHOWN // unit * unit)))
+        shown = slice_rows(batch, 0, pl_module.batching.rows(max(unit, SHOWN // unit * unit)))
         with trainer.precision_plugin.train_step_context():
             texts = tables.texts(pl_module, shown)
             cache = _cache(pl_module, self.data)
@@ -60,7 +60,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             console = Console()
             console.print(settings)
             console.print(tables.counts(parts))
-            cache *= size * pl_module.visits // getattr(pl_module, "epochs", 1)
+            cache *= pl_module.batching.completions(size)
             console.print(tables.needs(memory, size, cache, room, largest))
             console.print(texts)
         raise Done
@@ -78,7 +78,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         found = []
         for count in (unit, unit, few, 2 * few):  # the first two make what stays: optimizer state, buckets
             self.doing = f"a batch_size of {count}"
-            found.append(step(trainer, module, longest(batch, module.rows_per_batch(count), lengths)))
+            found.append(step(trainer, module, longest(batch, module.batching.rows(count), lengths)))
         one, two = found[-2:]
         gradients = storage_bytes([p.grad for p in module.parameters() if p.grad is not None])
         phases = {
@@ -142,7 +142,7 @@ def longest(batch: dict[str, Any], count: int, lengths: dict[str, int]) -> dict[
 @torch.no_grad()
 def _cache(module: TrainableModule, data: TextDataModule) -> int:
     """Bytes of the keys and values of one longest sequence; 0 where nothing is sampled, or nothing is kept."""
-    if not isinstance(module, AlignmentModule) or module.view != "prompts":
+    if not isinstance(module, AlignmentModule) or module.batching.view != "prompts":
         return 0
     ids = torch.zeros(1, sum(inventory.lengths(module, data).values()), dtype=torch.long, device=module.device)
     with module.policy.evaluating() as model:

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from grade_lightning.data import TextDataModule
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, TrainableModule
 
 from . import inventory
 from .memory import PHASES, Memory
@@ -86,7 +86,7 @@ def needs(memory: Memory, size: int, cache: int, room: int | None, largest: int 
 def texts(module: TrainableModule, batch: dict[str, Any]) -> Table:
     """What is trained on at first: sampled and scored by the policy as it is, or read."""
     if isinstance(module, AlignmentModule):
-        found = module.explore(batch)
+        found = module.collect(batch)
         rollout = found.rollout
         lengths = [f"{n}" if end else f"{n}, cut off" for n, end in zip(rollout.lengths, rollout.ended, strict=True)]
         rewards = [f"{reward:.3f}" for reward in found.scores.total]

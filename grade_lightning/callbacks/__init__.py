@@ -1,9 +1,9 @@
 """What one sees and keeps of a run."""
 
+from .checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import Requeue as Requeue
 from .checkpoint import Terminate as Terminate
-from .checkpoint import WholeFiles as WholeFiles
 from .completions import Completions as Completions
 from .export import Export as Export
 from .gradient_variance import GradientVariance as GradientVariance

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from grade_lightning.errors import InputError
+from grade_lightning.files import atomic
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, and moves it there once it is whole and on the disk.
 
     So a kill or a full disk leaves what lay there before. Stock Lightning writes into the temporary folder of the
@@ -42,13 +43,9 @@ class WholeFiles(TorchCheckpointIO):
         part = whole.with_name("." + whole.name.replace("ckpt", "part"))
         try:
             whole.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic(whole, "wb", part) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(whole)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
             reason = error if isinstance(error, OSError) else error.__context__  # torch hides what failed
             if not isinstance(reason, OSError):
                 raise
@@ -59,11 +56,11 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, for runs that are to go on exactly.
+    """Lightning's `ModelCheckpoint`, for runs that are to resume exactly.
 
-    Beside what that does, it also keeps the last step of a run that is counted in steps, writes by
-    :class:`WholeFiles`, sees to it that the curves on the disk reach up to the checkpoint, and never saves between the
-    micro-batches of an optimizer step, whose gradients a checkpoint does not hold.
+    It also keeps the last step of a run that is counted in steps, writes by :class:`AtomicCheckpointIO`, makes sure
+    that the curves on the disk reach up to the checkpoint, and never saves between the micro-batches of an optimizer
+    step, whose gradients a checkpoint does not hold.
 
     Example:
         >>> trainer = Trainer(callbacks=[Checkpoint(every_n_train_steps=50)], logger=False, accelerator="cpu")
@@ -74,7 +71,7 @@ class Checkpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write whole files, unless the user chose how to write."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(

@@ -7,8 +7,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from grade_lightning.errors import check_range
-from grade_lightning.module import AlignmentModule
-from grade_lightning.rollouts import Rollout
+from grade_lightning.modules import AlignmentModule
+from grade_lightning.records import Rollout
 
 
 class Completions(Callback):
@@ -45,8 +45,8 @@ class Completions(Callback):
 
     def _write_evaluation(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if isinstance(module, AlignmentModule) and not trainer.sanity_checking:
-            result = module.last_evaluation
-            self._write(trainer, stage, result["rollout"], result["reward"], result["kl"])
+            found = module.last_evaluation
+            self._write(trainer, stage, found.rollout, found.reward, found.kl)
 
     def _write(self, trainer: Trainer, stage: str, rollout: Rollout, reward: Tensor, kl: Tensor) -> None:
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):

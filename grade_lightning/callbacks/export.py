@@ -15,10 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grade_lightning.errors import InputError
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.policies.loading import BUNDLED
-from grade_lightning.rewards import Reward, WeightedSum, unique_name
+from grade_lightning.records import unique_name
+from grade_lightning.rewards import Reward, WeightedSum
 
 from .summary import Summary
 
@@ -141,7 +142,7 @@ class Export(Callback):
         path = policy.path if policy is not None else ""
         base, source = _public(path), getattr(data, "source", None)
         dataset = getattr(source, "name", None)
-        adapters, labelled = not self.merge, module.view == "labelled"
+        adapters, labelled = not self.merge, module.batching.view == "labelled"
         about = ModelCardData(
             library_name="peft" if adapters else "transformers",
             pipeline_tag="text-classification" if labelled else "text-generation",
@@ -209,9 +210,9 @@ def _rewards(reward: Any) -> Iterator[str]:
 
 
 def _sampling(module: AlignmentModule) -> str:
-    sampler = module.sampler
+    own = module.sampler.distribution
     names = ("temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens")
-    return ", ".join(f"{name} {getattr(sampler, name)}" for name in names if getattr(sampler, name) is not None)
+    return ", ".join(f"{name} {getattr(own, name)}" for name in names if getattr(own, name) is not None)
 
 
 def _versions(adapters: bool) -> Iterator[str]:

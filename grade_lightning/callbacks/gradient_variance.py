@@ -17,14 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from grade_lightning.callbacks.probe import loss_scale, probe, trained
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.functional.moments import (
-    Interval,
-    moments_from_norms,
-    pseudo_values,
-    ratio_interval,
-    variance_components,
-)
-from grade_lightning.rows import batch_rows
+from grade_lightning.functional.intervals import Interval, pseudo_values, ratio_interval
+from grade_lightning.functional.moments import moments_from_norms, variance_components
+from grade_lightning.modules.trainable import batching_of
+from grade_lightning.records import batch_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,16 +111,16 @@ class GradientVariance(Callback):
             self._watch(trained(pl_module, trainer.optimizers[0]))
         due = self.probe_every_n_steps > 0 and trainer.global_step // self.probe_every_n_steps > self._probed
         self._rows = self._rows_of_step(trainer, pl_module, batch)
-        begins = batch_idx % math.lcm(trainer.accumulate_grad_batches, getattr(pl_module, "visits", 1)) == 0
+        begins = batch_idx % math.lcm(trainer.accumulate_grad_batches, batching_of(pl_module).steps_per_batch) == 0
         if due and begins:
             self._probed = trainer.global_step // self.probe_every_n_steps
             self._probe(trainer, pl_module, batch, batch_idx)
 
     def _rows_of_step(self, trainer: Trainer, module: LightningModule, batch: Any) -> float:
         """Rows of the data in an optimizer step of all processes; ours may be given a batch several times."""
-        times = getattr(module, "epochs", 1) * trainer.accumulate_grad_batches / getattr(module, "visits", 1)
         try:
-            return batch_rows(batch) * trainer.world_size * times
+            rows = batch_rows(batch) * trainer.world_size
+            return batching_of(module).rows_per_optimizer_step(rows, trainer.accumulate_grad_batches)
         except ValueError:  # a batch of texts, say
             return math.nan
 

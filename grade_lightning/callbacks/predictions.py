@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from grade_lightning.errors import InputError
-from grade_lightning.module import AlignmentModule
+from grade_lightning.records import Evaluation
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write one JSON object a line, of what is predicted or tested: `AlignmentModule.rows`.
+    """Write one JSON object a line, of what is predicted or tested.
 
     The file appears when it is complete. With several processes each writes its own, `NAME.rank1.jsonl` and so on.
 
@@ -72,9 +72,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int = 0,
     ) -> None:
         """Append a batch."""
-        if isinstance(pl_module, AlignmentModule):
-            rows = pl_module.rows(outputs)
-            self.write_on_batch_end(trainer, pl_module, rows, None, batch, batch_idx, dataloader_idx)
+        found = outputs.get("evaluation") if isinstance(outputs, Mapping) else None
+        if isinstance(found, Evaluation):
+            self.write_on_batch_end(trainer, pl_module, found.rows(), None, batch, batch_idx, dataloader_idx)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name."""

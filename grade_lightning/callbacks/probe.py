@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from grade_lightning.callbacks.frozen import frozen
 from grade_lightning.errors import InputError
-from grade_lightning.functional.moments import count_sketch, gram
-from grade_lightning.module import hash_seed
-from grade_lightning.rows import batch_rows, slice_rows
+from grade_lightning.functional.moments import gram
+from grade_lightning.functional.sketch import count_sketch
+from grade_lightning.numerics import hash_seed
+from grade_lightning.records import batch_rows, slice_rows
 
 
 class Probed(NamedTuple):

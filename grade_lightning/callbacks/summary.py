@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Summary(Callback):
         }
         sample: list[tuple[str, str, float]] = []
         if isinstance(pl_module, AlignmentModule):
-            rollout = pl_module.last_evaluation["rollout"]
-            rows = zip(rollout.prompts, rollout.completions, pl_module.last_evaluation["reward"], strict=True)
+            found = pl_module.last_evaluation
+            rows = zip(found.rollout.prompts, found.rollout.completions, found.reward, strict=True)
             sample = [(prompt, completion, float(r)) for prompt, completion, r in rows][: self.completions]
         self.measurements.append(_Measurement(trainer.global_step, metrics, sample))
 

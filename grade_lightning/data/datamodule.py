@@ -1,74 +1,23 @@
 """The DataModule: one set of splits that share nothing, read in four ways."""
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.batches import CollateLabelled, CollatePairs, CollatePrompts, CollateTexts, encode
+from grade_lightning.data.batches import encode
+from grade_lightning.data.loading import EpochSampler, ResumableLoader
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
+from grade_lightning.data.views import VIEWS, Limits, Split
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.module import View
-
-Split = Literal["reward", "prompts", "validation", "test"]
-
-
-class EpochSampler(RandomSampler):
-    """Shuffle by seed and epoch, so that a resumed run sees the order that it would have seen.
-
-    Lightning calls `set_epoch`, and puts its DistributedSampler in this one's place where it needs to.
-    """
-
-    def __init__(self, rows: Dataset, seed: int) -> None:
-        super().__init__(rows, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader that gives out each batch `repeats` times in a row, and whose place goes into Lightning's checkpoints.
-
-    Its length and its place count the batches given out.
-    """
-
-    _skip = 0
-    _given = 0
-
-    def __init__(self, dataset: Dataset, repeats: int = 1, **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.repeats = repeats  # Lightning looks for this name when it builds the loader anew for its own sampler
-
-    def __len__(self) -> int:
-        return super().__len__() * self.repeats
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skip, self._skip = self._skip, 0
-        given = (batch for batch in super().__iter__() for _ in range(self.repeats))
-        for self._given, batch in enumerate(given, 1):
-            if self._given > skip:
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Say how many batches of the epoch were given out."""
-        return {"given": self._given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after that many batches, or at its start if they were all."""
-        self._skip = state["given"] % len(self)
+from grade_lightning.modules import TrainableModule
+from grade_lightning.records import Batching
 
 
 class TextDataModule(LightningDataModule):
@@ -79,11 +28,10 @@ class TextDataModule(LightningDataModule):
     duplicated text is kept once; a text or prompt that two splits would share stays in the first of test,
     validation, prompts and reward. `dropped` counts what that left out.
 
-    How the rows are read is the `view` of the LightningModule: "prompts" gives `PromptBatch`es and trains
-    on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives `TextBatch`es and
-    trains on `prompts`; "pairs" trains on `PairBatch`es of `prompts` and else gives `PromptBatch`es. All validate on
-    `validation` and test on `test`. The module also has the `tokenizer`; it may have `rows_per_batch`, which says
-    how many rows make up a training batch for a `batch_size`, and `visits`, how many steps in a row are given the same.
+    How the rows are read is said by the module's :class:`~grade_lightning.records.Batching`: its `view` "prompts" gives
+    `PromptBatch`es and trains on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives
+    `TextBatch`es and trains on `prompts`; "pairs" trains on `PairBatch`es of `prompts` and otherwise gives
+    `PromptBatch`es. All validate on `validation` and test on `test`.
 
     Args:
         source: Where the rows come from; `None` for the bundled reviews.
@@ -144,27 +92,16 @@ class TextDataModule(LightningDataModule):
         self.splits: dict[str, Dataset] = {}
         self.dropped: dict[str, int] = {}
         self._loaded: DatasetDict | None = None
-        self._reading: tuple[PreTrainedTokenizerBase, View] | None = None
-        self._rows_per_batch: Callable[[int], int] | None = None
-        self._visits = 1
+        self._reading: tuple[PreTrainedTokenizerBase, Batching] | None = None
 
-    def attach(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        view: View,
-        rows_per_batch: Callable[[int], int] | None = None,
-        visits: int = 1,
-    ) -> None:
-        """Choose how rows are read; `setup` takes all of it from the trainer's LightningModule.
+    def attach(self, tokenizer: PreTrainedTokenizerBase, batching: Batching) -> None:
+        """Choose how rows are read; `setup` takes both from the trainer's LightningModule.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
-            view: "prompts", "labelled", "text" or "pairs".
-            rows_per_batch: Rows in a training batch, given `batch_size`; `None` for as many.
-            visits: How many times in a row each training batch is given out.
+            batching: What a training batch is.
         """
-        self._reading = tokenizer, view
-        self._rows_per_batch, self._visits = rows_per_batch, visits
+        self._reading = tokenizer, batching
 
     def prepare_data(self) -> None:
         """Download or parse the source, once on each machine."""
@@ -177,13 +114,14 @@ class TextDataModule(LightningDataModule):
             stage: Lightning's; all splits are made whatever it is.
         """
         if self.trainer is not None:
-            module = cast(Any, self.trainer.lightning_module)
-            rows_per_batch, visits = getattr(module, "rows_per_batch", None), getattr(module, "visits", 1)
-            self.attach(module.tokenizer, module.view, rows_per_batch, visits)
+            module = self.trainer.lightning_module
+            if isinstance(module, TrainableModule):
+                self.attach(module.tokenizer, module.batching)
+                module.check_lengths(self.max_prompt_tokens, self.max_text_tokens)
         if not self.splits:
             self._split(self._loaded or self.source.load())
             self._loaded = None
-        if self._reading is not None and self._reading[1] in ("prompts", "pairs"):
+        if self._reading is not None and VIEWS[self._reading[1].view].reads_prompts:
             self._check_prompts(self._reading[0])
 
     def _split(self, data: DatasetDict) -> None:
@@ -230,28 +168,10 @@ class TextDataModule(LightningDataModule):
                         f"--data.max_prompt_tokens (now {self.max_prompt_tokens}) or drop the row"
                     )
 
-    def _check_pairs(self) -> None:
-        rows = self.splits["prompts"]
-        if missing := [name for name in ("prompt", "chosen", "rejected") if name not in rows.column_names]:
-            raise InputError(
-                f"data.source: no column {' or '.join(map(repr, missing))} to train on preferences; add a text "
-                "'prompt' and two completions of it, 'chosen' and 'rejected'"
-            )
-        for name in ("chosen", "rejected"):
-            for number, value in zip(self._numbers["prompts"], rows[name], strict=True):
-                if not isinstance(value, str):
-                    raise InputError(
-                        f"column '{name}', row {number} (split 'prompts'): {value!r:.60} is no text; write the "
-                        "completion as text or drop the row"
-                    )
-
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of `reward` (labelled view) or of `prompts`, in another order each epoch."""
-        _, view = self._read()
-        split: Split = "reward" if view == "labelled" else "prompts"
-        if view == "pairs":
-            self._check_pairs()
-        rows = self._rows_per_batch(self.batch_size) if self._rows_per_batch else self.batch_size
+        """Batches of the view's split, in another order each epoch."""
+        _, batching = self._read()
+        split, rows = VIEWS[batching.view].split, batching.rows(self.batch_size)
         processes = self.trainer.world_size if self.trainer is not None else 1
         if 0 < len(self.splits[split]) <= (rows - 1) * processes:  # what is left over is given out twice
             takes = f", which takes {rows} rows a batch" if rows != self.batch_size else ""
@@ -274,32 +194,25 @@ class TextDataModule(LightningDataModule):
         """Batches of `test`."""
         return self._loader("test")
 
-    def _read(self) -> tuple[PreTrainedTokenizerBase, View]:
+    def _read(self) -> tuple[PreTrainedTokenizerBase, Batching]:
         if self._reading is None:
-            raise RuntimeError("call attach(tokenizer, view) first, or let a Trainer call setup()")
+            raise RuntimeError("call attach(tokenizer, batching) first; with a TrainableModule a Trainer does")
         return self._reading
 
     def _loader(self, split: Split, train_rows: int | None = None) -> DataLoader[Any]:
-        tokenizer, view = self._read()
-        rows, train = self.splits[split], train_rows is not None
-        texts = CollateTexts(tokenizer, self.max_text_tokens)
-        collate: CollatePrompts | CollateTexts | CollateLabelled | CollatePairs = texts
-        if view == "labelled":
-            if "label" not in rows.column_names:
-                raise InputError("data.source: no column 'label' to train a reward model on; add it (0 or 1)")
-            collate = CollateLabelled(texts)
-        elif view == "pairs" and train:
-            collate = CollatePairs(tokenizer, self.max_text_tokens)
-        elif view in ("prompts", "pairs"):
-            collate = CollatePrompts(tokenizer, self.max_prompt_chars, self.max_prompt_tokens)
+        tokenizer, batching = self._read()
+        rows, train, view = self.splits[split], train_rows is not None, VIEWS[batching.view]
+        if train or not view.reads_prompts:
+            view.check(rows, self._numbers[split])
         if not len(rows):
             raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
-        return (partial(ResumableLoader, repeats=self._visits) if train else DataLoader)(
+        limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens)
+        return (partial(ResumableLoader, repeats=batching.steps_per_batch) if train else DataLoader)(
             rows,
             batch_size=train_rows if train else self.eval_batch_size,
             sampler=EpochSampler(rows, self.seed) if train else None,
             drop_last=train,
-            collate_fn=collate,
+            collate_fn=view.collate(tokenizer, limits, train),
             num_workers=self.num_workers,
             # without one, each epoch would draw from the global generator, as a rollout's noise does
             generator=torch.Generator().manual_seed(self.seed),

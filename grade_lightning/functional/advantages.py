@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
@@ -31,11 +31,11 @@ def ema(baseline: Float[Tensor, ""], mean: Float[Tensor, ""], decay: float) -> F
     return torch.where(mean.isnan(), baseline, moved)
 
 
-def differ(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
+def has_spread(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
     """Whether a group has different rewards; not by way of its mean, which is rounded.
 
     Example:
-        >>> differ(torch.tensor([[0.1] * 8, [0.1] * 7 + [0.2], [0.1] * 7 + [torch.nan], [torch.nan] * 8]))
+        >>> has_spread(torch.tensor([[0.1] * 8, [0.1] * 7 + [0.2], [0.1] * 7 + [torch.nan], [torch.nan] * 8]))
         tensor([False,  True, False, False])
     """
     return rewards.nan_to_num(nan=-torch.inf).amax(-1) > rewards.nan_to_num(nan=torch.inf).amin(-1)
@@ -50,7 +50,7 @@ def group_centred(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
                 [ 0.0000,  0.0000,  0.0000]])
     """
     centred = (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
-    return centred.masked_fill(~differ(rewards).unsqueeze(-1), 0)
+    return centred.masked_fill(~has_spread(rewards).unsqueeze(-1), 0)
 
 
 def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
@@ -117,12 +117,13 @@ def discounted_returns(
 ) -> Float[Tensor, "b t"]:
     """Reward from each token on, Σ_{u ≥ t} γ^(u − t) r_u; 0 outside of the mask.
 
+    Tokens outside of the mask, such as a tool's answer between two turns, are no time steps.
+
     Example:
-        >>> discounted_returns(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]), gamma=0.5)
-        tensor([[2., 2., 0.]])
+        >>> discounted_returns(torch.tensor([[1.0, 9.0, 2.0, 9.0]]), torch.tensor([[True, False, True, False]]), 0.5)
+        tensor([[2., 0., 2., 0.]])
     """
-    rewards = rewards.masked_fill(~mask, 0)
-    return _backwards(rewards, gamma).masked_fill(~mask, 0)
+    return _backwards(rewards, mask, gamma)
 
 
 def gae(
@@ -134,12 +135,13 @@ def gae(
 ) -> Float[Tensor, "b t"]:
     """Generalised advantage estimates, Σ_{u ≥ t} (γλ)^(u − t) (r_u + γ V_{u+1} − V_u); 0 outside of the mask.
 
-    After the last token nothing is worth anything, whether the completion ended there or was cut.
+    The value after the last token is 0, whether the completion ended there or was cut. Tokens outside of the mask, such
+    as a tool's answer between two turns, are no time steps.
 
     Args:
         rewards: of each token.
         values: V_t, expected return before token t is chosen.
-        mask: which tokens are the completion's.
+        mask: tokens that are trained on.
         gamma: discount.
         lam: 1 trusts the rewards alone, 0 trusts the values.
 
@@ -152,32 +154,20 @@ def gae(
         >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.2, 0.5]]), mask, lam=1.0)
         tensor([[0.8000, 0.5000]])
     """
-    values = values.masked_fill(~mask, 0)
-    later = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    errors = (rewards + gamma * later - values).masked_fill(~mask, 0)
-    return _backwards(errors, gamma * lam).masked_fill(~mask, 0)
+    later, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        later[:, t] = following
+        following = torch.where(mask[:, t], values[:, t], following)
+    return _backwards(rewards + gamma * later - values, mask, gamma * lam)
 
 
-def overlong_penalty(lengths: Int[Tensor, " b"], longest: int, buffer: int) -> Float[Tensor, " b"]:
-    """0 up to `longest − buffer` tokens, then falling on a straight line to −1 at `longest`.
-
-    References:
-        | DAPO (Yu et al., 2025), https://arxiv.org/abs/2503.14476
-
-    Example:
-        >>> overlong_penalty(torch.tensor([80, 90, 100]), longest=100, buffer=20)
-        tensor([ 0.0000, -0.5000, -1.0000])
-    """
-    return ((longest - buffer - lengths) / buffer).clamp(-1, 0)
-
-
-def _backwards(values: Tensor, decay: float) -> Tensor:
+def _backwards(values: Tensor, mask: Tensor, decay: float) -> Tensor:
     sums = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
-        running = values[:, t] + decay * running
+        running = torch.where(mask[:, t], values[:, t] + decay * running, running)
         sums[:, t] = running
-    return sums
+    return sums.masked_fill(~mask, 0)
 
 
 def _answered(rewards: Tensor) -> Tensor:

@@ -70,3 +70,29 @@ def relaxed_tokens(scores: Float[Tensor, "*batch v"], tau: float) -> Float[Tenso
         tensor([0.5000, 0.5000])
     """
     return torch.softmax(scores / tau, dim=-1)
+
+
+def soft_embeddings(
+    weights: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], table: Float[Tensor, "v w"]
+) -> Float[Tensor, "*batch w"]:
+    """Weighted means of rows of an embedding table; differentiable in the weights and in the table.
+
+    Args:
+        weights: (..., k).
+        indices: (..., k): rows of the table; 0 to k − 1 in order where k is the whole vocabulary.
+        table: (V, width).
+
+    Returns:
+        (..., width), of the table's type.
+
+    Example:
+        >>> soft_embeddings(torch.tensor([0.25, 0.75]), torch.tensor([2, 0]), 4 * torch.eye(3))
+        tensor([3., 0., 1.])
+    """
+    weights = weights.to(table.dtype)
+    with torch.autocast(table.device.type, enabled=False):  # it would cast the whole table at every step
+        if weights.shape[-1] == len(table):
+            return weights @ table
+        flat, ids = (x.reshape(-1, x.shape[-1]) for x in (weights, indices))
+        rows = torch.nn.functional.embedding_bag(ids, table, per_sample_weights=flat, mode="sum")  # no (..., k, width)
+    return rows.view(*weights.shape[:-1], -1)

@@ -20,14 +20,15 @@ def completion_mask(tokens: Int[Tensor, "b t"], eos_ids: Sequence[int]) -> Bool[
 
 
 def last_token(mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
-    """True at each completion's last token alone.
+    """True at the last token of each row's mask alone; the mask may have gaps.
 
     Example:
-        >>> last_token(torch.tensor([[True, True, False], [True, True, True]])).int()
-        tensor([[0, 1, 0],
-                [0, 0, 1]], dtype=torch.int32)
+        >>> last_token(torch.tensor([[True, True, False, False], [True, False, False, True]])).int()
+        tensor([[0, 1, 0, 0],
+                [0, 0, 0, 1]], dtype=torch.int32)
     """
-    return torch.arange(mask.shape[1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
+    remaining = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask & (remaining == 1)
 
 
 def position_ids(attention_mask: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
@@ -88,7 +89,7 @@ def entropy(logps: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
 
 
 def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, " b"]:
-    """Sum over the positions of each sequence; what stands outside the mask may be anything, NaN included.
+    """Sum over the masked positions of each sequence; values elsewhere may be anything, NaN included.
 
     Example:
         >>> masked_sum(torch.tensor([[1.0, 2.0, torch.nan]]), torch.tensor([[True, True, False]]))

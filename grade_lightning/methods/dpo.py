@@ -1,12 +1,11 @@
 """Direct preference optimisation."""
 
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from grade_lightning.errors import check_range
 from grade_lightning.functional import preferences
-from grade_lightning.preference import PreferenceModule
+from grade_lightning.modules.preference import PreferenceModule, of_sums
 
 
 class DPO(PreferenceModule):
@@ -14,7 +13,8 @@ class DPO(PreferenceModule):
 
     Args:
         label_smoothing: the probability that a preference is the wrong way round.
-        **kwargs: those of :class:`~grade_lightning.preference.PreferenceModule`.
+        beta: how strongly the policy is held to its reference.
+        **kwargs: those of :class:`~grade_lightning.modules.PreferenceModule`.
 
     References:
         | Direct Preference Optimization: Your Language Model is Secretly a Reward Model (Rafailov et al., 2023),
@@ -23,11 +23,7 @@ class DPO(PreferenceModule):
           https://arxiv.org/abs/2402.04792
     """
 
-    def __init__(self, label_smoothing: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, label_smoothing: float = 0.0, beta: float = 0.1, **kwargs: Any) -> None:
         check_range("[0, 0.5]", label_smoothing=label_smoothing)
-        self.label_smoothing = label_smoothing
-
-    def pair_loss(self, chosen: Tensor, rejected: Tensor, mask: tuple[Tensor, Tensor]) -> Tensor:
-        """Of sums over tokens."""
-        return preferences.dpo(chosen.sum(-1), rejected.sum(-1), self.beta, self.label_smoothing)
+        loss = partial(preferences.dpo, beta=beta, label_smoothing=label_smoothing)
+        super().__init__(pair_loss=of_sums(loss), beta=beta, **kwargs)

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from grade_lightning.advantages import group_standardised
 from grade_lightning.errors import check_range
-from grade_lightning.functional import advantages, policy
-from grade_lightning.functional.policy import Totals
-from grade_lightning.kl import KL
-from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.functional.aggregation import token_mean
+from grade_lightning.functional.gates import gppo
+from grade_lightning.gates import by_advantage
+from grade_lightning.modules import PolicyGradientModule
 
 
 class GPPO(PolicyGradientModule):
@@ -22,8 +21,7 @@ class GPPO(PolicyGradientModule):
         dual: no gradient where A < 0 and the ratio exceeds this.
         num_generations: completions for each prompt, a group.
         minibatches: optimizer steps for each window.
-        kl: the KL to the reference; the paper has none.
-        **kwargs: those of :class:`~grade_lightning.policy_gradient.PolicyGradientModule`.
+        **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
         | Klear-Reasoner: Advancing Reasoning Capability via Gradient-Preserving Clipping Policy Optimization
@@ -31,7 +29,7 @@ class GPPO(PolicyGradientModule):
         | the scales: CE-GPPO (2025), https://arxiv.org/abs/2509.20712
     """
 
-    least_generations = 2
+    min_generations = 2
 
     def __init__(
         self,
@@ -42,28 +40,18 @@ class GPPO(PolicyGradientModule):
         dual: float = 10.0,
         num_generations: int = 8,
         minibatches: int = 4,
-        kl: KL = KL(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
         check_range("[0, 1]", epsilon_low=epsilon_low)
         check_range("[0, inf]", epsilon_high=epsilon_high)
         check_range("[0, inf)", low_scale=low_scale, high_scale=high_scale)
         check_range("[1, inf]", dual=dual)
-        self.low = 1 - epsilon_low
-        self.high = 1 + epsilon_high
-        self.low_scale = low_scale
-        self.high_scale = high_scale
-        self.dual = dual
-
-    def group_advantages(self, rewards: Tensor) -> Tensor:
-        """(R − mean) / std of the group."""
-        return advantages.group_standardised(rewards)
-
-    def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """The gradient-preserving clip."""
-        return policy.gppo(ratio, advantages, self.low, self.high, self.low_scale, self.high_scale, self.dual)
-
-    def aggregate(self, mask: Tensor, totals: Totals) -> Tensor:
-        """Mean over all tokens."""
-        return policy.token_mean(mask, totals)
+        bounds = {"low": 1 - epsilon_low, "high": 1 + epsilon_high}
+        super().__init__(
+            advantage=group_standardised,
+            gate=by_advantage(gppo, **bounds, low_scale=low_scale, high_scale=high_scale, dual=dual),
+            aggregate=token_mean,
+            num_generations=num_generations,
+            minibatches=minibatches,
+            **kwargs,
+        )

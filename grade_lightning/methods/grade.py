@@ -1,7 +1,6 @@
 """GRADE: the reward's gradient flows through soft tokens, and so does the reward."""
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch.profiler import record_function
 
 from grade_lightning.errors import check_range
 from grade_lightning.functional import divergences, sequences
-from grade_lightning.module import AlignmentModule, Experience, StepOutput
+from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
-from grade_lightning.rewards import Reward, Scores
-from grade_lightning.rollouts import RelaxedRollout, RelaxedSampler, Sampler
+from grade_lightning.records import Experience, Prompts, RelaxedRollout, Scores, StepOutput, TokenStats
+from grade_lightning.rewards import Reward
+from grade_lightning.rollouts import RelaxedEngine, Sampler
 from grade_lightning.schedules import Linear, Schedule
 
 
@@ -73,19 +73,21 @@ class Grade(AlignmentModule):
     ) -> None:
         check_range("[1, inf)", top_k=top_k)
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
-        soft = copy.copy(self.sampler)
-        soft.top_k = soft.top_k or top_k
-        self.relaxed_sampler = RelaxedSampler(soft, block)
+        own = self.sampler.distribution
+        self.soft = replace(own, top_k=own.top_k or top_k)
+        self.engine = RelaxedEngine(block)
         self.tau = tau or Linear(2.0, 0.5)
 
-    def explore(self, batch: dict[str, Any]) -> RelaxedExperience:
+    def collect(self, batch: dict[str, Any]) -> RelaxedExperience:
         """Unroll the policy on its own soft tokens, and score these."""
-        relaxed = self.relaxed_sampler(self.policy, **batch, tau=self.tau(self.global_step, self.total_steps()))
+        tau = self.tau(self.global_step, self.total_steps())
+        with record_function("sampling"):
+            relaxed = self.engine.generate(self.policy, self.soft, Prompts.of(batch), tau)
         with record_function("reward"):
             scores = self.reward.relaxed(relaxed)
-        self.count(relaxed)
+        self.meter.count(relaxed)
         detached = Scores(scores.total.detach(), {name: value.detach() for name, value in scores.parts.items()})
-        return RelaxedExperience(relaxed.discrete(), detached, relaxed=relaxed, reward=scores.total)
+        return RelaxedExperience(relaxed.discrete(), detached, self.beta, relaxed=relaxed, reward=scores.total)
 
     def loss(self, experience: Experience) -> StepOutput:
         """One pass of the reference over the same soft tokens."""
@@ -93,20 +95,17 @@ class Grade(AlignmentModule):
         rollout, reward = experience.relaxed, experience.reward
         tokens, mask = rollout.completion_ids, rollout.completion_mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):
-            soft = rollout.embed(self.policy.reference_table())[:, :-1]
-            inputs = torch.cat([self.policy.reference_embed(rollout.prompt_ids), soft], dim=1)
-            reference = self.policy.reference_logits(inputs, rollout.mask[:, :-1], tokens.shape[1])
-            logps, ref_logps = (self.relaxed_sampler.sampler.log_distribution(x) for x in (rollout.logits, reference))
+            frozen = self.policy.frozen
+            soft = rollout.embed(frozen.table())[:, :-1]
+            inputs = torch.cat([frozen.embed(rollout.prompt_ids), soft], dim=1)
+            reference = frozen.logits(inputs, rollout.mask[:, :-1], tokens.shape[1])
+            logps, ref_logps = (self.soft.log_distribution(x) for x in (rollout.logits, reference))
             kl = divergences.categorical_kl(logps, ref_logps)
         objective = reward.nansum() / len(reward) - self.beta * sequences.masked_sum(kl, mask).mean()
         logps, ref_logps, kl = logps.detach(), ref_logps.detach(), kl.detach()
         weights = rollout.weights.detach()
         gap = sequences.masked_sum(1 - weights.amax(-1), mask).sum() / mask.sum()
-        return StepOutput(
-            loss=-objective,
-            logps=rollout.logps,
-            kl=kl,
-            entropy=sequences.entropy(logps),
-            log_ratio=sequences.token_logps(logps, tokens) - sequences.token_logps(ref_logps, tokens),
-            metrics={"tau": kl.new_tensor(rollout.tau), "soft_gap": gap},
-        )
+        own, others = (sequences.token_logps(x, tokens) for x in (logps, ref_logps))
+        assert rollout.engine_logps is not None
+        stats = TokenStats(rollout.engine_logps, own - others, kl, sequences.entropy(logps), others)
+        return StepOutput(-objective, stats, {"tau": kl.new_tensor(rollout.tau), "soft_gap": gap})

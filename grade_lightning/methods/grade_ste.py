@@ -10,8 +10,10 @@ from grade_lightning.errors import check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
-from grade_lightning.module import AlignmentModule, Experience, Measured, StepOutput, figures
+from grade_lightning.modules import AlignmentModule
+from grade_lightning.modules.measuring import figures, stats_of
 from grade_lightning.policies import Policy
+from grade_lightning.records import Experience, StepOutput
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Schedule
@@ -74,40 +76,43 @@ class GradeSTE(AlignmentModule):
     def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
         rollout, scores = experience.rollout, experience.scores
-        mask, tau = rollout.completion_mask, self.tau(self.global_step, self.total_steps())
-        length, attention = mask.shape[1], rollout.mask[:, :-1]
+        mask, tau = rollout.sampled, self.tau(self.global_step, self.total_steps())
+        length, attention, distribution = mask.shape[1], rollout.mask[:, :-1], self.sampler.distribution
         inputs = self.policy.embed(rollout.ids[:, :-1])
         inputs = inputs if inputs.requires_grad else inputs.requires_grad_()
-        vocabulary = self.policy.vocabulary(rollout.packed(self.policy.hidden(inputs, attention, length)))
-        reference_inputs = self.policy.reference_embed(rollout.ids[:, :-1]).requires_grad_(self.kl_prefix == "full")
+        vocabulary = self.policy.vocabulary(rollout.take(self.policy.hidden(inputs, attention, length)))
+        frozen = self.policy.frozen
+        reference_inputs = frozen.embed(rollout.ids[:, :-1]).requires_grad_(self.kl_prefix == "full")
         with torch.set_grad_enabled(self.kl_prefix == "full"):
-            hidden = self.policy.reference_hidden(reference_inputs, attention, length)
-            reference = self.policy.reference_vocabulary(rollout.packed(hidden))
+            reference = frozen.vocabulary(rollout.take(frozen.hidden(reference_inputs, attention, length)))
         seed = int(torch.randint(2**62, ()))
 
         def token(logits: Tensor, rows: slice, adjoint: Tensor) -> Tensor:
             """Through the sampled tokens: the same noise at each hop."""
             generator = torch.Generator(logits.device).manual_seed(seed + rows.start)
-            sampled = self._sampled_logits(rollout, logits, rows)
+            sampled = distribution.sampled_logits(rollout, logits, rows)
             found = self.estimator.cotangent(sampled, rollout.tokens[rows], adjoint, tau, generator)
-            return self.sampler.tempered(found)
+            return distribution.tempered(found)
+
+        def kl_cotangent(dist: Tensor, ref_dist: Tensor, kl: Tensor) -> Tensor:
+            return -self.beta * distribution.tempered(divergences.kl_cotangent(dist, ref_dist, kl))
 
         def held(logits: Tensor, rows: slice) -> Tensor:
             """Through each position's own KL, of the policy."""
-            dist, ref_dist = (self.sampler.log_distribution(x) for x in (logits, reference.at(rows)))
-            return self._kl_cotangent(dist, ref_dist, divergences.categorical_kl(dist, ref_dist))
+            dist, ref_dist = (distribution.log_distribution(x) for x in (logits, reference.at(rows)))
+            return kl_cotangent(dist, ref_dist, divergences.categorical_kl(dist, ref_dist))
 
         def reference_cotangent(ref_logits: Tensor, rows: slice) -> Tensor:
             """The same, of the reference."""
-            dist, ref_dist = (self.sampler.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
-            return -self.beta * self.sampler.tempered(divergences.kl_reference_cotangent(dist, ref_dist))
+            dist, ref_dist = (distribution.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
+            return -self.beta * distribution.tempered(divergences.kl_reference_cotangent(dist, ref_dist))
 
-        direct = [Adjoint(rollout.packed(part.gradient), part.table) for part in scores.adjoints]
+        direct = [Adjoint(rollout.take(part.gradient), part.table) for part in scores.adjoints]
         if self.kl_prefix == "full":
             pulled = reference.pull(reference_cotangent)
             (gradient,) = torch.autograd.grad(reference.hidden, reference_inputs, pulled)
-            arrived = rollout.packed(next_input_gradient(gradient, length))
-            direct.append(Adjoint(arrived, self.policy.reference_table()))
+            arrived = rollout.take(next_input_gradient(gradient, length))
+            direct.append(Adjoint(arrived, frozen.table()))
 
         replayed = replay(
             vocabulary,
@@ -115,7 +120,7 @@ class GradeSTE(AlignmentModule):
             self.policy.table(),
             direct,
             token,
-            rollout.valid,
+            rollout.positions,
             length,
             hops=length - 1 if self.hops == "exact" else min(int(self.hops), length - 1),
             tolerance=self.tolerance,
@@ -123,25 +128,19 @@ class GradeSTE(AlignmentModule):
         )
 
         def ascent(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-            sampled, dist = self._distributions(rollout, logits, rows)
-            ref_dist = self._reference_distribution(reference, rows)
+            sampled, dist = distribution.both(rollout, logits, rows)
+            ref_dist = distribution.log_distribution(reference.at(rows))
             found = tuple(figures(sampled, dist, lambda: ref_dist, rollout.tokens[rows]))
             cotangent = replayed.cotangent(logits, rows)
             if self.kl_prefix == "none":
-                cotangent = cotangent + self._kl_cotangent(dist, ref_dist, found[2])
+                cotangent = cotangent + kl_cotangent(dist, ref_dist, found[2])
             return cotangent, found
 
         zero, columns = vocabulary.push(ascent)
-        now = Measured.of(rollout, columns)
+        now = stats_of(rollout, columns)
         objective = scores.total.nansum() - self.beta * sequences.masked_sum(now.kl, mask).sum()
         return StepOutput(
             loss=-(zero + objective) / len(mask),
-            logps=now.logps,
-            kl=now.kl,
-            entropy=now.entropy,
-            log_ratio=now.log_ratio,
+            stats=now,
             metrics={"tau": objective.new_tensor(tau), "hop_residual": replayed.residual},
         )
-
-    def _kl_cotangent(self, dist: Tensor, ref_dist: Tensor, kl: Tensor) -> Tensor:
-        return -self.beta * self.sampler.tempered(divergences.kl_cotangent(dist, ref_dist, kl))

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from grade_lightning.advantages import group_standardised
 from grade_lightning.errors import check_range
-from grade_lightning.functional import advantages, policy
-from grade_lightning.functional.policy import Totals
-from grade_lightning.kl import KL
-from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.functional.aggregation import sequence_mean
+from grade_lightning.functional.gates import clipped
+from grade_lightning.gates import by_advantage
+from grade_lightning.levels import sequence_level
+from grade_lightning.modules import PolicyGradientModule
 
 
 class GSPO(PolicyGradientModule):
@@ -19,14 +19,13 @@ class GSPO(PolicyGradientModule):
         epsilon_high: and above at 1 + this.
         num_generations: completions for each prompt, a group.
         minibatches: optimizer steps for each window.
-        kl: the KL to the reference; the paper has none.
-        **kwargs: those of :class:`~grade_lightning.policy_gradient.PolicyGradientModule`.
+        **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
         | Group Sequence Policy Optimization (Zheng et al., 2025), https://arxiv.org/abs/2507.18071
     """
 
-    least_generations = 2
+    min_generations = 2
 
     def __init__(
         self,
@@ -34,27 +33,16 @@ class GSPO(PolicyGradientModule):
         epsilon_high: float = 4e-4,
         num_generations: int = 8,
         minibatches: int = 4,
-        kl: KL = KL(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_generations=num_generations, minibatches=minibatches, kl=kl, **kwargs)
         check_range("[0, 1]", epsilon_low=epsilon_low)
         check_range("[0, inf]", epsilon_high=epsilon_high)
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
-
-    def group_advantages(self, rewards: Tensor) -> Tensor:
-        """(R − mean) / std of the group."""
-        return advantages.group_standardised(rewards)
-
-    def level(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Means over the sequence."""
-        return policy.sequence_level(values, mask)
-
-    def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """PPO's clip, its bounds apart."""
-        return policy.clipped(ratio, advantages, 1 - self.epsilon_low, 1 + self.epsilon_high)
-
-    def aggregate(self, mask: Tensor, totals: Totals) -> Tensor:
-        """Mean over the tokens of a completion, then over completions."""
-        return policy.sequence_mean(mask, totals)
+        super().__init__(
+            advantage=group_standardised,
+            level=sequence_level,
+            gate=by_advantage(clipped, low=1 - epsilon_low, high=1 + epsilon_high),
+            aggregate=sequence_mean,
+            num_generations=num_generations,
+            minibatches=minibatches,
+            **kwargs,
+        )

@@ -9,12 +9,13 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
-from grade_lightning.module import TrainableModule
+from grade_lightning.modules import TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.policies.loading import check_vocabulary, resolve_model, torch_dtype
+from grade_lightning.records import Batching
 from grade_lightning.rewards import Classifier
-from grade_lightning.strategies import is_first_process
 
 
 class RewardModel(TrainableModule):
@@ -34,8 +35,6 @@ class RewardModel(TrainableModule):
     References:
         | GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
     """
-
-    view = "labelled"
 
     def __init__(
         self,
@@ -65,6 +64,11 @@ class RewardModel(TrainableModule):
         """The backbone's."""
         return self.source.tokenizer
 
+    @property
+    def batching(self) -> Batching:
+        """Texts with labels."""
+        return Batching("labelled")
+
     def configure_model(self) -> None:
         """Load the backbone under a new head."""
         if self.classifier is None:
@@ -87,7 +91,7 @@ class RewardModel(TrainableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One batch of labelled text."""
-        self._seed("train", batch_idx)
+        self.seed("train", batch_idx)
         loss = self.draw_loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss

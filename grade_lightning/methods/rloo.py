@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from grade_lightning.functional import advantages, policy
-from grade_lightning.functional.policy import Totals
+from grade_lightning.advantages import leave_one_out
+from grade_lightning.functional.aggregation import sequence_sum
+from grade_lightning.functional.gates import reinforce
+from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
-from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.modules import PolicyGradientModule
 
 
 class RLOO(PolicyGradientModule):
@@ -16,27 +16,22 @@ class RLOO(PolicyGradientModule):
     Args:
         num_generations: completions for each prompt.
         kl: the KL to the reference.
-        **kwargs: those of :class:`~grade_lightning.policy_gradient.PolicyGradientModule`.
+        **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
         | Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs
           (Ahmadian et al., 2024), https://arxiv.org/abs/2402.14740
     """
 
-    clips = False
-    least_generations = 2
+    min_generations = 2
 
-    def __init__(self, num_generations: int = 4, kl: KL = KL(0.05, clock="sequence"), **kwargs: Any) -> None:
-        super().__init__(num_generations=num_generations, kl=kl, **kwargs)
-
-    def group_advantages(self, rewards: Tensor) -> Tensor:
-        """R − the mean of the others."""
-        return advantages.leave_one_out(rewards)
-
-    def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """None: the completions are the policy's own."""
-        return policy.reinforce(ratio, advantages)
-
-    def aggregate(self, mask: Tensor, totals: Totals) -> Tensor:
-        """Sum over tokens, mean over completions."""
-        return policy.sequence_sum(mask, totals)
+    def __init__(self, num_generations: int = 4, kl: KL = KL(0.05, credit="sequence"), **kwargs: Any) -> None:
+        super().__init__(
+            advantage=leave_one_out,
+            gate=by_advantage(reinforce),
+            aggregate=sequence_sum,
+            clips=False,
+            num_generations=num_generations,
+            kl=kl,
+            **kwargs,
+        )

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.functional import sequences
-from grade_lightning.module import TrainableModule
+from grade_lightning.modules import TrainableModule
 from grade_lightning.policies import Policy
+from grade_lightning.records import Batching
 
 
 class SupervisedFineTuning(TrainableModule):
@@ -23,8 +24,6 @@ class SupervisedFineTuning(TrainableModule):
         optimizer: any torch optimizer by class path.
         lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
-
-    view = "text"
 
     def __init__(
         self,
@@ -46,17 +45,9 @@ class SupervisedFineTuning(TrainableModule):
         self.policy.load(reference=False)
 
     @property
-    def visits(self) -> int:
-        """Micro-batches of an optimizer step: each is a part of one batch, so that the tokens of all can be counted."""
-        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches
-
-    def rows_per_batch(self, batch_size: int) -> int:
-        """Texts of an optimizer step."""
-        return batch_size * self.visits
-
-    def on_train_start(self) -> None:
-        """Check that the micro-batches of a step stay together."""
-        self.check_windows()
+    def batching(self) -> Batching:
+        """Texts of an optimizer step, so that the tokens of all its micro-batches can be counted."""
+        return Batching("text", accumulation=self.accumulation())
 
     def draw_loss(self, batch: dict[str, Any]) -> Tensor:
         """The loss of one estimate of the gradient, whose noise is that of the generators as they are."""
@@ -80,14 +71,11 @@ class SupervisedFineTuning(TrainableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; each token of the optimizer step weighs the same, wherever it is."""
-        self._seed("train", batch_idx)
+        self.seed("train", batch_idx)
         mask = batch["attention_mask"]
-        part = {
-            name: batch[name].chunk(self.visits)[batch_idx % self.visits] for name in ("input_ids", "attention_mask")
-        }
-        tokens = _targets(mask) / self.visits
-        mean = tokens if self._trainer is None else self.trainer.strategy.reduce(tokens, reduce_op="mean")
-        loss = self._nll(part) / mean
+        parts = self.batching.steps_per_batch
+        part = {name: batch[name].chunk(parts)[batch_idx % parts] for name in ("input_ids", "attention_mask")}
+        loss = self._nll(part) / self.reduce.mean(_targets(mask) / parts)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 

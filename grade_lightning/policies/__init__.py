@@ -1,7 +1,10 @@
 """A causal language model with adapters, and its frozen reference."""
 
-from .causal import LoRA as LoRA
-from .causal import Policy as Policy
-from .causal import ValueHead as ValueHead
 from .loading import bundled_folder as bundled_folder
 from .loading import resolve_model as resolve_model
+from .lora import LoRA as LoRA
+from .network import Network as Network
+from .passes import Pass as Pass
+from .passes import WholePass as WholePass
+from .policy import Policy as Policy
+from .value_head import ValueHead as ValueHead

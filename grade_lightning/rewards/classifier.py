@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.policies.loading import (
@@ -18,9 +19,8 @@ from grade_lightning.policies.loading import (
     resolve_model,
     torch_dtype,
 )
-from grade_lightning.strategies import is_first_process, whole
 
-from .base import DifferentiableReward
+from .differentiable import DifferentiableReward
 
 HEAD_WEIGHTS, HEAD_CONFIG = "reward_head.safetensors", "reward_head.json"
 
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the backbone as a Hugging Face folder, with the head beside it; by all processes, as a policy's."""
         folder = Path(folder)
-        backbone, head = whole(self.backbone.state_dict()), whole(self.head.state_dict())
+        backbone, head = gather_full_state(self.backbone.state_dict()), gather_full_state(self.head.state_dict())
         if is_first_process():
             self.backbone.save_pretrained(folder, state_dict=backbone)
             save_file(head, folder / HEAD_WEIGHTS)

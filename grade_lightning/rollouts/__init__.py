@@ -1,6 +1,9 @@
 """From prompts to completions."""
 
-from .discrete import Rollout as Rollout
-from .discrete import Sampler as Sampler
-from .relaxed import RelaxedRollout as RelaxedRollout
-from .relaxed import RelaxedSampler as RelaxedSampler
+from .distribution import Distribution as Distribution
+from .engine import Engine as Engine
+from .relaxed import RelaxedEngine as RelaxedEngine
+from .sampler import Sampler as Sampler
+from .transformers import TransformersEngine as TransformersEngine
+from .turns import Environment as Environment
+from .turns import Turns as Turns

@@ -1,78 +1,19 @@
 """Relaxed sampling: every token is a Gumbel-softmax mixture, and one graph runs through all steps."""
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.functional.gumbel import exponential_noise, relaxed_tokens
+from grade_lightning.functional.gumbel import exponential_noise, relaxed_tokens, soft_embeddings
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.policies import Policy
+from grade_lightning.records import Prompts, RelaxedRollout
 
-from .discrete import Rollout, Sampler
-
-
-@dataclass(kw_only=True)
-class RelaxedRollout(Rollout):
-    """Soft completions with the graph of their making. k tokens in the support of each, V in the vocabulary.
-
-    `completion_ids` are the most heavily weighted tokens; ends, masks and texts are theirs.
-    """
-
-    weights: Tensor
-    """(B, T, k), float32 or better, with graph: the soft tokens, each summing to 1."""
-    indices: Tensor
-    """(B, T, k): the token ids that the weights belong to; 0 to V − 1 in order where the support is the vocabulary."""
-    logits: Tensor
-    """(B, T, V), with graph: the policy's, before temperature and truncation."""
-    tau: float
-    """Temperature of the relaxation."""
-
-    def embed(self, table: Tensor) -> Tensor:
-        """Soft embeddings of the completion by a table (V, width); (B, T, width), with graph."""
-        return soft_embeddings(self.weights, self.indices, table)
-
-    def select(self, rows: Tensor) -> "RelaxedRollout":
-        """Some of the sequences, with their graph."""
-        selected = super().select(rows)
-        assert isinstance(selected, RelaxedRollout)
-        length = selected.completion_ids.shape[1]
-        tensors = {name: getattr(self, name)[rows, :length] for name in ("weights", "indices", "logits")}
-        return dataclasses.replace(selected, **tensors)
-
-    def discrete(self) -> Rollout:
-        """The completion's hard tokens alone, without a graph."""
-        return Rollout(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rollout)})
-
-
-def soft_embeddings(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """Weighted means of rows of an embedding table; differentiable in the weights and in the table.
-
-    Args:
-        weights: (..., k).
-        indices: (..., k): rows of the table; 0 to k − 1 in order where k is the whole vocabulary.
-        table: (V, width).
-
-    Returns:
-        (..., width), of the table's type.
-
-    Example:
-        >>> soft_embeddings(torch.tensor([0.25, 0.75]), torch.tensor([2, 0]), 4 * torch.eye(3))
-        tensor([3., 0., 1.])
-    """
-    weights = weights.to(table.dtype)
-    with torch.autocast(table.device.type, enabled=False):  # it would cast the whole table at every step
-        if weights.shape[-1] == len(table):
-            return weights @ table
-        flat, ids = (x.reshape(-1, x.shape[-1]) for x in (weights, indices))
-        rows = torch.nn.functional.embedding_bag(ids, table, per_sample_weights=flat, mode="sum")  # no (..., k, width)
-    return rows.view(*weights.shape[:-1], -1)
+from .distribution import Distribution
 
 
 class _Steps(NamedTuple):
@@ -98,12 +39,12 @@ class _Steps(NamedTuple):
     """(B, n, V)"""
 
 
-class RelaxedSampler:
+class RelaxedEngine:
     """Soft completions by a policy that is fed its own soft tokens, through the key-value cache.
 
-    With s = log p + Gumbel noise, p the distribution of `sampler`, the token of a step is argmax s: an exact sample of
-    p given the soft tokens before it. The soft token softmax(s / τ) is what the next step and the reward see. A
-    completion ends where its argmax ends it.
+    With s = log p + Gumbel noise, p the distribution, the token of a step is argmax s: an exact sample of p given the
+    soft tokens before it. The soft token softmax(s / τ) is what the next step and the reward see. A completion ends
+    where its argmax ends it.
 
     The graph runs through everything that the objective depends on, the embedding table included if it is trained.
     Activations of one block of steps are alive at a time: the backward pass computes each block again with the same
@@ -111,9 +52,7 @@ class RelaxedSampler:
     is off, LoRA's included, so that the policy that learns is the one that is sampled.
 
     Args:
-        sampler: makes the distribution; its top-k is the support of the soft tokens (of tokens that tie for the last
-            place some are left out), without one it is the whole vocabulary.
-        block: steps in a block; from `sampler.max_new_tokens` on nothing is computed twice.
+        block: steps in a block; from `max_new_tokens` on nothing is computed twice.
 
     References:
         | GRADE (Nel, 2025), https://arxiv.org/abs/2601.11574
@@ -121,44 +60,37 @@ class RelaxedSampler:
         | Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016), https://arxiv.org/abs/1604.06174
     """
 
-    def __init__(self, sampler: Sampler, block: int = 8) -> None:
+    def __init__(self, block: int = 8) -> None:
         check_range("[1, inf)", block=block)
-        self.sampler = sampler
         self.block = block
 
-    @record_function("sampling")
-    def __call__(
-        self,
-        policy: Policy,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        columns: dict[str, list[Any]] | None = None,
-        tau: float = 1.0,
-    ) -> RelaxedRollout:
+    def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts, tau: float) -> RelaxedRollout:
         """Sample one soft completion for each prompt, with the global random state.
 
         Args:
             policy: the policy; in evaluation mode whatever mode it is in.
-            input_ids: prompts, (B, P), padded on the left.
-            attention_mask: (B, P).
-            columns: other columns of the rows.
+            distribution: of the tokens; its top-k is the support of the soft tokens (of tokens that tie for the last
+                place some are left out), without one it is the whole vocabulary.
+            prompts: B prompts.
             tau: temperature τ of the soft tokens.
 
         Raises:
             InputError: the policy keeps a recurrent state, not keys and values.
         """
+        input_ids = prompts.ids
         if policy.base._is_stateful:
             raise InputError(
                 f"{policy.path}: keeps a recurrent state, and relaxed sampling needs keys and values; use GradeSTE"
             )
-        longest = self.sampler.max_new_tokens
+        longest = distribution.max_new_tokens
         vocabulary = torch.arange(policy.base.config.get_text_config().vocab_size, device=input_ids.device)
         inputs, table = policy.embed(input_ids), policy.embed(vocabulary)
-        mask, ended = attention_mask, input_ids.new_zeros(len(input_ids), dtype=torch.bool)
+        mask, ended = prompts.mask, input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         blocks: list[_Steps] = []
         for start in range(0, longest, self.block):
             steps = range(start, min(start + self.block, longest))
-            arguments = (policy, tau, steps, inputs, table, tuple(block.past for block in blocks), mask, ended)
+            past = tuple(block.past for block in blocks)
+            arguments = (policy, distribution, tau, steps, inputs, table, past, mask, ended)
             if self.block < longest:
                 done: _Steps = checkpoint(self._steps, *arguments, use_reentrant=False)
             else:
@@ -175,12 +107,12 @@ class RelaxedSampler:
         )
         return RelaxedRollout(
             prompt_ids=input_ids,
-            prompt_mask=attention_mask,
+            prompt_mask=prompts.mask,
             completion_ids=tokens.masked_fill(~completion_mask, policy.tokenizer.pad_token_id),
             completion_mask=completion_mask,
-            logps=logps.masked_fill(~completion_mask, 0),
+            engine_logps=logps.masked_fill(~completion_mask, 0),
             tokenizer=policy.tokenizer,
-            columns=columns or {},
+            columns=prompts.columns,
             eos_ids=policy.eos_ids,
             weights=weights,
             indices=indices,
@@ -191,6 +123,7 @@ class RelaxedSampler:
     def _steps(
         self,
         policy: Policy,
+        distribution: Distribution,
         tau: float,
         steps: range,
         inputs: Tensor,
@@ -215,7 +148,8 @@ class RelaxedSampler:
                     logits_to_keep=1,
                     **{policy.cache_name: cache},
                 ).logits
-                values, indices = self._support(self.sampler.logits(logits, policy.eos_ids, positions=step))
+                whole = distribution.logits(logits, policy.eos_ids, positions=step)
+                values, indices = _support(whole, distribution.top_k)
                 logps = values.log_softmax(-1)
                 scores = logps - exponential_noise(logps).clamp(min=torch.finfo(logps.dtype).tiny).log()
                 weights = relaxed_tokens(scores, tau)
@@ -229,9 +163,11 @@ class RelaxedSampler:
         parts = (torch.cat(part, dim=1) for part in zip(*taken, strict=True))
         return _Steps(inputs, added, mask, ended, *parts)
 
-    def _support(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        size, k = logits.shape[-1], self.sampler.top_k
-        if k is None or k >= size:
-            return logits, torch.arange(size, device=logits.device).expand_as(logits)
-        values, indices = logits.topk(k, dim=-1)
-        return values, indices
+
+def _support(logits: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """The k largest logits and their tokens; all of them without a k."""
+    size = logits.shape[-1]
+    if k is None or k >= size:
+        return logits, torch.arange(size, device=logits.device).expand_as(logits)
+    values, indices = logits.topk(k, dim=-1)
+    return values, indices

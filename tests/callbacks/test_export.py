@@ -1,7 +1,6 @@
 """What an export holds, when it gets its name, and what leaves the machine."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -17,19 +17,18 @@ from grade_lightning.callbacks import Export, Summary, export
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RLOO, SupervisedFineTuning
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Prompts
 from grade_lightning.rewards import FunctionReward, NoReward, WeightedSum
 from grade_lightning.rollouts import Sampler
+from tests.callbacks.runs import Saves, judged_by, ones, plain, rows, trainer
 from tests.conftest import make_model, make_prompts, make_tokenizer
 
 SETTINGS: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "top_p": 0.8, "min_new_tokens": 3}
 
 
 @pytest.fixture(autouse=True)
-def _restore_the_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    with torch.random.fork_rng(devices=[]):
-        seed_everything(0, verbose=False)
-        yield
+def _run_seed(own_random_state: None) -> None:
+    seed_everything(0, verbose=False)
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_plain_transformers_sample_what_was_trained(
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - width, dtype=torch.long)], 1)
     with torch.no_grad():
         logits = policy(policy.embed(ids[:, :-1]), mask[:, :-1], len(found.scores))
-    expected = trained.sampler.logits(logits, policy.eos_ids).softmax(-1)
+    expected = trained.sampler.distribution.logits(logits, policy.eos_ids).softmax(-1)
     ended = (ids[:, width:] == 0).cumsum(1).roll(1, dims=1).bool()
     ended[:, 0] = False
     probabilities = torch.stack(found.scores, 1).softmax(-1)
@@ -113,13 +112,16 @@ def test_the_next_stage_is_not_disturbed(base: str, tmp_path: Path) -> None:
     then.configure_model()
     assert then.policy.eos_ids == [0]
     inputs = make_prompts()
-    rollout = then.sampler(then.policy, **inputs)
+    rollout = then.sampler(then.policy, Prompts.of(inputs))
+    assert rollout.engine_logps is not None
     with torch.no_grad():
         logits = then.policy.eval()(
-            then.policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], rollout.logps.shape[1]
+            then.policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], rollout.engine_logps.shape[1]
         )
     logps = logits.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(rollout.logps, logps.masked_fill(~rollout.completion_mask, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        rollout.engine_logps, logps.masked_fill(~rollout.completion_mask, 0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_card(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,3 +282,49 @@ def test_a_push_that_fails_loses_nothing(
     (line,) = [str(warning.message) for warning in recwarn if "push" in str(warning.message)]
     assert "\n" not in line
     assert f"was not pushed (ConnectionError: no route); the model lies in {tmp_path / 'out'}" in line
+
+
+# ---- where it goes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_export_refuses_what_holds_something(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kept = target / "kept.txt" if kind == "folder" else target
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("kept")
+    with pytest.raises(InputError, match=r"out: exists and is not empty; give --export\.folder another name"):
+        trainer(tmp_path, Export(str(target))).fit(Saves(), plain())
+    assert kept.read_text() == "kept"
+
+
+def test_export_is_asked_only_to_train(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("kept")
+    trainer(tmp_path, Export(str(tmp_path / "out"))).validate(judged_by(ones), rows(1), verbose=False)
+
+
+def test_export_takes_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    trainer(tmp_path, Export(str(tmp_path / "out"))).fit(Saves(), plain())
+
+
+@pytest.mark.parametrize(
+    ("export", "logger", "expected"),
+    [
+        (Export(), True, "runs/export"),
+        (Export(), False, None),
+        (Export("there"), False, "there"),
+        (Export("there", enabled=False), True, None),
+    ],
+)
+def test_where_an_export_goes(
+    export: Export, logger: bool, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tmp_path, logger=TensorBoardLogger("runs", name="", version="") if logger else False)
+    assert export.path(run) == (None if expected is None else Path(expected))
+
+
+def test_no_export_of_a_fast_dev_run(tmp_path: Path) -> None:
+    assert Export("there").path(trainer(tmp_path, fast_dev_run=True)) is None

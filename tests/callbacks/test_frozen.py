@@ -18,8 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics import MeanMetric
 
 from grade_lightning.callbacks.frozen import Snapshot, frozen
-from tests.callbacks.test_callbacks import Saves, plain
-from tests.methods.test_contract import _restore_the_seed, trainer  # noqa: F401
+from tests.callbacks.runs import Saves, plain
+from tests.methods.toy_task import trainer
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 class Holder:

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grade_lightning.methods import RewardModel, SupervisedFineTuning
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Policy
-from grade_lightning.policy_gradient import PolicyGradientModule
-from grade_lightning.preference import PreferenceModule
+from grade_lightning.rollouts import Sampler
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
-from tests.methods.test_contract import METHODS, Toy
-from tests.test_policy_gradient import Prescribed, constant, loader, prompts
+from tests.methods.toy_task import METHODS, Toy
+from tests.modules.toys import Prescribed, constant, loader, prompts
 
 Case = tuple[type[TrainableModule], bool]
 EVERY: dict[str, Case] = {
@@ -66,7 +65,7 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
     model = make_model("llama" if lora else "gpt2", scale=4.0)  # an untied head and a tied one
     settings["policy"] = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
     if issubclass(method, AlignmentModule):
-        settings |= {"reward": Toy(), "sampler": Prescribed(max_new_tokens=12)}
+        settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
     options = {"max_retries": 0, "hops": "exact"}

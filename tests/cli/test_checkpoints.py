@@ -18,14 +18,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grade_lightning.callbacks import Checkpoint, WholeFiles
+from grade_lightning.callbacks import AtomicCheckpointIO, Checkpoint
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
 from tests.cli.conftest import Run, Shelf, version
 from tests.conftest import VOCABULARY, make_tokenizer
-from tests.methods.test_contract import Toy, batches, make, trainer
+from tests.methods.toy_task import Toy, batches, make, trainer
 
 resume = import_module("grade_lightning_cli.resume")  # its name once it is installed
 
@@ -68,7 +68,7 @@ CONTENT = {"state_dict": STATE, "global_step": 1}
 KILLED = """
 import os, signal, sys
 import torch
-from grade_lightning.callbacks import Checkpoint, WholeFiles
+from grade_lightning.callbacks import Checkpoint, AtomicCheckpointIO
 
 class Half:
     def __init__(self, file, room):
@@ -87,7 +87,7 @@ save = torch.save
 for room in range(0, 500_000, 50_000):
     if os.fork() == 0:
         torch.save = lambda what, file: save(what, Half(file, room))
-        WholeFiles().save_checkpoint({"w": torch.ones(100_000)}, sys.argv[1])
+        AtomicCheckpointIO().save_checkpoint({"w": torch.ones(100_000)}, sys.argv[1])
         os._exit(0)
     status = os.wait()[1]
     print("killed" if os.WIFSIGNALED(status) else "whole", float(torch.load(sys.argv[1])["w"][0]))
@@ -96,7 +96,7 @@ for room in range(0, 500_000, 50_000):
 
 def test_a_kill_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    WholeFiles().save_checkpoint({"w": torch.zeros(100_000)}, path)
+    AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(100_000)}, path)
     command = [sys.executable, "-c", KILLED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = done.stdout.splitlines()
@@ -109,21 +109,21 @@ def test_a_kill_leaves_the_earlier_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("room", [0, 1_000, 200_000, 400_000])
 def test_a_full_disk_leaves_the_earlier_file(room: int, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    WholeFiles().save_checkpoint({"old": torch.ones(3)}, path)
+    AtomicCheckpointIO().save_checkpoint({"old": torch.ones(3)}, path)
     with (
         small_disk(room),
         pytest.raises(InputError, match=r"a.ckpt: the checkpoint cannot be written \(File too large"),
     ):
-        WholeFiles().save_checkpoint(CONTENT, path)
+        AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert torch.load(path)["old"].sum() == 3
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
-    WholeFiles().save_checkpoint(CONTENT, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert torch.load(path)["global_step"] == 1
 
 
 def test_what_cannot_be_saved_is_no_full_disk(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
-        WholeFiles().save_checkpoint({"f": lambda: None}, tmp_path / "a.ckpt")
+        AtomicCheckpointIO().save_checkpoint({"f": lambda: None}, tmp_path / "a.ckpt")
     assert not (tmp_path / "a.ckpt").exists()
 
 
@@ -131,15 +131,15 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint before is there, and the run goes on from it."""
-    save, calls = WholeFiles.save_checkpoint, list[Any]()
+    save, calls = AtomicCheckpointIO.save_checkpoint, list[Any]()
 
-    def second(self: WholeFiles, *args: Any, **kwargs: Any) -> None:
+    def second(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
         calls.append(args)
         with small_disk(20_000 if len(calls) == 2 else resource.RLIM_INFINITY):
             save(self, *args, **kwargs)
 
     args = [*shelf.all, "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1"]
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", second)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", second)
     with pytest.raises(SystemExit) as exit:
         run("fit", *args)
     assert exit.value.code == 2
@@ -154,13 +154,13 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
 def test_the_last_good_one_is_removed_only_when_the_new_one_is_whole(
     run: Run, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, seen = WholeFiles.save_checkpoint, list[set[str]]()
+    save, seen = AtomicCheckpointIO.save_checkpoint, list[set[str]]()
 
-    def look(self: WholeFiles, *args: Any, **kwargs: Any) -> None:
+    def look(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
         seen.append({path.name for path in version().glob("checkpoints/*")})
         save(self, *args, **kwargs)
 
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", look)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", look)
     run("fit", *shelf.all, "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1")
     assert seen == [set(), {"epoch=0-step=1.ckpt"}, {"epoch=0-step=2.ckpt"}]
     assert {path.name for path in version().glob("checkpoints/*")} == {"epoch=0-step=3.ckpt"}
@@ -174,14 +174,14 @@ class Late(Callback):
 
 
 def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logger, found, save = CSVLogger(tmp_path), list[list[str]](), WholeFiles.save_checkpoint
+    logger, found, save = CSVLogger(tmp_path), list[list[str]](), AtomicCheckpointIO.save_checkpoint
 
-    def look(self: WholeFiles, *args: Any, **kwargs: Any) -> None:
+    def look(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
         rows = csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines())
         found.append([row["step"] for row in rows if row.get("late")])
         save(self, *args, **kwargs)
 
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", look)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", look)
     callbacks = [Late(), Checkpoint(every_n_train_steps=2)]
     trainer(max_steps=5, logger=logger, enable_checkpointing=True, callbacks=callbacks).fit(make(GradeSTE), batches(5))
     assert found == [["1", "2"], ["1", "2", "3", "4"], ["1", "2", "3", "4", "5"]]
@@ -210,7 +210,7 @@ def test_the_last_step_of_a_run_in_epochs(run: Run, shelf: Shelf) -> None:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("good") / "good.ckpt"
-    WholeFiles().save_checkpoint(CONTENT | {"pytorch-lightning_version": "2.6"}, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {"pytorch-lightning_version": "2.6"}, path)
     return path.read_bytes()
 
 

@@ -42,7 +42,7 @@ def test_order_of_model_and_config(model: list[str], config: list[str], printed_
     Path("c.yaml").write_text(CONFIG)
     for args in itertools.permutations([model, config]):
         found = printed_config(*itertools.chain(*args))
-        assert found["model"]["class_path"] == "grade_lightning.methods.GradeSTE"
+        assert found["model"]["class_path"] == "grade_lightning.GradeSTE"
         assert found["model"]["init_args"]["beta"] == 0.5
         assert found["model"]["init_args"]["hops"] == 4
         assert found["trainer"]["max_steps"] == 17

@@ -15,16 +15,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning.kl import KL
-from grade_lightning.methods import DAPO, GRPO, PPO, Reinforce, ReinforcePlusPlus
-from grade_lightning.policy_gradient import PolicyGradientModule
+from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
+from grade_lightning.modules import PolicyGradientModule
+from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Rollout
-from grade_lightning.rows import slice_rows
+from grade_lightning.rollouts import Sampler, Turns
 from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpoint, scalar, version, weights
 from tests.cli.ranks import EVERY, launch, two_steps
 from tests.cli.test_fsdp import sharded
-from tests.methods.test_contract import Toy
-from tests.test_policy_gradient import Watch, build, distance, loader, own_weights, prompts
+from tests.methods.toy_task import Toy
+from tests.modules.seams import Greedy, Ragged, Seams, Tool
+from tests.modules.toys import Watch, build, distance, loader, own_weights, prompts, states
 
 WATCHED = '''
 import hashlib, json, os
@@ -114,6 +115,9 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "whitened": (ReinforcePlusPlus, {"epochs": 2}, 1),
     "one process without rewards": (Reinforce, {"reward": Short(), "num_generations": 1}, 1),
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
+    "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
+    "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
+    "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 
 
@@ -155,7 +159,7 @@ def work(folder: Path, backbone: Path) -> None:
     found: dict[str, Any] = {}
     for name in CASES:
         module, watch, _ = fit_case(name, rank, folder)
-        found[name] = {"weights": own_weights(module), "running": module.running, "gradients": watch.gradients}
+        found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
     middle = folder / "values" / "step=3.ckpt"
     module, _, _ = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
@@ -166,6 +170,20 @@ def work(folder: Path, backbone: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
+def flattened(state: Any, name: str = "") -> dict[str, float]:
+    """Every number in it, by where it is."""
+    if isinstance(state, Tensor):
+        state = state.tolist()
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return {name: float(state)}
+    found: dict[str, float] = {}
+    for key, value in state.items():
+        found |= flattened(value, f"{name}/{key}")
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_have_the_gradient_of_one(name: str, together: Together, tmp_path: Path) -> None:
     """One has all the short completions: denominators, whitening, baseline and adaptive β are those of all of them."""
@@ -174,8 +192,9 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
     assert len(one["gradients"]) == len(watch.gradients) == 4
     for ours, truth in zip(one["gradients"], watch.gradients, strict=True):
         assert distance(ours, truth) < 1e-6
-    assert one["running"] == two["running"] == pytest.approx(alone.running)
-    assert bool(alone.running) is (name in ("values", "one process without rewards"))
+    remembered = flattened(states(alone))
+    assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
+    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "turns"))
     assert_same(one["weights"], two["weights"])
 
 
@@ -206,7 +225,10 @@ def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(togeth
     windows = torch.load(path, weights_only=True)["grade_lightning"]["windows"]
     every = prompts(8, 4, seed=1)["columns"]["completions"]
     for window, groups in zip(windows, (every[:4], every[4:]), strict=True):
-        ids, mask = window["rollout"]["completion_ids"], window["rollout"]["completion_mask"]
+        ids, mask = (
+            window["experience"]["rollout"]["completion_ids"],
+            window["experience"]["rollout"]["completion_mask"],
+        )
         found = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         assert found == [completion for group in groups for completion in group]
     assert_same(one["resumed"], one["values"]["weights"])

@@ -16,7 +16,7 @@ from grade_lightning.rollouts import Sampler
 from tests.cli.conftest import Run, Shelf, Together, assert_same, checkpoint, scalar, version
 from tests.cli.ranks import EVERY, batches, full, launch, make, trainer, two_steps
 from tests.conftest import make_prompts
-from tests.test_policy_gradient import distance, loader
+from tests.modules.toys import distance, loader
 
 CHECKPOINTED = "PPO with LoRA", "PPO"
 

@@ -118,8 +118,6 @@ def test_what_is_no_file_is_said_where_nothing_else_is() -> None:
 
 
 def test_choices_are_ours_and_can_be_made() -> None:
-    import_module("grade_lightning.published")  # apart from the methods, and no choice
-
     class Foreign(Schedule):
         def value(self, progress: float) -> float:
             return progress

@@ -472,7 +472,7 @@ def test_two_processes_go_on_and_one_goes_on_from_two(pair: Path, shelf: Shelf, 
     shutil.copytree(folder, tmp_path / "alone")
     before = latest(folder / name)
     assert before["global_step"] == 3
-    assert before["grade_lightning"]["running"]["beta"] != 0.1
+    assert before["grade_lightning"]["parts"]["kl"]["beta"] != 0.1
     assert len(before["grade_lightning"]["windows"]) == 2
 
     finish(begin(folder, *args, *PAIR, "--ckpt_path=last"))
@@ -486,7 +486,7 @@ def test_two_processes_go_on_and_one_goes_on_from_two(pair: Path, shelf: Shelf, 
     after = torch.load(tmp_path / "alone" / "start.ckpt", weights_only=True)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(after[key], before[key])
-    assert after["grade_lightning"]["running"] == before["grade_lightning"]["running"]
+    assert after["grade_lightning"]["parts"] == before["grade_lightning"]["parts"]
     steps = [event.step for event in events(tmp_path / "alone" / name).Scalars("train/loss")]
     assert steps == list(range(6))
 

@@ -2,13 +2,13 @@ import logging
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from lightning.fabric.utilities.data import _replace_dunder_methods
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.data import _update_dataloader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -27,10 +27,11 @@ from grade_lightning.data import (
     TextDataModule,
     opening,
 )
-from grade_lightning.data.datamodule import ResumableLoader
+from grade_lightning.data.loading import ResumableLoader
 from grade_lightning.errors import InputError
+from grade_lightning.modules import TrainableModule
+from grade_lightning.records import Batching, View
 
-View = Literal["prompts", "labelled", "text", "pairs"]
 SMALL: dict[str, Any] = {
     "batch_size": 4,
     "eval_batch_size": 8,
@@ -84,7 +85,7 @@ def ready(
     **options: Any,
 ) -> TextDataModule:
     data = TextDataModule(source, **SMALL | options)
-    data.attach(tokenizer or letters(), view)
+    data.attach(tokenizer or letters(), Batching(view))
     data.prepare_data()
     data.setup()
     return data
@@ -504,7 +505,7 @@ def test_collating_can_move_to_workers() -> None:
 def test_batches_are_given_out_several_times(workers: int) -> None:
     data = ready(Rows(labelled(100)), num_workers=workers)
     once = [batch["columns"]["stars"] for batch in data.train_dataloader()]
-    data.attach(letters(), "prompts", visits=3)
+    data.attach(letters(), Batching(epochs=3))
     loader = data.train_dataloader()
     assert len(loader) == 3 * len(once) == 21
     assert [batch["columns"]["stars"] for batch in loader] == [stars for stars in once for _ in range(3)]
@@ -529,7 +530,7 @@ def test_loader_continues_between_the_repeats(given: int) -> None:
 @pytest.mark.parametrize("inside_trainer", [True, False])
 def test_repeats_survive_a_distributed_sampler(inside_trainer: bool) -> None:
     data = ready(Rows(labelled(100)))
-    data.attach(letters(), "prompts", visits=3)
+    data.attach(letters(), Batching(epochs=3))
     # inside the hooks that make loaders, a Trainer keeps the arguments; elsewhere it looks for attributes
     with _replace_dunder_methods(DataLoader, "dataset") if inside_trainer else nullcontext():
         loader = data.train_dataloader()
@@ -544,28 +545,36 @@ def test_repeats_survive_a_distributed_sampler(inside_trainer: bool) -> None:
 
 def test_rows_of_a_batch_are_the_methods_to_say() -> None:
     data = ready(Rows(labelled(100)), batch_size=32)
-    data.attach(letters(), "prompts", lambda batch_size: batch_size // 8)
+    data.attach(letters(), Batching(generations=8))
     assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 4
     assert next(iter(data.val_dataloader()))["input_ids"].shape[0] == 8
-    data.attach(letters(), "prompts", lambda batch_size: batch_size * 2)
+    data.attach(letters(), Batching(spare=1))
     with pytest.raises(InputError, match=r"data.batch_size: 32, which takes 64 rows a batch, but .* 30 rows; lower it"):
         data.train_dataloader()
 
 
-class Reader(LightningModule):
-    """Only remembers what it was given."""
+class Reader(TrainableModule):
+    """Only remembers what it was given, and what it was told of the lengths."""
 
-    view = "prompts"
+    tokenizer = letters()
 
-    def __init__(self, visits: int = 1) -> None:
-        super().__init__()
-        self.visits = visits
-        self.tokenizer = letters()
+    def __init__(self, batching: Batching = Batching()) -> None:
+        super().__init__(torch.optim.SGD, None)
+        self.own, self.lengths = batching, (0, 0)
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[list[int]] = []
 
-    def rows_per_batch(self, batch_size: int) -> int:
-        return 4 * batch_size if self.visits == 4 else batch_size
+    @property
+    def batching(self) -> Batching:
+        return self.own
+
+    def check_lengths(self, prompt: int, text: int) -> None:
+        self.lengths = prompt, text
+
+    def save_pretrained(self, folder: str, merge: bool = True) -> None: ...
+
+    def draw_loss(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
+        return self.weight
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         self.seen.append(batch["columns"]["stars"])
@@ -598,13 +607,14 @@ def test_trainer_attaches_its_module(tmp_path: Path) -> None:
     trainer.fit(whole, datamodule=data)
     assert whole.seen[:7] != whole.seen[7:]
     assert source.loads == 1
+    assert whole.lengths == (data.max_prompt_tokens, data.max_text_tokens)
     predicted: Any = trainer.predict(whole, datamodule=data)
     assert sum(map(len, predicted)) == 10
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_trainer_asks_its_module_for_rows_and_visits(tmp_path: Path) -> None:
-    module = Reader(visits=4)
+def test_trainer_asks_its_module_for_rows_and_steps(tmp_path: Path) -> None:
+    module = Reader(Batching(minibatches=4))
     trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, datamodule=TextDataModule(Rows(labelled(100)), **SMALL))
     assert [len(stars) for stars in module.seen] == [16] * 4
@@ -613,16 +623,16 @@ def test_trainer_asks_its_module_for_rows_and_visits(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize(("visits", "steps"), [(1, 3), (1, 7), (1, 10), (1, 14), (3, 3), (3, 8), (3, 21), (3, 22)])
-def test_resumed_training_sees_the_batches_that_were_left(tmp_path: Path, visits: int, steps: int) -> None:
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (1, 7), (1, 10), (1, 14), (3, 3), (3, 8), (3, 21), (3, 22)])
+def test_resumed_training_sees_the_batches_that_were_left(tmp_path: Path, epochs: int, steps: int) -> None:
     source = Rows(labelled(100))
-    whole, rest = Reader(visits), Reader(visits)
+    whole, rest = Reader(Batching(epochs=epochs)), Reader(Batching(epochs=epochs))
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(tmp_path, max_epochs=3, callbacks=save)
     trainer.fit(whole, datamodule=TextDataModule(source, **SMALL))
     trainer = make_trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
     trainer.fit(rest, datamodule=TextDataModule(source, **SMALL), ckpt_path=tmp_path / f"step={steps}.ckpt")
-    assert len(whole.seen) == 21 * visits
+    assert len(whole.seen) == 21 * epochs
     assert rest.seen == whole.seen[steps:]
 
 
@@ -657,7 +667,7 @@ def test_imdb(shared: Path) -> None:
 def test_each_device_needs_a_batch_of_its_own(batch_size: int, processes: int) -> None:
     """Else Lightning's sampler would leave each of them without a single one."""
     data = TextDataModule(BundledReviews(80, 20), **SMALL | {"batch_size": batch_size})
-    data.attach(letters(), "prompts")
+    data.attach(letters(), Batching())
     data.setup()
     data.trainer = Trainer(accelerator="cpu", logger=False)
     data.trainer.strategy.world_size = processes  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ from grade_lightning.functional.advantages import (
     group_centred,
     group_standardised,
     leave_one_out,
-    overlong_penalty,
     whiten,
 )
-from grade_lightning.functional.policy import clipped_value_loss
 
 NAN = math.nan
 GROUPS = [[0.0, 1.0, 5.0], [2.0, NAN, 4.0], [NAN, NAN, 3.0], [NAN, NAN, NAN], [7.0, 7.0, 7.0]]
@@ -154,6 +153,52 @@ def test_gae_against_a_double_loop(gamma: float, lam: float) -> None:
         equal(truth, discounted_returns(rewards, mask, gamma) - values.masked_fill(~mask, 0))
 
 
+def with_gaps(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, values and a mask with gaps at the start, in between and at the end; NaN in them; no token in the last.
+
+    The tokens of a row that are left are between none and all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, 8, 9, dtype=torch.float64, generator=generator)
+    mask = torch.rand(8, 9, generator=generator) < 0.6
+    mask[0], mask[-1] = True, False
+    mask[1] = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0])
+    return rewards.masked_fill(~mask, NAN), values.masked_fill(~mask, NAN), mask
+
+
+def without_gaps(function: Callable[..., Tensor], mask: Tensor, *columns: Tensor) -> Tensor:
+    """What a function makes of each row alone, of its tokens alone, put back where they were."""
+    found = torch.zeros_like(columns[0])
+    for row, keep in enumerate(mask):
+        if keep.any():
+            whole = torch.ones(1, int(keep.sum()), dtype=torch.bool)
+            found[row, keep] = function(*(column[row, keep].unsqueeze(0) for column in columns), whole).squeeze(0)
+    return found
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.99, 1.0])
+def test_returns_do_not_count_gaps_as_time(gamma: float) -> None:
+    """Bit for bit those of the sequence without its gaps, whatever stands in them."""
+    for seed in range(5):
+        rewards, _, mask = with_gaps(seed)
+        found = discounted_returns(rewards, mask, gamma)
+        assert torch.equal(found, without_gaps(partial(discounted_returns, gamma=gamma), mask, rewards))
+        assert torch.equal(discounted_returns(rewards.masked_fill(~mask, 7.0), mask, gamma), found)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.97])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_does_not_count_gaps_as_time(gamma: float, lam: float) -> None:
+    """Bit for bit, and the value that follows a token is that of the next token that is trained on."""
+    for seed in range(5):
+        rewards, values, mask = with_gaps(seed)
+        found = gae(rewards, values, mask, gamma, lam)
+        assert torch.equal(found, without_gaps(partial(gae, gamma=gamma, lam=lam), mask, rewards, values))
+        other = gae(rewards.masked_fill(~mask, 7.0), values.masked_fill(~mask, 7.0), mask, gamma, lam)
+        assert torch.equal(other, found)
+        assert (found[~mask] == 0).all()
+
+
 # ---- whitening ------------------------------------------------------------------------------------------------------
 
 
@@ -211,35 +256,3 @@ def test_nothing_to_whiten() -> None:
     mask[0, 0] = True
     assert torch.equal(whiten(torch.full((2, 3), 5.0), mask), torch.zeros(2, 3))
     assert whiten(torch.full((2, 3), 0.1), torch.ones(2, 3, dtype=torch.bool)).abs().max() < 1e-3
-
-
-# ---- the rest -------------------------------------------------------------------------------------------------------
-
-
-def test_overlong_penalty_is_dapo_s() -> None:
-    """0, then ((L_max − L_c) − L) / L_c in the buffer, then −1; L_max = 20 and L_c = 4."""
-    for length in range(1, 26):
-        truth = 0.0 if length <= 16 else (16 - length) / 4 if length <= 20 else -1.0
-        found = overlong_penalty(torch.tensor([length]), longest=20, buffer=4)
-        assert found.tolist() == [truth]
-
-
-@pytest.mark.parametrize("epsilon", [0.2, 0.5])
-def test_the_clipped_value_loss_against_a_loop(epsilon: float) -> None:
-    """And its gradient: none where the held value is the worse one and out of bounds."""
-    generator = torch.Generator().manual_seed(0)
-    values, old, returns = torch.randn(3, 6, 9, dtype=torch.float64, generator=generator)
-    values.requires_grad_()
-    found = clipped_value_loss(values, old, returns, epsilon)
-    (slope,) = torch.autograd.grad(found.sum(), values)
-    held = 0
-    for v, v_old, r, loss, gradient in zip(
-        *(x.detach().flatten().tolist() for x in (values, old, returns, found, slope)), strict=True
-    ):
-        near = min(max(v, v_old - epsilon), v_old + epsilon)
-        own, other = (v - r) ** 2, (near - r) ** 2
-        assert loss == pytest.approx(0.5 * max(own, other), abs=1e-12)
-        is_held = other > own
-        assert gradient == pytest.approx(0.0 if is_held else v - r, abs=1e-12)
-        held += is_held
-    assert 5 < held < 49

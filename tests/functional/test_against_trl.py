@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from grade_lightning.functional import policy
-from grade_lightning.functional.policy import Totals
+from grade_lightning.advantages import group_standardised
+from grade_lightning.functional.aggregation import Normalizers, sequence_mean
+from grade_lightning.functional.gates import clipped
+from grade_lightning.functional.ratios import importance_ratio
+from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.methods import CISPO, DAPO, DPO, GRPO, GSPO, IPO, RLOO, SAPO, DrGRPO
-from grade_lightning.module import Measured
-from grade_lightning.policy_gradient import PolicyExperience, PolicyGradientModule
-from grade_lightning.rewards import Scores
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.modules import PolicyGradientModule
+from grade_lightning.records import Experience, Rollout, Scores, TokenStats
+from grade_lightning.rollouts import Sampler
+from grade_lightning.terms import PolicyLoss
 from tests.conftest import make_tokenizer
 
 GROUPS, SIZE, LENGTH, LONGEST = 3, 4, 7, 9
@@ -60,17 +64,18 @@ class Batch:
         if abstains:
             self.rewards[[1, 6]] = torch.nan
 
-    def measured(self, logps: Tensor) -> Measured:
-        return Measured(logps, logps - self.ref, torch.zeros_like(logps), torch.zeros_like(logps), self.ref)
+    def measured(self, logps: Tensor) -> TokenStats:
+        return TokenStats(logps, logps - self.ref, torch.zeros_like(logps), torch.zeros_like(logps), self.ref)
 
-    def experience(self, method: PolicyGradientModule) -> PolicyExperience:
+    def experience(self, method: PolicyGradientModule) -> Experience:
         """Ours, with its advantages."""
         rows = len(self.mask)
         prompts, ids = torch.full((rows, 2), 5), torch.full((rows, LENGTH), 4)
-        rollout = Rollout(prompts, torch.ones_like(prompts), ids, self.mask, self.old, make_tokenizer())
-        totals = Totals(float(self.mask.sum()), rows)
-        old = self.measured(self.old)
-        return method.appraise(PolicyExperience(rollout, Scores(self.rewards, {}), totals, old))
+        groups = torch.arange(rows) // SIZE
+        rollout = Rollout(prompts, torch.ones_like(prompts), ids, self.mask, self.old, make_tokenizer(), groups=groups)
+        totals = Normalizers(float(self.mask.sum()), rows)
+        seen = Experience(rollout, Scores(self.rewards, {}), method.beta, normalizers=totals)
+        return method.appraise(seen, self.measured(self.old))
 
     def trainer(self, **settings: Any) -> Any:
         """What TRL's methods read of a trainer; its model's answers are this batch's."""
@@ -141,8 +146,19 @@ class Batch:
 
 def ours(method: PolicyGradientModule, batch: Batch) -> tuple[Tensor, Tensor]:
     """Value and gradient at the log-probabilities, from the rewards on."""
-    loss, _ = method.objective(batch.experience(method), batch.measured(batch.logps))
+    loss = method.add_terms(batch.experience(method), batch.measured(batch.logps)).loss
     return loss.detach(), torch.autograd.grad(loss, batch.logps)[0]
+
+
+def line_of(method: PolicyGradientModule) -> PolicyLoss:
+    """Its gate, level and aggregation."""
+    line = method.terms[0]
+    assert isinstance(line, PolicyLoss)
+    return line
+
+
+def ratio_of(line: PolicyLoss, seen: Experience, logps: Tensor) -> Tensor:
+    return importance_ratio(logps, seen.old.logps, seen.sampled, lambda values, _: line.level(values, seen))
 
 
 def theirs(trainer: Any, batch: Batch, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +211,6 @@ def test_advantages(trl: Any, name: str, abstains: bool) -> None:
     batch = Batch(abstains=abstains)
     _, _, truth = theirs(trl.grpo, batch, **settings)
     found = batch.experience(method).advantages
-    assert found is not None
     equal(found * batch.mask, truth.unsqueeze(1) * batch.mask)
     assert bool((truth == 0).any()) == abstains
 
@@ -211,9 +226,9 @@ def test_gradients(trl: Any, name: str, on_policy: bool) -> None:
     equal(found, truth)
     assert found[batch.mask].abs().median() > 1e-3 or name == "GSPO"
     experience = batch.experience(method)
-    assert experience.advantages is not None
-    ratio = policy.importance_ratio(batch.logps, batch.old, batch.mask, method.level)
-    gated = (method.gate(ratio, experience.advantages) != ratio)[batch.mask].double().mean()
+    line = line_of(method)
+    ratio = ratio_of(line, experience, batch.logps)
+    gated = (line.gate(ratio, experience) != ratio)[batch.mask].double().mean()
     assert gated == 0 if on_policy or name == "CISPO" else gated > 0.1
 
 
@@ -225,16 +240,18 @@ def test_values(trl: Any, name: str) -> None:
     found, _ = ours(method, batch)
     truth, _, advantages = theirs(trl.grpo, batch, **settings)
     surplus, logps = advantages.unsqueeze(1).expand_as(batch.logps), batch.logps.detach()
-    weights = method.aggregate(batch.mask, Totals(float(batch.mask.sum()), len(batch.mask)))
-    ratio = policy.importance_ratio(logps, batch.old, batch.mask, method.level)
-    equal(found, -(weights * method.gate(ratio, surplus) * surplus * logps).sum())
+    line, seen = line_of(method), replace(batch.experience(method), advantages=surplus)
+    weights = line.aggregate(batch.mask, Normalizers(float(batch.mask.sum()), len(batch.mask)))
+    ratio = ratio_of(line, seen, logps)
+    equal(found, -(weights * line.gate(ratio, seen) * surplus * logps).sum())
     if isinstance(method, CISPO):
         equal(found, truth)
         return
     low, high = 1 - settings.get("epsilon_low", 0.2), 1 + settings.get("epsilon_high", 0.2)
     surrogate = torch.minimum(ratio * surplus, ratio.clamp(low, high) * surplus)
     if isinstance(method, SAPO):
-        tau = torch.full_like(surplus, method.tau_neg).masked_fill(surplus > 0, method.tau_pos)
+        up, down = settings.get("sapo_temperature_pos", 1.0), settings.get("sapo_temperature_neg", 1.05)
+        tau = torch.full_like(surplus, down).masked_fill(surplus > 0, up)
         surrogate = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * surplus
     equal(truth, -(weights * surrogate).sum())
     assert (found - truth).abs() > 1e-2
@@ -242,14 +259,15 @@ def test_values(trl: Any, name: str) -> None:
 
 def test_dual_clip_is_trl_s_delta(trl: Any) -> None:
     """Its upper bound of a ratio with a negative advantage; there are such ratios."""
-
-    class Dual(GRPO):
-        def gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-            return policy.clipped(ratio, advantages, 0.8, 1.2, dual=1.5)
-
+    dual = PolicyGradientModule(
+        advantage=group_standardised,
+        gate=by_advantage(clipped, low=0.8, high=1.2, dual=1.5),
+        aggregate=sequence_mean,
+        num_generations=SIZE,
+    )
     batch = Batch()
     _, truth, advantages = theirs(trl.grpo, batch, delta=1.5)
-    equal(ours(Dual(num_generations=SIZE, kl=NO_KL), batch)[1], truth)
+    equal(ours(dual, batch)[1], truth)
     beyond = (batch.logps - batch.old > math.log(1.5)) & (advantages < 0).unsqueeze(1) & batch.mask
     assert beyond.any()
     assert (truth[beyond] == 0).all()
@@ -307,10 +325,9 @@ def test_rloo(trl: Any, beta: float, abstains: bool) -> None:
     TRL returns −mean(A), whose gradient comes from a ratio of 1; ours is −mean(A log π) itself.
     """
     batch = Batch(on_policy=True, abstains=abstains)
-    method = RLOO(num_generations=SIZE, kl=KL(beta, clock="sequence"))
+    method = RLOO(num_generations=SIZE, kl=KL(beta, credit="sequence"))
     value, truth, advantages = theirs(trl.rloo, batch, beta=beta)
     surplus = batch.experience(method).advantages
-    assert surplus is not None
     equal(surplus * batch.mask, advantages.unsqueeze(1) * batch.mask)
     found_value, found = ours(method, batch)
     equal(found, truth)
@@ -328,11 +345,11 @@ def test_rloo_off_policy(trl: Any) -> None:
     ratio = ((batch.logps - batch.old) * batch.mask).sum(-1, keepdim=True).exp().detach()
     _, found = ours(method, batch)
     equal(truth, ratio * found)
-    _, clipped, _ = theirs(trl.rloo, batch)
-    lost = (clipped == 0) & batch.mask
+    _, cut, _ = theirs(trl.rloo, batch)
+    lost = (cut == 0) & batch.mask
     assert 0 < lost.sum() < batch.mask.sum()
     assert (found[lost] != 0).all()
-    equal(clipped[~lost], truth[~lost])
+    equal(cut[~lost], truth[~lost])
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -351,9 +368,12 @@ class Pairs:
 
     def ours(self, method: DPO | IPO) -> tuple[Tensor, Tensor]:
         ratio = (self.logps - self.ref).masked_fill(~self.mask, 0)
-        chosen, rejected = ratio.chunk(2)
-        mask = self.mask.chunk(2)
-        loss = method.pair_loss(chosen, rejected, (mask[0], mask[1])).mean()
+        zero = torch.zeros_like(ratio)
+        stats = TokenStats(zero, ratio, zero, zero, zero)
+        pairs = len(ratio) // 2
+        chosen = stats.map(lambda x: x[:pairs]), self.mask[:pairs]
+        rejected = stats.map(lambda x: x[pairs:]), self.mask[pairs:]
+        loss = method.pair_loss(chosen, rejected).mean()
         return loss.detach(), torch.autograd.grad(loss, self.logps)[0]
 
     def theirs(self, trainer: Any, loss_type: str, beta: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,7 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
-from grade_lightning.functional.estimators import (
-    reinmax,
-    softmax_vjp,
-    straight_through,
-    straight_through_gumbel,
-)
+from grade_lightning.functional.estimators import reinmax, softmax_vjp, straight_through, straight_through_gumbel
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores, relaxed_tokens
 
 V = 6

@@ -1,4 +1,4 @@
-"""Restored Gumbel noise: the right law, the right argmax, no NaN."""
+"""Restored Gumbel noise: the right law, the right argmax, no NaN; and what a soft token is embedded as."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from scipy.stats import gumbel_r, ks_2samp, kstest
 from torch import Tensor
 
 from grade_lightning.functional.estimators import reinmax, straight_through, straight_through_gumbel
-from grade_lightning.functional.gumbel import exponential_noise, posterior_scores, relaxed_tokens
+from grade_lightning.functional.gumbel import exponential_noise, posterior_scores, relaxed_tokens, soft_embeddings
+from tests.conftest import VOCABULARY
 
 PROBS = torch.tensor([0.55, 0.25, 0.14, 0.05, 0.01], dtype=torch.float64)
 
@@ -130,3 +131,29 @@ def test_noise_is_drawn_in_float32_or_better_and_by_the_given_generator() -> Non
     first, again = (exponential_noise(zeros, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, exponential_noise(zeros, torch.Generator().manual_seed(6)))
+
+
+@pytest.mark.parametrize("k", [5, VOCABULARY])
+@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 3])
+def test_soft_embeddings_are_weighted_means(k: int, rows: int) -> None:
+    """Value and both gradients against the dense product; tables may have rows that no token uses."""
+    torch.manual_seed(0)
+    weights = torch.rand(2, 3, k, dtype=torch.float64, requires_grad=True)
+    indices = torch.arange(k).expand(2, 3, k) if k == VOCABULARY else torch.rand(2, 3, VOCABULARY).topk(k).indices
+    table = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
+    found = soft_embeddings(weights, indices, table)
+    truth = torch.zeros(2, 3, rows, dtype=torch.float64).scatter(-1, indices, weights) @ table
+    torch.testing.assert_close(found, truth)
+    cotangent = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (weights, table), cotangent), torch.autograd.grad(truth, (weights, table), cotangent)
+    )
+
+
+@pytest.mark.parametrize("k", [5, VOCABULARY])
+def test_soft_embeddings_under_autocast_keep_their_precision(k: int) -> None:
+    weights = torch.full((1, k), 1 / k)
+    table = torch.eye(VOCABULARY) + 1e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = soft_embeddings(weights, torch.arange(k).unsqueeze(0), table)
+    torch.testing.assert_close(found, weights @ table[:k])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grade_lightning.functional.preferences import dpo, ipo
 from grade_lightning.methods import DPO, IPO
+from grade_lightning.records import TokenStats
 
 MARGINS = [-30.0, -2.0, -0.1, 0.0, 0.1, 2.0, 30.0]
 
@@ -74,8 +75,10 @@ def test_the_methods_sum_or_average_over_tokens() -> None:
     chosen, rejected = (torch.randn(2, 4, generator=torch.Generator().manual_seed(i)) * m for i, m in enumerate(mask))
     sums, means = [], []
     for b, (length, other) in enumerate(((4, 1), (2, 3))):
-        up, down = float(chosen[b, :length].sum()), float(rejected[b, :other].sum())
-        sums.append(math.log1p(math.exp(-0.3 * (up - down))))
-        means.append((up / length - down / other - 1 / 0.6) ** 2)
-    torch.testing.assert_close(DPO(beta=0.3).pair_loss(chosen, rejected, mask), torch.tensor(sums))
-    torch.testing.assert_close(IPO(beta=0.3).pair_loss(chosen, rejected, mask), torch.tensor(means))
+        win, lose = float(chosen[b, :length].sum()), float(rejected[b, :other].sum())
+        sums.append(math.log1p(math.exp(-0.3 * (win - lose))))
+        means.append((win / length - lose / other - 1 / 0.6) ** 2)
+    zero = torch.zeros(2, 4)
+    up, down = ((TokenStats(zero, x, zero, zero, zero), m) for x, m in zip((chosen, rejected), mask, strict=True))
+    torch.testing.assert_close(DPO(beta=0.3).pair_loss(up, down), torch.tensor(sums))
+    torch.testing.assert_close(IPO(beta=0.3).pair_loss(up, down), torch.tensor(means))

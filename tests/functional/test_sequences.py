@@ -114,3 +114,15 @@ def test_token_logps_pick_by_index() -> None:
 def test_the_last_token() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, False, False]])
     assert last_token(mask).int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def test_the_last_token_of_all_masks_with_gaps() -> None:
+    """All 2⁶ masks: where the last token of the sequence without its gaps came from; nowhere in an empty mask."""
+    mask = torch.cartesian_prod(*[torch.tensor([False, True])] * 6)
+    for row, found in zip(mask, last_token(mask), strict=True):
+        positions = row.nonzero().squeeze(1)
+        compressed = last_token(torch.ones(1, len(positions), dtype=torch.bool)).squeeze(0)
+        truth = torch.zeros(6, dtype=torch.bool)
+        truth[positions] = compressed
+        assert torch.equal(found, truth)
+        assert int(found.sum()) == bool(len(positions))

@@ -1,19 +1,16 @@
 """What every method owes: one contract over all of them, by a real Trainer on a toy task."""
 
-import inspect
 import itertools
 import json
 import re
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,55 +19,32 @@ from torch.utils.data import DataLoader
 import grade_lightning.methods
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RLOO, Grade, GradeSTE
-from grade_lightning.module import AlignmentModule
-from grade_lightning.policies import LoRA, Policy
-from grade_lightning.policy_gradient import PolicyGradientModule
-from grade_lightning.rewards import DifferentiableReward, FunctionReward
-from grade_lightning.rollouts import Rollout, Sampler
-from grade_lightning.schedules import Constant
-from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer
+from grade_lightning.modules import AlignmentModule, PolicyGradientModule
+from grade_lightning.policies import Policy
+from grade_lightning.records import Rollout
+from grade_lightning.rewards import FunctionReward
+from grade_lightning.rollouts import Sampler
+from grade_lightning.terms import PolicyLoss
+from tests.conftest import make_model, make_prompts, make_tokenizer
+from tests.methods.toy_task import (
+    METHODS,
+    SCALE,
+    Recorder,
+    Toy,
+    assert_same,
+    batches,
+    every_method,
+    fit,
+    make,
+    trained_names,
+    trainer,
+    weights,
+    with_and_without_lora,
+)
 
-METHODS = [
-    value
-    for value in vars(grade_lightning.methods).values()
-    if isinstance(value, type) and issubclass(value, AlignmentModule)
-]
 METRICS = (
     "reward reward_std reward_ci95 kl kl_per_token entropy response_length eos_rate distinct_2 perplexity rewards/Toy"
 )
-SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-class Toy(DifferentiableReward):
-    """The fraction of tokens with an id above 9. Its buffer belongs in no checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("frozen", torch.zeros(1))
-
-    def table(self) -> Tensor:
-        return torch.eye(VOCABULARY)
-
-    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        return (embeddings[..., 10:].sum(-1) * mask).sum(-1) / mask.sum(-1)
-
-
-class Recorder(Callback):
-    """Keeps what each training step logged, and which parameters had a gradient."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.without_gradient: list[set[str]] = []  # of each step
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        self.without_gradient.append({name for name, p in trained.items() if p.grad is None or not p.grad.any()})
-        assert all(p.grad is None for p in pl_module.parameters() if not p.requires_grad)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 class Waits(TorchDispatchMode):
@@ -101,68 +75,7 @@ class Waits(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(autouse=True)
-def _restore_the_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # `seed_everything` sets it; undone after each test
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def make(
-    method: type[AlignmentModule], lora: bool = False, lr: float = 1e-2, seed: int = 0, **kwargs: Any
-) -> AlignmentModule:
-    model = make_model("llama", scale=SCALE)
-    seed_everything(seed, verbose=False)
-    policy = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
-    settings: dict[str, Any] = {
-        "sampler": Sampler(max_new_tokens=6),
-        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
-        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-    }
-    parameters = inspect.signature(method).parameters
-    if "kl" in parameters:
-        settings["kl"] = replace(parameters["kl"].default, beta=0.1 * parameters["kl"].default.beta)  # a tiny reward
-    if "tau" in parameters:
-        settings["tau"] = Constant(1.0)  # a schedule over the run would see that a resumed run is a longer one
-    return method(policy=policy, reward=Toy(), **settings | kwargs)
-
-
-def batches(count: int = 2, repeat: int = 4) -> DataLoader[Any]:
-    prompts = {name: value.repeat(repeat, 1) for name, value in make_prompts().items()}
-    return DataLoader([prompts | {"columns": {}}] * count, batch_size=None)  # type: ignore[arg-type]
-
-
-def trainer(**kwargs: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "max_epochs": 1,
-    }
-    return Trainer(**quiet | kwargs)
-
-
-def fit(module: AlignmentModule, steps: int, loader: DataLoader[Any] | None = None, **kwargs: Any) -> Recorder:
-    recorder = Recorder()
-    loader = batches(steps) if loader is None else loader
-    trainer(callbacks=[recorder], log_every_n_steps=1, **kwargs).fit(module, loader)
-    return recorder
-
-
-def weights(module: AlignmentModule) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def trained_names(module: AlignmentModule) -> set[str]:
-    """With both names of tied weights, as in a state."""
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-
-def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    assert [name for name, value in one.items() if not torch.equal(value, two[name])] == []
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def test_methods_are_found() -> None:
@@ -178,12 +91,12 @@ def test_every_trained_parameter_gets_a_gradient_and_the_reward_rises(
     module = make(method, lora)
     module.configure_model()
     start = weights(module)
-    run = fit(module, steps=40 * module.epochs)
+    run = fit(module, steps=40 * module.batching.epochs)
     assert run.without_gradient[0] == {name for name in trained_names(module) if ".lora_A" in name}
     assert not any(run.without_gradient[1:8])  # later all completions may be equally good
     assert [name for name, value in module.state_dict().items() if torch.equal(value, start[name])] == []
     rewards = [step["train/reward"] for step in run.steps]
-    last = rewards[-5 * module.epochs :]
+    last = rewards[-5 * module.batching.epochs :]
     assert sum(last) / len(last) > rewards[0] + 0.1
     assert run.steps[-1]["train/kl"] > 0.1
     assert abs(run.steps[0]["train/kl"]) < 1e-3
@@ -195,7 +108,9 @@ def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule])
     module = make(method)
     called = {method.__name__}
     if isinstance(module, PolicyGradientModule):
-        called |= {"policy gradients"} | ({"policy gradients that clip"} if module.clips else set())
+        first = module.terms[0]
+        assert isinstance(first, PolicyLoss)
+        called |= {"policy gradients"} | ({"policy gradients that clip"} if first.clips else set())
         called |= {"policy gradients with groups"} if module.num_generations > 1 else set()
     documented = set()
     for line in (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().splitlines():
@@ -321,7 +236,7 @@ def test_evaluation_against_a_plain_loop(method: type[AlignmentModule]) -> None:
     rewards, nll, lengths = [], 0.0, []
     bigrams: list[tuple[int, int]] = []
     for index, batch in enumerate(loader):
-        rollout: Rollout = module.evaluate(batch, "val", index)["rollout"]
+        rollout: Rollout = module.evaluate(batch, "val", index).rollout
         model = make_model("llama", scale=SCALE).eval()
         for row in range(len(rollout.ids)):
             prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
@@ -432,8 +347,8 @@ class Liar(Sampler):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Rollout:
         rollout = super().__call__(*args, **kwargs)
-        rollout.logps = rollout.logps - 0.3
-        return rollout
+        assert rollout.engine_logps is not None
+        return replace(rollout, engine_logps=rollout.engine_logps - 0.3)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.__name__ != "Grade"], ids=lambda m: m.__name__)  # its own
@@ -450,18 +365,12 @@ def test_honest_samplers_pass(method: type[AlignmentModule], settings: dict[str,
 
 @every_method
 def test_completions_must_fit_into_the_context(method: type[AlignmentModule]) -> None:
-    class Data:
-        max_prompt_tokens = 30
-
     module = make(method, sampler=Sampler(max_new_tokens=40))
     module.policy.base.config.max_position_embeddings = 64
-    run: Any = trainer()
-    run.datamodule = Data()
-    module.trainer = run
     with pytest.raises(InputError, match=r"64 tokens.*30.*40"):
-        module.setup("fit")
+        module.check_lengths(prompt=30, text=20)
     module.policy.base.config.max_position_embeddings = 70
-    module.setup("fit")
+    module.check_lengths(prompt=30, text=20)
 
 
 @every_method
@@ -469,7 +378,7 @@ def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) ->
     """Between the rollout and the optimizer nothing is read back: no `.item()`, no shape that depends on values."""
     module = make(method)
     module.configure_model()
-    experience = module.explore(next(iter(batches())))
+    experience = module.collect(next(iter(batches())))
     with Waits() as waits:
         loss = module.loss(experience).loss
         loss.backward()
@@ -483,7 +392,7 @@ def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) ->
 def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the first, of which the module checks that policy and reference agree."""
     module, found = make(method), list[list[str]]()
-    finish = module._finish_step
+    finish = module.finish_step
 
     def watched(*args: Any) -> Tensor:
         with Waits() as waits:
@@ -491,7 +400,7 @@ def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monke
         found.append(waits.found)
         return loss
 
-    monkeypatch.setattr(module, "_finish_step", watched)
+    monkeypatch.setattr(module, "finish_step", watched)
     trainer(limit_val_batches=0).fit(module, batches(3))
     assert found[0] != []
     assert found[1:] == [[], []]

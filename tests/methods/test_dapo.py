@@ -1,6 +1,5 @@
 """DAPO: which groups are sampled again, what becomes of those that stay, and the penalty for overlong completions."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,21 +8,16 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import DAPO
+from grade_lightning.records import Prompts, Rollout, slice_rows
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Rollout
-from grade_lightning.rows import slice_rows
-from tests.methods.test_contract import trainer
-from tests.test_policy_gradient import Numbered, Prescribed, Watch, build, data, distance, prompts, run
+from grade_lightning.rollouts import Sampler
+from tests.methods.toy_task import trainer
+from tests.modules.toys import Numbered, Prescribed, Watch, build, data, distance, prompts, run
 
 FLAT, TOLD, HALF, MUTE = "flat", "told", "half", "mute"
 
 
-@pytest.fixture(autouse=True)
-def _own_random_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 class Kinds(Reward):
@@ -55,11 +49,11 @@ def window(kinds: str, size: int = 8) -> dict[str, Any]:
 
 
 def make_dapo(max_retries: int, **kwargs: Any) -> tuple[DAPO, Prescribed]:
-    sampler = Prescribed(max_new_tokens=20)
+    engine = Prescribed()
     settings: dict[str, Any] = {"minibatches": 1, "overlong_buffer": 0, "num_generations": 8, "reward": Kinds()}
-    module = build(DAPO, sampler=sampler, max_retries=max_retries, **settings | kwargs)
+    module = build(DAPO, sampler=Sampler(20, engine=engine), max_retries=max_retries, **settings | kwargs)
     assert isinstance(module, DAPO)
-    return module, sampler
+    return module, engine
 
 
 @pytest.mark.parametrize(
@@ -79,10 +73,11 @@ def test_groups_that_say_nothing_are_replaced_while_the_prompts_last(
     kinds: str, retries: int, calls: int, chosen: list[int]
 ) -> None:
     """Those with different rewards first, then those that are left, in the order of the prompts."""
-    module, sampler = make_dapo(retries)
+    module, engine = make_dapo(retries)
     batch = window(kinds)
-    rollout, scores = module.sample(batch)
-    assert sampler.calls == calls
+    drawn = module.sample(Prompts.of(batch))
+    rollout, scores = drawn.rollout, drawn.scores
+    assert engine.calls == calls
     assert rollout.columns["number"] == [number for number in chosen for _ in range(8)]
     for row, number in enumerate(rollout.columns["number"]):
         length = int(rollout.lengths[row])
@@ -93,14 +88,15 @@ def test_groups_that_say_nothing_are_replaced_while_the_prompts_last(
     with torch.no_grad():
         measured = module.measure(rollout).logps.float()
     mask = rollout.completion_mask
-    torch.testing.assert_close(measured[mask], rollout.logps[mask].float())
+    assert rollout.engine_logps is not None
+    torch.testing.assert_close(measured[mask], rollout.engine_logps[mask].float())
 
 
 def test_what_is_left_over_has_no_advantage_and_no_gradient() -> None:
     """Two groups of four say something: the gradient is that of these two, over the tokens of all four."""
     batch = window("ttff" + "ffff")
     module, _ = make_dapo(1, epochs=2)
-    experience = module.explore(batch)
+    experience = module.collect(batch)
     mask = experience.rollout.completion_mask
     assert experience.rollout.columns["kind"] == [TOLD] * 16 + [FLAT] * 16
     assert experience.advantages is not None
@@ -115,11 +111,11 @@ def test_what_is_left_over_has_no_advantage_and_no_gradient() -> None:
 
 
 def test_without_retries_nothing_is_sampled_twice() -> None:
-    module, sampler = make_dapo(0)
+    module, engine = make_dapo(0)
     run(module, window("ffft"), window("tfft"))
-    assert sampler.calls == 2
-    assert module.rows_per_batch(32) == 4
-    assert make_dapo(2)[0].rows_per_batch(32) == 12
+    assert engine.calls == 2
+    assert module.batching.rows(32) == 4
+    assert make_dapo(2)[0].batching.rows(32) == 12
 
 
 def test_a_trainer_hands_out_the_prompts_to_fall_back_on() -> None:
@@ -131,11 +127,13 @@ def test_a_trainer_hands_out_the_prompts_to_fall_back_on() -> None:
             return torch.full((len(rollout.ids),), 0.1)
 
     seen: list[list[str]] = []
-    sampler = Numbered(max_new_tokens=3)
-    module = build(DAPO, torch.float32, reward=Same(), sampler=sampler, num_generations=2, minibatches=2)
+    engine = Numbered()
+    module = build(
+        DAPO, torch.float32, reward=Same(), sampler=Sampler(3, engine=engine), num_generations=2, minibatches=2
+    )
     fitted = trainer(max_steps=4, callbacks=[watch := Watch()], limit_val_batches=0)
     fitted.fit(module, datamodule=data(batch_size=8))
-    assert sampler.calls == 2 * 3
+    assert engine.calls == 2 * 3
     sampled = [prompt for part in seen for prompt in part]
     assert len(sampled) == 2 * 3 * 16
     assert len(set(sampled)) == len(sampled) // 2  # two completions of each
@@ -147,7 +145,8 @@ def test_overlong_completions_are_penalised_and_the_penalty_is_logged(buffer: in
     """Nothing up to max_new_tokens - buffer, then a straight line to -1; a fifth is the default buffer."""
     module, _ = make_dapo(0, overlong_buffer=buffer)
     batch = window("tttm")
-    rollout, scores = module.sample(batch)
+    drawn = module.sample(Prompts.of(batch))
+    rollout, scores = drawn.rollout, drawn.scores
     width = buffer or 4
     assert module.sampler.max_new_tokens == 20
     expected = [-min(max((length - (20 - width)) / width, 0), 1) for length in rollout.lengths.tolist()]
@@ -172,15 +171,17 @@ def test_the_share_of_groups_that_say_nothing_is_logged(kinds: str, share: float
 
 def test_no_buffer_no_penalty() -> None:
     module, _ = make_dapo(0, overlong_buffer=0)
-    _, scores = module.sample(window("tt"))
+    drawn = module.sample(Prompts.of(window("tt")))
+    _, scores = drawn.rollout, drawn.scores
     assert set(scores.parts) == {"Kinds"}
 
 
 def test_the_length_alone_does_not_make_a_group_informative() -> None:
     """The rule of the paper: accuracy that is the same for all; the penalty comes after it."""
-    module, sampler = make_dapo(1, overlong_buffer=18)
-    rollout, scores = module.sample(window("ffff" + "tttt"))
-    assert sampler.calls == 2
+    module, engine = make_dapo(1, overlong_buffer=18)
+    drawn = module.sample(Prompts.of(window("ffff" + "tttt")))
+    rollout, scores = drawn.rollout, drawn.scores
+    assert engine.calls == 2
     assert rollout.columns["kind"] == [TOLD] * 32
     assert scores.parts["overlong"].unique().numel() > 2
 
@@ -192,4 +193,4 @@ def test_negative_numbers_are_named(name: str) -> None:
 
 
 def test_fewer_prompts_than_rounds_make_one_group() -> None:
-    assert len(build(DAPO, num_generations=4, minibatches=1).sample(prompts(1))[0].ids) == 4
+    assert len(build(DAPO, num_generations=4, minibatches=1).sample(Prompts.of(prompts(1))).rollout.ids) == 4

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from grade_lightning.functional.gumbel import exponential_noise
 from grade_lightning.methods import Grade
 from grade_lightning.methods.grade import RelaxedExperience
-from grade_lightning.module import StepOutput
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import StepOutput
 from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Linear
@@ -58,7 +58,7 @@ def gradients(method: Grade) -> Tensor:
 
 def step(method: Grade, seed: int) -> tuple[RelaxedExperience, StepOutput, Tensor]:
     torch.manual_seed(seed)
-    experience = method.explore(make_prompts())
+    experience = method.collect(make_prompts())
     result = method.loss(experience)
     result.loss.backward()
     return experience, result, gradients(method)
@@ -77,28 +77,28 @@ class Plain(NamedTuple):
 
 def plain(method: Grade, seed: int) -> Plain:
     """The whole prefix again at each step, dense soft tokens, the KL and the reference within the loop."""
-    policy, reward, sampler, tau = method.policy, method.reward, method.sampler, method.tau(0, 1)
+    policy, reward, distribution, tau = method.policy, method.reward, method.sampler.distribution, method.tau(0, 1)
     assert isinstance(reward, ClassifierReward)
     torch.manual_seed(seed)
     prompts = make_prompts()
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     table = policy.embed(torch.arange(VOCABULARY))
-    soft, judged, reference = policy.embed(ids), reward.table()[ids], policy.reference_embed(ids)
+    soft, judged, reference = policy.embed(ids), reward.table()[ids], policy.frozen.embed(ids)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     divergences, tokens, masks = [], [], []
-    for t in range(sampler.max_new_tokens):
+    for t in range(distribution.max_new_tokens):
         logits = policy(soft, mask, 1)[:, 0]
         p, q = (
-            (x / sampler.temperature).softmax(-1) for x in (logits, policy.reference_logits(reference, mask, 1)[:, 0])
+            (x / distribution.temperature).softmax(-1) for x in (logits, policy.frozen.logits(reference, mask, 1)[:, 0])
         )
         divergences.append((p * (p.log() - q.log())).sum(-1))
-        restricted = logits / sampler.temperature
-        if t < sampler.min_new_tokens:
+        restricted = logits / distribution.temperature
+        if t < distribution.min_new_tokens:
             restricted = torch.where(torch.arange(VOCABULARY) == 0, -torch.inf, restricted)
-        if sampler.top_k is None:
+        if distribution.top_k is None:
             order = torch.arange(VOCABULARY).expand_as(restricted)
         else:
-            order = restricted.argsort(dim=-1, descending=True)[:, : sampler.top_k]
+            order = restricted.argsort(dim=-1, descending=True)[:, : distribution.top_k]
         ell = restricted.gather(-1, order).log_softmax(-1)
         perturbed = ell - exponential_noise(ell).log()
         token = torch.zeros_like(logits).scatter(-1, order, (perturbed / tau).softmax(-1))
@@ -108,7 +108,7 @@ def plain(method: Grade, seed: int) -> Plain:
         ended = ended | (tokens[-1] == 0)
         soft, judged, reference = (
             torch.cat([x, (token @ rows)[:, None]], dim=1)
-            for x, rows in ((soft, table), (judged, reward.table()), (reference, policy.reference_table()))
+            for x, rows in ((soft, table), (judged, reward.table()), (reference, policy.frozen.table()))
         )
         if ended.all():
             break
@@ -125,7 +125,7 @@ def seed_with_ends(method: Grade) -> int:
     for seed in range(100):
         torch.manual_seed(seed)
         with torch.no_grad():
-            rollout = method.explore(make_prompts()).rollout
+            rollout = method.collect(make_prompts()).rollout
         if 2 < rollout.lengths.min() < rollout.lengths.max() and not rollout.ended.all():
             return seed
     raise AssertionError("no rollout of the wanted kind")
@@ -143,7 +143,7 @@ def assert_equal_to_the_plain_loop(method: Grade, tolerance: float) -> None:
     assert torch.equal(keep, truth.mask)
     assert torch.equal(experience.rollout.completion_ids[keep], truth.tokens[keep])
     torch.testing.assert_close(experience.scores.total, truth.reward, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(result.kl[keep], truth.kl[keep], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.stats.kl[keep], truth.kl[keep], rtol=tolerance, atol=tolerance)
     assert result.loss.item() == pytest.approx(truth.loss, rel=tolerance, abs=tolerance)
     assert relative(gradient, truth.gradient) < tolerance
     assert truth.gradient.norm() > 1e-3
@@ -168,8 +168,8 @@ def test_every_support_and_temperature(settings: dict[str, Any], tau: float) -> 
 def test_without_kl_the_reward_alone_is_differentiated() -> None:
     method = make_method(beta=0.0, block=3)
     assert_equal_to_the_plain_loop(method, 1e-10)
-    result = method.loss(method.explore(make_prompts()))
-    assert result.kl.sum() > 0.01  # it is measured all the same
+    result = method.loss(method.collect(make_prompts()))
+    assert result.stats.kl.sum() > 0.01  # it is measured all the same
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -177,8 +177,8 @@ def test_at_the_start_the_policy_is_its_reference(lora: bool) -> None:
     method = make_method(lora=lora, moved=False)
     experience, result, _ = step(method, 0)
     keep = experience.rollout.completion_mask
-    assert result.kl[keep].abs().max() < 1e-12
-    assert result.log_ratio[keep].abs().max() < 1e-12
+    assert result.stats.kl[keep].abs().max() < 1e-12
+    assert result.stats.log_ratio[keep].abs().max() < 1e-12
 
 
 def test_what_is_logged() -> None:
@@ -188,15 +188,21 @@ def test_what_is_logged() -> None:
     rollout, keep = experience.relaxed, experience.rollout.completion_mask
     logps = rollout.logits.log_softmax(-1)
     hard = one_hot(rollout.completion_ids, VOCABULARY).bool()
-    torch.testing.assert_close(result.logps[keep], logps[hard].view(keep.shape)[keep])
-    torch.testing.assert_close(result.entropy, -(logps.exp() * logps).sum(-1))
+    torch.testing.assert_close(result.stats.logps[keep], logps[hard].view(keep.shape)[keep])
+    torch.testing.assert_close(result.stats.entropy, -(logps.exp() * logps).sum(-1))
     torch.testing.assert_close(result.metrics["soft_gap"], 1 - rollout.weights[hard].view(keep.shape)[keep].mean())
     assert float(result.metrics["tau"]) == 0.8
-    assert result.log_ratio.shape == keep.shape
-    soft = method.policy.reference_embed(rollout.prompt_ids), rollout.embed(method.policy.reference_table())[:, :-1]
-    q = method.policy.reference_logits(torch.cat(soft, dim=1), rollout.mask[:, :-1], keep.shape[1]).log_softmax(-1)
-    torch.testing.assert_close(result.log_ratio[keep], (logps - q)[hard].view(keep.shape)[keep])
-    for value in (result.logps, result.kl, result.entropy, result.log_ratio, *result.metrics.values()):
+    assert result.stats.log_ratio.shape == keep.shape
+    soft = method.policy.frozen.embed(rollout.prompt_ids), rollout.embed(method.policy.frozen.table())[:, :-1]
+    q = method.policy.frozen.logits(torch.cat(soft, dim=1), rollout.mask[:, :-1], keep.shape[1]).log_softmax(-1)
+    torch.testing.assert_close(result.stats.log_ratio[keep], (logps - q)[hard].view(keep.shape)[keep])
+    for value in (
+        result.stats.logps,
+        result.stats.kl,
+        result.stats.entropy,
+        result.stats.log_ratio,
+        *result.metrics.values(),
+    ):
         assert not value.requires_grad
 
 
@@ -212,10 +218,10 @@ def test_what_is_kept_of_a_step_holds_no_graph() -> None:
 
 def test_defaults_are_the_papers() -> None:
     method = Grade(make_method().policy, make_method().reward)
-    assert method.relaxed_sampler.sampler.top_k == 256
+    assert method.soft.top_k == 256
     assert isinstance(method.tau, Linear)
     assert (method.tau(0, 10), method.tau(10, 10)) == (2.0, 0.5)
-    assert (method.relaxed_sampler.block, make_method(block=3).relaxed_sampler.block) == (8, 3)
+    assert (method.engine.block, make_method(block=3).engine.block) == (8, 3)
 
 
 def test_the_schedule_reaches_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,16 +259,16 @@ def test_the_support_is_the_papers_unless_the_sampler_has_its_own() -> None:
     policy, reward, sampler = make_method().policy, make_method().reward, Sampler(max_new_tokens=4)
     for given, top_k, support in ((sampler, 256, 256), (Sampler(top_k=7), 256, 7), (sampler, None, None)):
         method = Grade(policy, reward, sampler=given, top_k=top_k)
-        assert method.relaxed_sampler.sampler.top_k == support
-        assert method.relaxed_sampler.sampler.max_new_tokens == given.max_new_tokens
+        assert method.soft.top_k == support
+        assert method.soft.max_new_tokens == given.max_new_tokens
         assert method.sampler is given
-    assert sampler.top_k is None
+    assert sampler.distribution.top_k is None
 
 
 def test_its_kl_is_of_the_distribution_that_soft_tokens_are_drawn_from() -> None:
     """The same support by either argument; the whole vocabulary is another."""
     settings: list[dict[str, Any]] = [{"sampler": {"top_k": 5}}, {"sampler": {}, "top_k": 5}, {"sampler": {}}]
-    by_sampler, by_argument, whole = (float(step(make_method(**one), 0)[1].kl.sum()) for one in settings)
+    by_sampler, by_argument, whole = (float(step(make_method(**one), 0)[1].stats.kl.sum()) for one in settings)
     assert by_argument == pytest.approx(by_sampler, rel=1e-9)
     assert abs(whole - by_sampler) > 1e-3
 
@@ -286,5 +292,5 @@ def test_a_reward_that_abstains_counts_as_nothing() -> None:
     rewards = experience.reward.detach()
     torch.testing.assert_close(result.loss.detach(), -rewards[1:].sum() / len(rewards))
     torch.manual_seed(3)
-    (-whole.explore(make_prompts()).reward[1:].sum() / len(rewards)).backward()
+    (-whole.collect(make_prompts()).reward[1:].sum() / len(rewards)).backward()
     torch.testing.assert_close(gradient, gradients(whole))

@@ -14,10 +14,10 @@ from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
 from grade_lightning.functional.vocabulary import ELEMENTS
 from grade_lightning.methods import GradeSTE
-from grade_lightning.module import Experience
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rewards import Classifier, ClassifierReward
-from grade_lightning.rollouts import Rollout, Sampler
+from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
 
@@ -47,7 +47,7 @@ def roll(method: GradeSTE) -> Rollout:
     """A rollout with left padding, in which one completion ends early and one does not."""
     for seed in range(50):
         torch.manual_seed(seed)
-        rollout = method.sampler(method.policy, **make_prompts())
+        rollout = method.sampler(method.policy, Prompts.of(make_prompts()))
         if rollout.ended.any() and not rollout.ended.all() and rollout.lengths.min() > 2:
             return rollout
     raise AssertionError("no rollout of the wanted kind")
@@ -73,32 +73,33 @@ def unrolled(method: GradeSTE, rollout: Rollout, kl_prefix: KLPrefix = "full") -
     tokens, mask = rollout.completion_ids, rollout.completion_mask
     with torch.no_grad():
         logits = policy(policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], tokens.shape[1])
-        logps = method.sampler.logits(logits, rollout.eos_ids, tokens).log_softmax(-1)
+        logps = method.sampler.distribution.logits(logits, rollout.eos_ids, tokens).log_softmax(-1)
         torch.manual_seed(3)
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        exponential = rollout.unpacked(exponential_noise(rollout.packed(logps), generator))
+        exponential = rollout.put(exponential_noise(rollout.take(logps), generator))
         noise = posterior_scores(logps, tokens, exponential) - logps
 
     def distribution(logits: Tensor) -> Tensor:
-        return method.sampler.log_distribution(logits)[:, 0]
+        return method.sampler.distribution.log_distribution(logits)[:, 0]
 
     prompt = rollout.prompt_ids.shape[1]
     soft, judged = policy.embed(rollout.prompt_ids), reward.table()[rollout.prompt_ids]
-    reference = policy.reference_embed(rollout.prompt_ids)
+    reference = policy.frozen.embed(rollout.prompt_ids)
     table = policy.embed(torch.arange(VOCABULARY))
     divergence = soft.new_zeros(len(tokens))
     for t in range(tokens.shape[1]):
         attention = rollout.mask[:, : prompt + t]
         step_logits = policy(soft, attention, 1)
         p = policy(policy.embed(rollout.ids[:, : prompt + t]), attention, 1) if kl_prefix == "none" else step_logits
-        q = policy.reference_logits(reference if kl_prefix == "full" else reference.detach(), attention, 1)
+        q = policy.frozen.logits(reference if kl_prefix == "full" else reference.detach(), attention, 1)
         divergence = divergence + mask[:, t] * categorical_kl(distribution(p), distribution(q))
-        ell = method.sampler.logits(step_logits, rollout.eos_ids, tokens[:, t : t + 1])[:, 0].log_softmax(-1)
+        sampled = method.sampler.distribution.logits(step_logits, rollout.eos_ids, tokens[:, t : t + 1])
+        ell = sampled[:, 0].log_softmax(-1)
         relaxed = torch.softmax(torch.where(ell.isinf(), ell, ell + noise[:, t]) / tau, dim=-1)
         one_hot = torch.nn.functional.one_hot(tokens[:, t], ell.shape[-1]).to(ell.dtype)
         token = (one_hot + relaxed - relaxed.detach())[:, None]
         soft = torch.cat([soft, token @ table], dim=1)
-        reference = torch.cat([reference, token @ policy.reference_table()], dim=1)
+        reference = torch.cat([reference, token @ policy.frozen.table()], dim=1)
         judged = torch.cat([judged, token @ reward.table()], dim=1)
     objective = reward.score_embeddings(judged, rollout.mask) - method.beta * divergence
     (-objective.mean()).backward()
@@ -238,7 +239,7 @@ def test_few_hops_are_close_on_a_trained_model(tau: float, shared: Path) -> None
     )
     ids = policy.tokenizer(["Once upon a time", "One day, Tom went"], return_tensors="pt", padding=True)
     torch.manual_seed(0)
-    rollout = method.sampler(policy, ids["input_ids"], ids["attention_mask"])
+    rollout = method.sampler(policy, Prompts(ids["input_ids"], ids["attention_mask"]))
     truth = replayed(method, rollout)
     errors, cosines = [], []
     for hops in (0, 1, 2, 4, 8):

@@ -1,7 +1,6 @@
 """PPO: advantages, returns and both losses against plain loops; what the value head is and what it may touch."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -11,34 +10,30 @@ from torch import Tensor
 from grade_lightning.kl import KL
 from grade_lightning.methods import PPO
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Rollout
 from grade_lightning.rewards import FunctionReward
-from grade_lightning.rollouts import Rollout
 from tests.conftest import make_model, make_tokenizer
-from tests.methods.test_contract import Toy, fit, make
-from tests.test_policy_gradient import Choosy, Keep, begun, build, distance, flat, prompts, run
+from tests.methods.toy_task import Toy, fit, make
+from tests.modules.toys import Choosy, Keep, begun, build, distance, flat, prompts, run
 
 both_trunks = pytest.mark.parametrize("trunk", ["detached", "shared"])
 
 
-@pytest.fixture(autouse=True)
-def _own_random_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def make_ppo(begun: bool = True, **kwargs: Any) -> PPO:
     """On prescribed completions; `begun`: with a value head that has learnt something already."""
     module = build(PPO, **{"num_generations": 4, "epochs": 2} | kwargs)
     assert isinstance(module, PPO)
-    assert module.value_head is not None
+    assert module.critic is not None
+    assert module.critic.head is not None
     if begun:
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
-            module.value_head.weight.copy_(0.1 * torch.randn(module.value_head.weight.shape, generator=generator))
-            module.value_head.bias.fill_(0.1)
-        module.value_head.double()
+            module.critic.head.weight.copy_(0.1 * torch.randn(module.critic.head.weight.shape, generator=generator))
+            module.critic.head.bias.fill_(0.1)
+        module.critic.head.double()
     return module
 
 
@@ -57,7 +52,7 @@ def by_hand(state: dict[str, Tensor], rollout: Rollout) -> tuple[torch.nn.Module
         picked = output.logits[0, chosen_at].log_softmax(-1).gather(-1, ids[0, -length:, None])
         logps.append(picked.squeeze(-1))
         hidden = output.hidden_states[-1][0, chosen_at]
-        values.append(hidden @ state["value_head.weight"][0] + state["value_head.bias"])
+        values.append(hidden @ state["critic.head.weight"][0] + state["critic.head.bias"])
     return model, logps, values
 
 
@@ -140,7 +135,7 @@ def test_a_detached_trunk_has_no_gradient_of_the_values(trunk: Literal["detached
         run(make_ppo(trunk=trunk, vf_coef=coefficient, lr=1e-3), prompts(4)).gradients[0] for coefficient in (0.1, 10.0)
     )
     policy = [{name: g for name, g in found.items() if name.startswith("policy.")} for found in (little, much)]
-    head = [{name: g for name, g in found.items() if name.startswith("value_head.")} for found in (little, much)]
+    head = [{name: g for name, g in found.items() if name.startswith("critic.head.")} for found in (little, much)]
     if trunk == "detached":
         assert torch.equal(flat(policy[0]), flat(policy[1]))
     else:
@@ -150,9 +145,10 @@ def test_a_detached_trunk_has_no_gradient_of_the_values(trunk: Literal["detached
 
 def test_the_value_head_is_zero_at_first_and_stays_what_it_is_when_the_model_is_configured_again() -> None:
     module = make_ppo(begun=False, kl=KL())
-    assert module.value_head is not None
-    assert not flat(dict(module.value_head.named_parameters())).any()
-    experience = module.explore(prompts(4))
+    assert module.critic is not None
+    assert module.critic.head is not None
+    assert not flat(dict(module.critic.head.named_parameters())).any()
+    experience = module.collect(prompts(4))
     assert experience.old is not None
     assert experience.old.values is not None
     assert experience.returns is not None
@@ -160,9 +156,9 @@ def test_the_value_head_is_zero_at_first_and_stays_what_it_is_when_the_model_is_
     last = experience.rollout.lengths.unsqueeze(1) - 1
     scores = experience.scores.total
     torch.testing.assert_close(experience.returns.gather(1, last).squeeze(1).float(), scores - scores.mean())
-    head = module.value_head
+    head = module.critic.head
     module.configure_model()
-    assert module.value_head is head
+    assert module.critic.head is head
 
 
 def long_prompts(prompts: list[str], **_: Any) -> list[float | None]:
@@ -201,25 +197,26 @@ def test_lora_with_bfloat16_weights(trunk: Literal["detached", "shared"], precis
     module.policy = Policy.from_model(model, make_tokenizer(), LoRA(r=2, dropout=0.0))
     recorder = fit(module, 4, precision=precision)
     assert isinstance(module, PPO)
-    assert module.value_head is not None
-    assert {p.dtype for p in module.value_head.parameters()} == {torch.float32}
+    assert module.critic is not None
+    assert module.critic.head is not None
+    assert {p.dtype for p in module.critic.head.parameters()} == {torch.float32}
     assert all(p.isfinite().all() for p in module.parameters())
     assert all(torch.tensor(step["train/loss"]).isfinite() for step in recorder.steps)
     assert recorder.without_gradient[-1] == set()
-    assert module.value_head.weight.any()
+    assert module.critic.head.weight.any()
 
 
 def test_completions_without_a_reward_change_nothing_for_the_others() -> None:
     """Advantages (whitened) and returns of the others are those of a window without them; theirs are 0."""
     window = begun(prompts(6))
-    whole = make_ppo(kl=KL(0.2), reward=Choosy()).explore(window)
+    whole = make_ppo(kl=KL(0.2), reward=Choosy()).collect(window)
     answered = ~whole.scores.total.isnan()
     rows = answered.nonzero().flatten()
     assert 0 < len(rows) < len(answered)
 
     columns = {"completions": [[window["columns"]["completions"][i // 4][i % 4]] for i in rows.tolist()]}
     some = {name: window[name][rows // 4] for name in ("input_ids", "attention_mask")}
-    alone = make_ppo(kl=KL(0.2), num_generations=1).explore(some | {"columns": columns})
+    alone = make_ppo(kl=KL(0.2), num_generations=1).collect(some | {"columns": columns})
     mask = whole.rollout.completion_mask
     for ours, truth in ((whole.advantages, alone.advantages), (whole.returns, alone.returns)):
         assert ours is not None

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from grade_lightning.errors import InputError
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Prompts, RelaxedRollout, Rollout
 from grade_lightning.rewards import DifferentiableReward, FunctionReward, WeightedSum
-from grade_lightning.rollouts import RelaxedRollout, RelaxedSampler, Rollout, Sampler, relaxed
-from grade_lightning.rollouts.relaxed import soft_embeddings
+from grade_lightning.rollouts import Distribution, RelaxedEngine, relaxed
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
 
 HARD = 1e-6  # a temperature at which soft tokens are hard ones, to the bit
@@ -37,7 +37,13 @@ def roll(
 ) -> RelaxedRollout:
     torch.manual_seed(seed)
     prompts = {name: value.repeat(repeat, 1) for name, value in make_prompts().items()}
-    return RelaxedSampler(Sampler(**{"max_new_tokens": 8} | settings), block)(policy, **prompts, tau=tau)
+    distribution = Distribution(**{"max_new_tokens": 8} | settings)
+    return RelaxedEngine(block).generate(policy, distribution, Prompts.of(prompts), tau)
+
+
+def logps_of(rollout: Rollout) -> Tensor:
+    assert rollout.engine_logps is not None
+    return rollout.engine_logps
 
 
 def teacher_forced(policy: Policy, rollout: Rollout) -> Tensor:
@@ -70,23 +76,23 @@ def test_with_hard_tokens_it_is_ordinary_sampling(name: str, block: int) -> None
     tolerance = 1e-12 if name == "gpt2" else 1e-4
     torch.testing.assert_close(rollout.logits[keep], truth[keep], rtol=tolerance, atol=tolerance)
     logps = truth.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(rollout.logps[keep], logps[keep], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logps_of(rollout)[keep], logps[keep], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tokens_and_weights_are_of_the_sampled_distribution(settings: dict[str, Any]) -> None:
     """Of soft tokens, too: log-probabilities are the sampler's, weights lie in its support and sum to 1."""
-    sampler = Sampler(max_new_tokens=8, **settings)
+    distribution = Distribution(max_new_tokens=8, **settings)
     rollout = roll(make_policy(), tau=2.0, **settings)
     tokens, keep = rollout.completion_ids, rollout.completion_mask
     dense = torch.zeros_like(rollout.logits).scatter(-1, rollout.indices, rollout.weights)
-    truth = sampler.logits(rollout.logits, rollout.eos_ids).log_softmax(-1)
-    torch.testing.assert_close(dense.sum(-1), torch.ones_like(rollout.logps))
+    truth = distribution.logits(rollout.logits, rollout.eos_ids).log_softmax(-1)
+    torch.testing.assert_close(dense.sum(-1), torch.ones_like(logps_of(rollout)))
     assert ((dense > 0) <= (truth > -torch.inf)).all()
     assert torch.equal(dense.argmax(-1)[keep], tokens[keep])
-    torch.testing.assert_close(rollout.logps[keep], truth.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)[keep])
-    assert rollout.weights.shape[-1] == (sampler.top_k or VOCABULARY)
-    assert not rollout.logps.requires_grad
+    torch.testing.assert_close(logps_of(rollout)[keep], truth.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)[keep])
+    assert rollout.weights.shape[-1] == (distribution.top_k or VOCABULARY)
+    assert not logps_of(rollout).requires_grad
     assert rollout.weights.requires_grad
     assert rollout.logits.requires_grad
 
@@ -110,15 +116,15 @@ def test_tokens_follow_the_distribution() -> None:
     """Frequencies of the first two tokens over 12,000 samples, by a χ² of all pairs that are expected often enough."""
     policy, size = make_policy(), 4_000
     settings: dict[str, Any] = {"max_new_tokens": 2, "temperature": 1.3, "top_k": 6}
-    sampler, prompts = Sampler(**settings), make_prompts()
+    distribution, prompts = Distribution(**settings), make_prompts()
     with torch.no_grad():
         rollout = roll(policy, repeat=size, tau=HARD, **settings)
         for row in range(3):
             ids, mask = (value[row : row + 1].expand(VOCABULARY, -1) for value in prompts.values())
-            first = sampler.logits(policy(policy.embed(ids), mask, 1), [0])[0, 0].softmax(-1)
+            first = distribution.logits(policy(policy.embed(ids), mask, 1), [0])[0, 0].softmax(-1)
             ids = torch.cat([ids, torch.arange(VOCABULARY).unsqueeze(1)], dim=1)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            second = sampler.logits(policy(policy.embed(ids), mask, 1), [0])[:, 0].softmax(-1)
+            second = distribution.logits(policy(policy.embed(ids), mask, 1), [0])[:, 0].softmax(-1)
             second[0] = torch.nn.functional.one_hot(torch.tensor(1), VOCABULARY).to(second)  # padding after the end
             expected = (first.unsqueeze(1) * second).flatten() * size
             pairs = rollout.completion_ids[row::3] @ torch.tensor([VOCABULARY, 1])
@@ -142,7 +148,7 @@ def test_ends_and_padding(block: int) -> None:
         assert bool(ended) == (0 in ids.tolist())
         assert length == (ids.tolist().index(0) + 1 if ended else len(ids))
         assert (ids[length:] == 1).all()
-    assert (rollout.logps[~rollout.completion_mask] == 0).all()
+    assert (logps_of(rollout)[~rollout.completion_mask] == 0).all()
     assert (rollout.lengths == rollout.completion_mask.sum(-1)).all()
 
 
@@ -156,7 +162,7 @@ def test_it_stops_when_all_have_ended(block: int) -> None:
     assert len(calls) == min(8, -(-int(rollout.lengths.max()) // block) * block)  # whole blocks
     assert rollout.ended.all()
     assert rollout.lengths.max() == rollout.completion_ids.shape[1] == rollout.weights.shape[1] < 8
-    assert rollout.logits.shape[1] == rollout.logps.shape[1] == rollout.indices.shape[1] == rollout.lengths.max()
+    assert rollout.logits.shape[1] == logps_of(rollout).shape[1] == rollout.indices.shape[1] == rollout.lengths.max()
 
 
 def test_no_gradient_through_positions_after_the_end() -> None:
@@ -228,10 +234,11 @@ def test_without_gradients_there_is_no_graph() -> None:
 def test_selected_and_discrete_rollouts() -> None:
     policy = make_policy()
     torch.manual_seed(0)
-    rollout = RelaxedSampler(Sampler(max_new_tokens=4, top_k=5), 2)(policy, **make_prompts(), columns={"n": [1, 2, 3]})
+    prompts = Prompts.of(make_prompts() | {"columns": {"n": [1, 2, 3]}})
+    rollout = RelaxedEngine(block=2).generate(policy, Distribution(max_new_tokens=4, top_k=5), prompts, tau=1.0)
     rows = torch.tensor([2, 0])
     some = rollout.select(rows)
-    for name in ("completion_ids", "completion_mask", "logps", "weights", "indices", "logits"):
+    for name in ("completion_ids", "completion_mask", "engine_logps", "weights", "indices", "logits"):
         assert torch.equal(getattr(some, name), getattr(rollout, name)[rows])
     assert some.columns == {"n": [3, 1]}
     hard = rollout.discrete()
@@ -243,7 +250,7 @@ def test_selected_and_discrete_rollouts() -> None:
 
 def test_what_cannot_work_is_named() -> None:
     with pytest.raises(InputError, match="block = 0"):
-        RelaxedSampler(Sampler(), block=0)
+        RelaxedEngine(block=0)
     policy = make_policy()
     policy.base._is_stateful = True
     with pytest.raises(InputError, match=r"recurrent.*GradeSTE"):
@@ -251,32 +258,6 @@ def test_what_cannot_work_is_named() -> None:
 
 
 # ---- rewards ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [5, VOCABULARY])
-@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 3])
-def test_soft_embeddings_are_weighted_means(k: int, rows: int) -> None:
-    """Value and both gradients against the dense product; tables may have rows that no token uses."""
-    torch.manual_seed(0)
-    weights = torch.rand(2, 3, k, dtype=torch.float64, requires_grad=True)
-    indices = torch.arange(k).expand(2, 3, k) if k == VOCABULARY else torch.rand(2, 3, VOCABULARY).topk(k).indices
-    table = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
-    found = soft_embeddings(weights, indices, table)
-    truth = torch.zeros(2, 3, rows, dtype=torch.float64).scatter(-1, indices, weights) @ table
-    torch.testing.assert_close(found, truth)
-    cotangent = torch.randn_like(found)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, (weights, table), cotangent), torch.autograd.grad(truth, (weights, table), cotangent)
-    )
-
-
-@pytest.mark.parametrize("k", [5, VOCABULARY])
-def test_soft_embeddings_under_autocast_keep_their_precision(k: int) -> None:
-    weights = torch.full((1, k), 1 / k)
-    table = torch.eye(VOCABULARY) + 1e-3
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = soft_embeddings(weights, torch.arange(k).unsqueeze(0), table)
-    torch.testing.assert_close(found, weights @ table[:k])
 
 
 class Toy(DifferentiableReward):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import grade_lightning.methods
-from grade_lightning.module import AlignmentModule, TrainableModule
+from grade_lightning.modules import AlignmentModule, TrainableModule
 from tests.cli.conftest import Run, Shelf
 
 tables = import_module("grade_lightning_cli.preflight.tables")

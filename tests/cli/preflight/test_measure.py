@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
 
 from grade_lightning.functional.vocabulary import ELEMENTS
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Shelf, assert_same
 from tests.cli.preflight.conftest import FULL, METHODS, Look, arguments, cell
 from tests.conftest import VOCABULARY
@@ -78,7 +78,7 @@ def test_the_estimate_of_a_larger_batch(method: str, look: Look, shelf: Shelf, m
     args = [*arguments(shelf, method), *full, "--data.batch_size=32", "--data.prompt_size=32", "--data.reward_size=0"]
     _, memory = look(*args)
     cli = config.build([*args, "--trainer.max_steps=5", "--trainer.limit_val_batches=0"])
-    watch = Watch(step=cli.model.visits)  # the first of the second window, or the second
+    watch = Watch(step=cli.model.batching.steps_per_batch)  # the first of the second window, or the second
     cli.trainer.callbacks = [watch]
     cli.trainer.logger = None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

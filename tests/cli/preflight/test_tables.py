@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from grade_lightning.module import AlignmentModule
+from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Run, Shelf, checkpoint, version
 from tests.cli.preflight.conftest import METHODS, Look, arguments, cell
 
@@ -26,7 +26,7 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     assert set(memory.phases) >= ({"sampling", "reward", "reference"} if sampled else {"loss", "backward"})
     assert memory.unit == {"DPO": 4, "IPO": 4, "GRPO": 8}.get(method, memory.unit)
     weights = {"policy", "reference", "reward"} if sampled else {"classifier" if method == "RewardModel" else "policy"}
-    weights |= {"value head"} if method == "PPO" else set()
+    weights |= {"critic"} if method == "PPO" else set()
     assert set(memory.parts) == weights | {"gradients", "optimizer state"}
 
 

@@ -1,0 +1,144 @@
+"""Advantages of tokens, as functions of the experience: the stage between measuring and the loss."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from grade_lightning.distributed import Reduce
+from grade_lightning.errors import check_range
+from grade_lightning.functional import advantages
+from grade_lightning.records import Experience
+from grade_lightning.stateful import Stateful
+
+Advantage: TypeAlias = Callable[[Experience, Reduce], Tensor]
+"""(experience, statistics over processes) → advantage of each token, (B, T)."""
+
+
+def of_completions(values: Tensor, seen: Experience) -> Tensor:
+    """The same advantage for all tokens of a completion, less the KL that each token is charged with; (B, T).
+
+    Args:
+        values: of each completion, (B,).
+        seen: the experience.
+    """
+    return values.unsqueeze(1) + advantages.discounted_returns(seen.penalties, seen.rollout.sampled)
+
+
+def grouped(function: Callable[[Tensor], Tensor]) -> Advantage:
+    """Advantages of completions from the rewards of their groups, which may be of different sizes.
+
+    Args:
+        function: maps a table of rewards (P, G) to advantages (P, G); NaN where there is no reward.
+
+    Example:
+        >>> advantage = grouped(advantages.leave_one_out)
+    """
+
+    def advantage(seen: Experience, reduce: Reduce) -> Tensor:
+        layout = seen.rollout.layout
+        return of_completions(layout.rows(function(layout.table(seen.rewards))), seen)
+
+    return advantage
+
+
+group_centred = grouped(advantages.group_centred)
+"""R − the group's mean."""
+group_standardised = grouped(advantages.group_standardised)
+"""(R − mean) / std of the group."""
+leave_one_out = grouped(advantages.leave_one_out)
+"""R − the mean of the others of the group."""
+
+
+def batch_standardised(seen: Experience, reduce: Reduce) -> Tensor:
+    """(R − the group's mean) / std over the batch."""
+    return grouped(partial(advantages.batch_standardised, total=reduce.sum))(seen, reduce)
+
+
+class Baseline(Stateful):
+    """A moving average of the rewards of earlier batches; as an advantage, what a reward exceeds it by.
+
+    Args:
+        decay: of the average.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        check_range("[0, 1]", decay=decay)
+        self.decay = decay
+        self.average: float | None = None
+        """None: nothing was seen yet."""
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """Reward less baseline."""
+        return of_completions(seen.rewards - self.value(seen.rewards, reduce), seen)
+
+    def value(self, rewards: Tensor, reduce: Reduce) -> Tensor:
+        """The average; in the first batch, the mean of `rewards` themselves."""
+        return _mean(rewards, reduce) if self.average is None else rewards.new_tensor(self.average)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Move the average towards the batch's mean reward."""
+        before = torch.tensor(torch.nan if self.average is None else self.average, dtype=torch.float64)
+        moved = advantages.ema(before, _mean(seen.scores.total, reduce).cpu().double(), self.decay)
+        if moved.isfinite():
+            self.average = float(moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, once there is one."""
+        return {} if self.average is None else {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.average = state.get("average")
+
+
+class GAE(Baseline):
+    """Generalised advantage estimates from a value head, whitened over the batch.
+
+    The moving average is taken off each reward, so that a value of 0 is right at first. Without it the first updates
+    would reward ending early.
+
+    Args:
+        gamma: discount.
+        lam: λ of the estimates.
+        decay: of the moving average.
+    """
+
+    def __init__(self, gamma: float = 1.0, lam: float = 0.95, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        check_range("[0, 1]", gamma=gamma, lam=lam)
+        self.gamma = gamma
+        self.lam = lam
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """Whitened estimates."""
+        return advantages.whiten(self.estimates(seen, reduce), seen.mask, reduce.sum)
+
+    def estimates(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """The estimates themselves, (B, T)."""
+        assert seen.old.values is not None
+        baseline = self.value(seen.scores.total, reduce)
+        return advantages.gae(seen.token_rewards(baseline), seen.old.values, seen.mask, self.gamma, self.lam)
+
+    def returns(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """What the value head is to predict: its own value, corrected by the estimate."""
+        assert seen.old.values is not None
+        return self.estimates(seen, reduce) + seen.old.values
+
+
+def whitened_returns(gamma: float = 1.0) -> Advantage:
+    """The discounted reward from each token on, whitened over the batch."""
+
+    def advantage(seen: Experience, reduce: Reduce) -> Tensor:
+        returns = advantages.discounted_returns(seen.token_rewards(), seen.mask, gamma)
+        return advantages.whiten(returns, seen.mask, reduce.sum)
+
+    return advantage
+
+
+def _mean(rewards: Tensor, reduce: Reduce) -> Tensor:
+    """Of all completions that have a reward, on all processes; NaN if there are none."""
+    sums = reduce.sum(torch.stack([rewards.nansum(), (~rewards.isnan()).sum().to(rewards.dtype)]))
+    return sums[0] / sums[1]

@@ -1,0 +1,6 @@
+"""What the methods share, one idea a file."""
+
+from .alignment import AlignmentModule as AlignmentModule
+from .policy_gradient import PolicyGradientModule as PolicyGradientModule
+from .preference import PreferenceModule as PreferenceModule
+from .trainable import TrainableModule as TrainableModule

@@ -1,0 +1,292 @@
+"""AlignmentModule: a language model, a reward, and the line of stages from prompts to a loss."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.profiler import record_function
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.distributed import is_first_process
+from grade_lightning.errors import check_range
+from grade_lightning.functional.sequences import masked_sum
+from grade_lightning.numerics import wide_numbers
+from grade_lightning.policies import Policy
+from grade_lightning.records import (
+    Evaluation,
+    Experience,
+    Prompts,
+    Rollout,
+    Scores,
+    StepOutput,
+    TokenStats,
+    unique_name,
+)
+from grade_lightning.rewards import ClassifierReward, Reward
+from grade_lightning.rollouts import Sampler
+from grade_lightning.terms import Graphs
+
+from .evaluation import EvaluationTable
+from .guards import check_context, check_first_batch
+from .measuring import measure
+from .metrics import StepMeter
+from .trainable import Stage, TrainableModule
+
+
+class AlignmentModule(TrainableModule, ABC):
+    """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
+
+    One step collects completions with their scores (:meth:`collect`), then makes a loss of them (:meth:`loss`).
+
+    Args:
+        policy: the language model; the bundled one by default.
+        reward: what is maximised; the bundled classifier by default.
+        judges: further rewards that are logged and never trained on. A reward can be fooled; a second judge shows it.
+        sampler: how completions are drawn, in training and in evaluation.
+        beta: coefficient β of the KL to the reference, in reward per nat.
+        optimizer: any torch optimizer by class path; it is handed the trainable parameters alone.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
+    """
+
+    backpropagates_reward: ClassVar[bool] = False
+    """Whether the method needs a differentiable reward."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        reward: Reward | None = None,
+        judges: list[Reward] | None = None,
+        sampler: Sampler | None = None,
+        beta: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        check_range("[0, inf)", beta=beta)
+        self.policy = policy or Policy()
+        self.reward = reward or ClassifierReward()
+        self.judges = nn.ModuleList(judges or [])
+        self.sampler = sampler or Sampler()
+        self.beta = beta
+        if self.backpropagates_reward and not self.reward.differentiable:
+            self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
+        self.meter = StepMeter()
+        self._table = EvaluationTable()
+        self._fresh = True
+        self._began: float | None = None
+        self._tokens = 0
+
+    # ---- what a method says -------------------------------------------------------------------------------------
+
+    def collect(self, batch: dict[str, Any]) -> Experience:
+        """Draw completions and score them; the scores have adjoints if the method backpropagates the reward."""
+        rollout = self.draw(Prompts.of(batch))
+        return Experience(rollout, self.score(rollout), self.beta)
+
+    @abstractmethod
+    def loss(self, experience: Experience) -> StepOutput:
+        """The method: one loss of what :meth:`collect` found."""
+
+    def draw(self, prompts: Prompts, groups: Tensor | None = None) -> Rollout:
+        """Completions to train on, with the global random state; arguments as in :class:`Sampler`."""
+        return self.sampler(self.policy, prompts, groups, self.global_step)
+
+    @record_function("reward")
+    def score(self, rollout: Rollout) -> Scores:
+        """Rewards, with their adjoints if the method backpropagates them."""
+        self.meter.count(rollout)
+        return self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
+
+    def measure(self, rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
+        """One pass of the policy and, unless it is `known`, of its reference; see :func:`.measuring.measure`."""
+        return measure(self.policy, self.sampler.distribution, rollout, known, graphs)
+
+    @wide_numbers()
+    def draw_loss(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of one independent estimate of the gradient."""
+        return self.loss(self.collect(batch)).loss
+
+    # ---- setting up ---------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+        return self.policy.tokenizer
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """The reward, then the judges."""
+        return [module for module in (self.reward, *self.judges) if isinstance(module, Reward)]
+
+    def configure_model(self) -> None:
+        """Load policy and rewards; nothing happens the second time."""
+        self.policy.load()
+        vocabulary = self.policy.base.config.get_text_config().vocab_size
+        for reward in self.rewards:
+            reward.load(self.tokenizer, vocabulary)
+
+    def check_lengths(self, prompt: int, text: int) -> None:
+        """Prompt and completion must fit into the context, whether it is sampled or of the data."""
+        completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
+        if self.batching.view == "pairs" and text > completion:
+            completion, flag = text, "--data.max_text_tokens"
+        self.policy.load()
+        check_context(self.policy, prompt, completion, flag)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Reward, judges and the reference."""
+        reference = [self.policy.reference] if self.policy.reference is not None else []
+        return [self.reward, self.judges, *reference]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was spent."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["grade_lightning"]["spent"] = {name: count.cpu() for name, count in self.meter.spent.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits; from here on the policy is not its reference."""
+        super().on_load_checkpoint(checkpoint)
+        self.meter.spent |= checkpoint["grade_lightning"].get("spent", {})
+        self._fresh = False
+
+    def save_pretrained(self, folder: str, merge: bool = True) -> None:
+        """Write the policy with its tokenizer, and settings with which `generate` samples as the sampler does."""
+        self.policy.save_pretrained(folder, merge)
+        if is_first_process():
+            self.sampler.settings(self.policy).save_pretrained(folder)
+
+    # ---- one training step --------------------------------------------------------------------------------------
+
+    @wide_numbers()
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Collect, and let the method make the loss."""
+        self.seed("train", batch_idx)
+        experience = self.collect(batch)
+        return self.finish_step(experience, self.loss(experience))
+
+    def finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
+        """Check the first batch, log the step, and hand its loss to Lightning."""
+        # an infinite reward must not pass for a large one, or for the best
+        step.loss = step.loss * torch.where(experience.scores.total.isinf().any(), torch.nan, 1.0)
+        if self._trainer is not None:
+            if self._fresh:
+                self.check_first_batch(experience.rollout, step)
+                self._fresh = False
+            self._log_step(experience.rollout, experience.scores, step)
+        return step.loss
+
+    def check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
+        """The policy is its reference, and what was sampled is its own; with dropout neither is so."""
+        if not self.policy.dropout:
+            half = self.policy.dtype in (torch.bfloat16, torch.float16)
+            check_first_batch(rollout, step.stats, reduced=half or "16" in str(self.trainer.precision))
+
+    def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
+        logged = self.meter.figures(rollout, scores, step, self.beta, self._gather)
+        rows = len(rollout.ids)
+        self.log_dict(logged, batch_size=rows)
+        for name in ("reward", "kl"):
+            self.log(name, logged[f"train/{name}"], prog_bar=True, logger=False, batch_size=rows)
+        self.last_rollout = rollout, scores, masked_sum(step.stats.kl, rollout.sampled)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the clock, when the batch is a new one."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx % self.batching.steps_per_batch == 0 or self._began is None:
+            self._began, self._tokens = time.perf_counter(), 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the speed of the whole step: sampling, reward, both passes and the optimizer.
+
+        A batch that is trained on several times counts as sampled once, over the time of all of them.
+        """
+        rollout, _, _ = self.last_rollout
+        self._tokens += int(rollout.sampled.sum()) * self.trainer.world_size
+        if (batch_idx + 1) % self.batching.steps_per_batch or self._began is None:
+            return
+        speed = self._tokens / self.batching.epochs / (time.perf_counter() - self._began)
+        self._began = None
+        self.log("train/tokens_per_second", speed, batch_size=len(rollout.lengths))
+        self.log("tok/s", speed, prog_bar=True, logger=False, batch_size=len(rollout.lengths))
+
+    def evidence(self) -> list[dict[str, Any]]:
+        """Completions of the latest step, with their rewards."""
+        rollout, scores, _ = self.last_rollout
+        rows = zip(rollout.prompts, rollout.completions, scores.total.tolist(), strict=True)
+        return [{"prompt": p, "completion": c, "reward": r if math.isfinite(r) else str(r)} for p, c, r in rows]
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes; the sampler gives each the same number."""
+        gathered = self.all_gather(rows)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1) if gathered.dim() > rows.dim() else gathered
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    @wide_numbers()
+    def evaluate(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> Evaluation:
+        """Draw completions with a fixed seed and measure each."""
+        with self._fixed_noise(stage, batch_idx):
+            rollout = self.sampler(self.policy, Prompts.of(batch), step=self.global_step)
+        with self.policy.evaluating():
+            found = self.measure(rollout)
+        mask, scores = rollout.sampled, [reward.score(rollout) for reward in self.rewards]
+        length = mask.sum(-1)
+        parts: dict[str, Tensor] = {}
+        for score in scores:
+            parts |= {unique_name(name, parts): value for name, value in score.parts.items()}
+        return Evaluation(
+            rollout=rollout,
+            reward=scores[0].total,
+            kl=masked_sum(found.kl, mask),
+            entropy=masked_sum(found.entropy, mask) / length,
+            length=length,
+            ended=rollout.ended,
+            ref_nll=-masked_sum(found.ref_logps, mask),
+            parts=parts,
+        )
+
+    @contextmanager
+    def _fixed_noise(self, stage: Stage, batch_idx: int) -> Iterator[None]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.seed(stage, batch_idx)
+            yield
+
+    def _evaluation_step(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> Evaluation:
+        found = self.evaluate(batch, stage, batch_idx)
+        self._table.add(found)
+        if batch_idx == 0:
+            self.last_evaluation = found
+        return found
+
+    def _finish_evaluation(self, stage: Stage) -> None:
+        figures = self._table.finish(self._gather)
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure a batch."""
+        self._evaluation_step(batch, "val", batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measurements."""
+        self._finish_evaluation("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Evaluation]:
+        """Measure a batch; for callbacks, what was found."""
+        return {"evaluation": self._evaluation_step(batch, "test", batch_idx)}
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measurements."""
+        self._finish_evaluation("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A row for each prompt, as JSON can hold it."""
+        return self.evaluate(batch, "predict", batch_idx).rows()

@@ -1,0 +1,163 @@
+"""Guards: what is refused before a run, checked at its first batch, and kept from the weights."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional.sequences import masked_sum
+from grade_lightning.policies import Policy
+from grade_lightning.records import Batching, Rollout, TokenStats
+from grade_lightning.strategies import FSDP2
+
+BAD_BATCHES = 3
+"""Batches in a row without a finite gradient that end a run."""
+
+
+class StepGuard:
+    """Counts the steps whose gradient is not finite, and the latest batches that had no other."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        """Steps that were left out."""
+        self._bad: set[tuple[int, int]] = set()
+
+    def passes(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether the gradient of a step is finite; counts it if it is not."""
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(norm.isfinite()):
+            self._bad.clear()
+            return True
+        self.skipped += 1
+        return False
+
+    def exhausts(self, epoch: int, batch: int) -> bool:
+        """Whether too many batches in a row had no finite gradient, this one included.
+
+        Args:
+            epoch: of the data.
+            batch: number of the batch in it; all steps on one batch count as one.
+        """
+        self._bad.add((epoch, batch))
+        return len(self._bad) == BAD_BATCHES
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both counts."""
+        return {"skipped": self.skipped, "bad": sorted(self._bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.skipped, self._bad = state.get("skipped", 0), {tuple(batch) for batch in state.get("bad", [])}
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Check that the strategy can do what the methods do.
+
+    Raises:
+        InputError: it cannot.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, FSDP2):
+        raise InputError(
+            f"--trainer.strategy: under {type(strategy).__name__} a method could not call parts of the network by "
+            "themselves; use fsdp2, or ddp"
+        )
+
+
+def check_windows(trainer: Trainer, batching: Batching) -> None:
+    """For a module that is given the same batch several times in a row: check that its batches stay whole.
+
+    Raises:
+        InputError: the number of micro-batches in a step is to change during the run.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InputError(
+            "GradientAccumulationScheduler: a batch is read for a fixed number of micro-batches; "
+            "set --trainer.accumulate_grad_batches instead"
+        )
+    batches, steps = trainer.num_training_batches, batching.steps_per_batch
+    if not math.isinf(batches) and batches % steps:
+        rank_zero_warn(
+            f"an epoch has {batches} batches, no multiple of the {steps} that are trained on what is read or "
+            "sampled at once: the last of each epoch is cut short"
+        )
+
+
+def check_context(policy: Policy, prompt: int, completion: int, flag: str) -> None:
+    """Check that prompt and completion fit into the model's context.
+
+    Args:
+        policy: a policy that is loaded.
+        prompt: most tokens of a prompt.
+        completion: most tokens of a completion.
+        flag: the option that says how many these are.
+
+    Raises:
+        InputError: they do not.
+    """
+    room = policy.context_length
+    if room is not None and prompt + completion > room:
+        raise InputError(
+            f"the model's context is {room} tokens, but prompts may have {prompt} (--data.max_prompt_tokens) and "
+            f"completions {completion} ({flag}); lower one of them"
+        )
+
+
+def check_first_batch(rollout: Rollout, stats: TokenStats, reduced: bool) -> None:
+    """At step 0 the policy is its reference, and the learner's log-probabilities are the engine's.
+
+    Args:
+        rollout: the completions.
+        stats: of the training pass.
+        reduced: whether something is computed in 16 bits.
+
+    Raises:
+        RuntimeError: it is not, or they are not.
+    """
+    tolerance = 0.1 if reduced else 1e-3
+    kl = float(masked_sum(stats.kl, rollout.sampled).abs().max())
+    if kl > tolerance:
+        raise RuntimeError(
+            f"KL to the reference at step 0 is {kl:.3g} nats instead of 0: the reference is not the model that the "
+            "policy started as (was an adapter merged or loaded into one of them?)"
+        )
+    if rollout.engine_logps is None:
+        return
+    gap = float((stats.logps - rollout.engine_logps).abs()[rollout.sampled].mean())
+    if gap > tolerance:
+        raise RuntimeError(
+            f"log-probabilities of the training pass differ from the sampler's by {gap:.3g} on average: the "
+            "completions were not sampled from the policy that is trained"
+        )
+
+
+def check_method(method: str | None, own: str) -> None:
+    """Check that the method of a checkpoint is one's own.
+
+    Raises:
+        InputError: it is another, or no method of ours.
+    """
+    if method != own:
+        whose = f"of {method}" if method else "not of grade_lightning"
+        raise InputError(f"checkpoint: it is {whose}, but --model is {own}; name the model that it was written by")
+
+
+def check_weights(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Check that a checkpoint holds exactly what is trained.
+
+    Raises:
+        InputError: it does not.
+    """
+    there, wanted = ({(name, tuple(value.shape)) for name, value in state.items()} for state in (saved, expected))
+    if there != wanted:
+        odd = sorted(there ^ wanted)
+        raise InputError(
+            f"checkpoint: its weights do not fit this model ({len(wanted - there)} are missing, "
+            f"{len(there - wanted)} are unknown, such as {odd[0][0]}); give the policy and LoRA settings it had"
+        )

@@ -1,0 +1,293 @@
+"""What all policy gradients share: the line of stages, and several optimizer steps on what was drawn at once."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from grade_lightning.advantages import Advantage
+from grade_lightning.errors import InputError, check_range
+from grade_lightning.functional.advantages import has_spread
+from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.functional.sequences import last_token
+from grade_lightning.gates import Gate
+from grade_lightning.kl import KL, Coefficient
+from grade_lightning.levels import Level, token_level
+from grade_lightning.numerics import wide_numbers
+from grade_lightning.policies import Policy
+from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.rewards import OverlongPenalty, Reward
+from grade_lightning.rollouts import Sampler
+from grade_lightning.selection import Selection
+from grade_lightning.stateful import Stateful
+from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, furthest
+
+from .alignment import AlignmentModule
+from .measuring import measure
+from .window import Window, plan_steps
+
+
+class PolicyGradientModule(AlignmentModule):
+    """Raises the probability of completions by their advantage. A method is a choice of parts.
+
+    The stages of a step, each handing its result to the next: *allocate* completions to prompts, *generate* them,
+    *score* them, *select* those that are trained on, *measure* their tokens, take *advantages*, and sum the *terms* of
+    the loss.
+
+    A *window* is what is drawn at once: `batch_size` completions for each micro-batch of each optimizer step. It is
+    gone through `epochs` times, in `minibatches` optimizer steps each time (shuffled if there are several), so
+    Lightning's automatic optimization, clipping, accumulation and step counting stay as they are: `max_steps` counts
+    optimizer steps.
+
+    Args:
+        advantage: advantage of each token.
+        gate: coefficient of A ∇log π.
+        aggregate: weight of each token in the loss.
+        level: over what a ratio is taken.
+        clips: whether the gate cuts ratios off, so that the share of those is worth logging.
+        policy: the language model; the bundled one by default.
+        reward: what is maximised, of any kind; the bundled classifier by default.
+        judges: further rewards that are logged and never trained on.
+        sampler: how completions are drawn.
+        selection: which prompts get how many completions, and which of them are trained on; all by default.
+        length_penalty: added to the reward of what was selected; none by default.
+        kl: the KL to the reference.
+        critic: a value head with its loss; none by default.
+        terms: further terms of the loss.
+        whole_groups: train on all completions of a prompt in the same step.
+        num_generations: completions for each prompt, G; `data.batch_size` counts completions.
+        epochs: how often the completions of a window are used.
+        minibatches: optimizer steps in each epoch.
+        optimizer: any torch optimizer by class path.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
+    """
+
+    min_generations: ClassVar[int] = 1
+    """Completions of a prompt that the advantages need."""
+    loss_is_objective = False
+
+    def __init__(
+        self,
+        advantage: Advantage,
+        gate: Gate,
+        aggregate: Aggregate,
+        level: Level = token_level,
+        clips: bool = True,
+        policy: Policy | None = None,
+        reward: Reward | None = None,
+        judges: list[Reward] | None = None,
+        sampler: Sampler | None = None,
+        selection: Selection | None = None,
+        length_penalty: OverlongPenalty | None = None,
+        kl: KL = KL(),
+        critic: Critic | None = None,
+        terms: list[Term] | None = None,
+        whole_groups: bool = False,
+        num_generations: int = 1,
+        epochs: int = 1,
+        minibatches: int = 1,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(policy, reward, judges, sampler, kl.beta, optimizer, lr_scheduler)
+        check_range("[1, inf)", num_generations=num_generations, epochs=epochs, minibatches=minibatches)
+        if num_generations < self.min_generations:
+            raise InputError(
+                f"num_generations = {num_generations}: {type(self).__name__} compares the completions of a prompt with "
+                f"each other; give {self.min_generations} or more"
+            )
+        self.advantage = advantage
+        self.selection = selection or Selection()
+        self.length_penalty = length_penalty
+        self.kl = kl
+        self.coefficient = Coefficient(kl)
+        self.critic = critic
+        line = PolicyLoss(gate, aggregate, level, clips)
+        held = [KLLoss(kl, aggregate)] if kl.in_loss else []
+        self.terms: list[Term] = [line, *held, *([critic] if critic is not None else []), *(terms or [])]
+        self.whole_groups = whole_groups
+        self.num_generations = num_generations
+        self.epochs = epochs
+        self.minibatches = minibatches
+        self._window: Window | None = None
+        self._packed: dict[str, Any] | None = None
+
+    @property
+    def batching(self) -> Batching:
+        """A window."""
+        return Batching(
+            "prompts", self.num_generations, self.epochs, self.minibatches, self.accumulation(), self.selection.spare
+        )
+
+    def configure_model(self) -> None:
+        """Load policy and rewards. LoRA's dropout is switched off: a ratio compares the policy with itself."""
+        super().configure_model()
+        if self.critic is not None:
+            self.critic.build(self.policy.width)
+        if not self.policy.dropout:
+            for module in self.policy.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+    # ---- allocate, generate, score, select ----------------------------------------------------------------------
+
+    def collect(self, batch: dict[str, Any]) -> Experience:
+        """A window; if it is going to be used several times, it is measured here."""
+        seen = self.sample(Prompts.of(batch))
+        rollout = seen.rollout
+        tokens = self.reduce.mean(rollout.sampled.sum().float())
+        seen.normalizers = Normalizers(float(tokens), len(rollout.ids))
+        if self.batching.steps_per_batch == 1:
+            return seen  # the training pass measures
+        with torch.no_grad(), self.policy.evaluating():
+            parts = torch.arange(len(rollout.ids)).chunk(self.batching.parts)
+            stats = [self.measure(rollout.select(rows)) for rows in parts]
+        return self.appraise(seen, TokenStats.join(stats, rollout.completion_ids.shape[1]))
+
+    def sample(self, prompts: Prompts) -> Experience:
+        """Completions with their scores: those that the selection keeps."""
+        wanted = max(1, len(prompts) // (1 + self.selection.spare))
+        parts: list[Experience] = []
+        used, further = 0, wanted
+        while further and len(parts) <= self.selection.spare:
+            taken = prompts.slice(used, further)
+            parts.append(self._draw_scored(taken))
+            used += len(taken)
+            seen = Experience.join(parts)
+            further = self.selection.resample(seen, wanted)
+        rows = self.selection.keep(seen, wanted)
+        if rows is not None:
+            seen = seen.select(rows)
+        return self._finished(replace(seen, beta=self.beta))
+
+    def _draw_scored(self, prompts: Prompts) -> Experience:
+        counts = self.selection.allocate(prompts, self.num_generations * len(prompts))
+        groups = torch.arange(len(prompts)).repeat_interleave(counts)
+        rollout = self.draw(prompts.repeat(counts), groups)
+        # a group is scored together, and no more rows at once than a step trains on
+        chunks = torch.arange(len(prompts)).chunk(self.batching.parts)
+        rows = [torch.isin(groups, chunk).nonzero().squeeze(1) for chunk in chunks]
+        scores = [self.score(rollout.select(part)) for part in rows]
+        return Experience(rollout, Scores.join(scores))
+
+    def _finished(self, seen: Experience) -> Experience:
+        """With the length penalty, and the share of groups that say nothing."""
+        rollout, scores = seen.rollout, seen.scores
+        longest = self.sampler.max_new_tokens
+        penalty = None if self.length_penalty is None else self.length_penalty(rollout, longest)
+        if penalty is not None:
+            spread = scores.per_token
+            if spread is not None:
+                spread = spread + last_token(rollout.sampled) * penalty.unsqueeze(1)
+            parts = scores.parts | {"overlong": penalty}
+            scores = replace(scores, total=scores.total + penalty, parts=parts, per_token=spread)
+        metrics = {}
+        if self.num_generations > 1:
+            differ = has_spread(rollout.layout.table(scores.total))
+            metrics["uniform_groups"] = 1 - differ.float().mean()
+        return replace(seen, scores=scores, metrics=metrics)
+
+    # ---- measure, advantage -------------------------------------------------------------------------------------
+
+    def measure(self, rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
+        """One pass, with the critic's values."""
+        values = None if self.critic is None else self.critic.values
+        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values)
+
+    def appraise(self, seen: Experience, old: TokenStats) -> Experience:
+        """Add what was measured when the completions were drawn, and the advantages that follow from it."""
+        total, penalties = seen.scores.total, torch.zeros_like(old.logps)
+        if self.kl.in_reward:
+            penalties = -seen.beta * self.kl.penalty(old.log_ratio, old.kl, seen.rollout.sampled)
+        rewards = total
+        if self.kl.credit == "sequence":
+            rewards, penalties = total + penalties.sum(-1), torch.zeros_like(penalties)
+        seen = replace(seen, old=old, rewards=rewards, penalties=penalties)
+        advantages = self.advantage(seen, self.reduce)
+        returns = None if self.critic is None else self.critic.targets(seen, self.reduce)
+        seen = replace(seen, advantages=advantages.masked_fill(~seen.mask, 0), returns=returns)
+        kept = self.selection.tokens(seen)
+        if kept is not None:
+            seen = replace(seen, kept=kept, advantages=seen.advantages.masked_fill(~kept, 0))
+            tokens = self.reduce.mean(seen.sampled.sum().float())
+            seen.normalizers = seen.normalizers._replace(tokens=tokens)
+        return seen
+
+    # ---- terms --------------------------------------------------------------------------------------------------
+
+    def loss(self, experience: Experience) -> StepOutput:
+        """The sum of the terms."""
+        return self.add_terms(*self.measured(experience))
+
+    def measured(self, seen: Experience) -> tuple[Experience, TokenStats]:
+        """The training pass. A window that is used once is measured by it, and has its advantages from there."""
+        graphs = furthest(self.terms)
+        if seen.old is not None:
+            return seen, self.measure(seen.rollout, seen.old if graphs == "logps" else None, graphs)
+        now = self.measure(seen.rollout, None, graphs)
+        return self.appraise(seen, now.detach()), now
+
+    def add_terms(self, seen: Experience, now: TokenStats) -> StepOutput:
+        """The terms of the loss, and what they log."""
+        loss, metrics = now.logps.new_zeros(()), {"beta": now.logps.new_tensor(seen.beta)}
+        for term in self.terms:
+            value, figures = term(seen, now, self.reduce)
+            loss, metrics = loss + value, metrics | figures
+        return StepOutput(loss, replace(seen.old, logps=now.logps.detach()), metrics | seen.metrics)
+
+    # ---- one training step --------------------------------------------------------------------------------------
+
+    @wide_numbers()
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One micro-batch of the window; the first draws it."""
+        self.seed("train", batch_idx)
+        steps, batching = self.batching.steps_per_batch, self.batching
+        step = batch_idx % steps
+        if self._packed is not None:
+            self._window, self._packed = Window.unpack(self._packed, self.tokenizer, self.device), None
+        if step == 0 or self._window is None:
+            seen = self.collect(batch)
+            plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups) if steps > 1 else []
+            self._window = Window(seen, plan)
+        window = self._window
+        seen, now = self.measured(window.experience if steps == 1 else window.part(step))
+        output = self.add_terms(seen, now)
+        if step + 1 == steps:
+            self.observe(seen if steps == 1 else window.experience)
+            self._window = None
+        return self.finish_step(seen, output)
+
+    def observe(self, seen: Experience) -> None:
+        """Show a window to the parts that remember something, once it has been trained on."""
+        for part in self._stateful().values():
+            part.observe(seen, self.reduce)
+        self.beta = self.coefficient.beta
+
+    def _stateful(self) -> dict[str, Stateful]:
+        named = {"kl": self.coefficient, "advantage": self.advantage, "selection": self.selection}
+        named |= {f"term_{number}": term for number, term in enumerate(self.terms)}
+        return {name: part for name, part in named.items() if isinstance(part, Stateful)}
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the parts and, in the middle of a window, the window of each process."""
+        super().on_save_checkpoint(checkpoint)
+        window = self._window
+        own = window.pack() if window is not None and window.experience.old is not None else None  # a step that failed
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        checkpoint["grade_lightning"] |= {"parts": states, "windows": self.reduce.gather(own)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on in the middle of the window; with another number of processes or of steps, with a new one."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint["grade_lightning"]
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved.get("parts", {}).get(name, {}))
+        self.beta = self.coefficient.beta
+        windows = saved.get("windows", [None])
+        rank = self.global_rank if self._trainer is not None else 0
+        own = windows[rank] if len(windows) == self.reduce.processes else None
+        self._packed = own if own is not None and len(own["plan"]) == self.batching.steps_per_batch else None

@@ -1,0 +1,147 @@
+"""What the methods that learn from preferences share: pairs of completions, from data or from the reward."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grade_lightning.errors import check_range
+from grade_lightning.policies import Policy
+from grade_lightning.records import Batching, Experience, Prompts, Rollout, StepOutput, TokenStats
+from grade_lightning.rewards import NoReward, Reward
+from grade_lightning.rollouts import Sampler
+
+from .alignment import AlignmentModule
+
+Side: TypeAlias = tuple[TokenStats, Tensor]
+"""Statistics of the tokens of b completions, 0 outside of the mask, and the mask; each (b, T)."""
+PairLoss: TypeAlias = Callable[[Side, Side], Tensor]
+"""(preferred completions, the others) → loss of each pair, (b,)."""
+
+
+def of_sums(loss: Callable[[Tensor, Tensor], Tensor]) -> PairLoss:
+    """A loss of two log-ratios log π − log π_ref, each summed over the completion."""
+    return lambda chosen, rejected: loss(chosen[0].log_ratio.sum(-1), rejected[0].log_ratio.sum(-1))
+
+
+def of_means(loss: Callable[[Tensor, Tensor], Tensor]) -> PairLoss:
+    """A loss of two log-ratios log π − log π_ref, each the mean over the completion's tokens."""
+
+    def mean(side: Side) -> Tensor:
+        stats, mask = side
+        return stats.log_ratio.sum(-1) / mask.sum(-1)
+
+    return lambda chosen, rejected: loss(mean(chosen), mean(rejected))
+
+
+class PreferenceModule(AlignmentModule):
+    """Makes the preferred one of two completions likelier than the other, each compared with the reference.
+
+    Args:
+        pair_loss: loss of each pair.
+        policy: the language model; the bundled one by default.
+        reward: ranks the rollouts, and is measured in evaluation; by default the bundled classifier, with pairs from
+            data none.
+        judges: further rewards that are logged and never trained on.
+        sampler: how completions are drawn. Its temperature is that of the log-probabilities, too.
+        beta: how strongly the policy is held to its reference.
+        pairs: `rollouts`: of each prompt's completions the best and the worst by the reward; `data`: the columns
+            `prompt`, `chosen` and `rejected`.
+        num_generations: completions for each prompt, for pairs from rollouts.
+        optimizer: any torch optimizer by class path.
+        lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
+    """
+
+    def __init__(
+        self,
+        pair_loss: PairLoss,
+        policy: Policy | None = None,
+        reward: Reward | None = None,
+        judges: list[Reward] | None = None,
+        sampler: Sampler | None = None,
+        beta: float = 0.1,
+        pairs: Literal["rollouts", "data"] = "rollouts",
+        num_generations: int = 4,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        if pairs == "data" and reward is None:
+            reward = NoReward()
+        super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
+        check_range("(0, inf)", beta=beta)
+        check_range("[2, inf)", num_generations=num_generations)
+        self.pair_loss = pair_loss
+        self.pairs = pairs
+        self.num_generations = num_generations
+
+    @property
+    def batching(self) -> Batching:
+        """Pairs of the data, or prompts; each micro-batch is a batch of its own."""
+        return Batching("pairs", 2) if self.pairs == "data" else Batching("prompts", self.num_generations)
+
+    def collect(self, batch: dict[str, Any]) -> Experience:
+        """Pairs: the first half of the rows is preferred to the second, row by row."""
+        if self.pairs == "data":
+            rollout = pairs_rollout(batch, self.policy)
+            return Experience(rollout, self.reward.score(rollout), self.beta)  # given, not sampled
+        prompts = Prompts.of(batch)
+        counts = torch.full((len(prompts),), self.num_generations)
+        rollout = self.draw(prompts.repeat(counts), torch.arange(len(prompts)).repeat_interleave(counts))
+        scores = self.score(rollout)
+        grouped = scores.total.unflatten(0, (-1, self.num_generations))
+        best, worst = grouped.nan_to_num(nan=-torch.inf).argmax(-1), grouped.nan_to_num(nan=torch.inf).argmin(-1)
+        first = torch.arange(len(grouped), device=best.device) * self.num_generations
+        rows = torch.cat([first + best, first + worst])
+        return Experience(rollout, scores, self.beta).select(rows)
+
+    def loss(self, experience: Experience) -> StepOutput:
+        """Mean loss over the pairs; 0 for those of which neither completion is better."""
+        rollout = experience.rollout
+        now = self.measure(rollout)
+        pairs = len(rollout.ids) // 2
+        chosen, rejected = (
+            (now.map(lambda x: x[:pairs]), rollout.sampled[:pairs]),
+            (now.map(lambda x: x[pairs:]), rollout.sampled[pairs:]),
+        )
+        losses = self.pair_loss(chosen, rejected)
+        decided = torch.ones_like(losses, dtype=torch.bool)
+        if self.pairs == "rollouts":
+            better, worse = experience.scores.total.chunk(2)
+            decided = (better > worse) | better.isinf()  # infinite ones must reach the loss, which leaves the step out
+        margin = (chosen[0].log_ratio.sum(-1) - rejected[0].log_ratio.sum(-1)).detach()
+        count = decided.sum().clamp(min=1)
+        metrics = {
+            "accuracy": ((margin > 0) & decided).sum() / count,
+            "margin": margin.masked_fill(~decided, 0).sum() / count,
+            "undecided": 1 - decided.float().mean(),
+        }
+        return StepOutput(losses.masked_fill(~decided, 0).mean(), now.detach(), metrics)
+
+
+def pairs_rollout(batch: dict[str, Any], policy: Policy) -> Rollout:
+    """Completions of the data in the form of a rollout: the chosen ones, then the rejected ones.
+
+    Nobody sampled them, so there are no `engine_logps`.
+    """
+    longest = max(batch["chosen_ids"].shape[1], batch["rejected_ids"].shape[1])
+    ids, masks = (
+        torch.cat(
+            [pad(x, (0, longest - x.shape[1]), value=value) for x in (batch[f"chosen_{n}"], batch[f"rejected_{n}"])]
+        )
+        for n, value in (("ids", policy.tokenizer.pad_token_id), ("mask", 0))
+    )
+    pairs = torch.arange(len(batch["input_ids"]))
+    return Rollout(
+        prompt_ids=batch["input_ids"].repeat(2, 1),
+        prompt_mask=batch["attention_mask"].repeat(2, 1),
+        completion_ids=ids,
+        completion_mask=masks.bool(),
+        engine_logps=None,
+        tokenizer=policy.tokenizer,
+        columns={name: values * 2 for name, values in batch["columns"].items()},
+        eos_ids=policy.eos_ids,
+        groups=pairs.repeat(2),
+    )

@@ -1,0 +1,84 @@
+"""Windows: completions that are trained on in several steps, and which step trains on which of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.records import Batching, Experience
+
+Plan = list[tuple[Tensor, Normalizers]]
+"""For each step the rows that it trains on, and what its means are taken over."""
+
+
+@dataclass
+class Window:
+    """What was drawn at once, and the steps that train on it."""
+
+    experience: Experience
+    plan: Plan = field(default_factory=list)
+
+    def part(self, step: int) -> Experience:
+        """What a step trains on."""
+        rows, normalizers = self.plan[step]
+        part = self.experience.select(rows)
+        part.normalizers = normalizers
+        return part
+
+    def pack(self) -> dict[str, Any]:
+        """Tensors and numbers alone, as a checkpoint may hold them; the rows' other columns were for the reward."""
+        return {"experience": self.experience.pack(), "plan": [(rows, *totals) for rows, totals in self.plan]}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Any], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> "Window":
+        """The inverse of :meth:`pack`."""
+        experience = Experience.unpack(move_data_to_device(packed["experience"], device), tokenizer)
+        return cls(experience, [(rows, Normalizers(*totals)) for rows, *totals in packed["plan"]])
+
+
+def plan_steps(
+    seen: Experience, batching: Batching, mean: Callable[[Tensor], Tensor], whole_groups: bool = False
+) -> Plan:
+    """Share out the completions over the steps of a window.
+
+    The rows are shuffled in each epoch, if it has several optimizer steps. Micro-batches of an optimizer step hold
+    completions of similar length, so that little of them is padding.
+
+    Args:
+        seen: the completions.
+        batching: how many epochs, optimizer steps and micro-batches.
+        mean: mean of a tensor over the processes.
+        whole_groups: keep the completions of a prompt together; else they may go to different steps.
+
+    Raises:
+        InputError: they cannot be shared out evenly.
+    """
+    lengths = seen.sampled.sum(-1).cpu()
+    members = list(torch.arange(len(lengths)).unsqueeze(1))
+    if whole_groups:
+        members = [(seen.rollout.layout.row == group).nonzero().squeeze(1) for group in range(_count(seen))]
+    units, parts, accumulation = len(members), batching.parts, batching.accumulation or 1
+    if units % parts:
+        name = "prompts" if whole_groups else "completions"
+        raise InputError(f"{units} {name} cannot be divided evenly into {parts} parts; change data.batch_size")
+    several = batching.minibatches > 1
+    orders = [torch.randperm(units) if several else torch.arange(units) for _ in range(batching.epochs)]
+    steps = [step for order in orders for step in order.chunk(batching.minibatches)]
+    if accumulation > 1:
+        longest = torch.stack([lengths[rows].max() for rows in members])
+        steps = [step[longest[step].argsort(stable=True)] for step in steps]
+    chunks = [torch.cat([members[unit] for unit in chunk]) for step in steps for chunk in step.chunk(accumulation)]
+    counts = torch.stack([torch.stack([lengths[rows].sum(), torch.tensor(len(rows))]) for rows in chunks])
+    own = counts.float().to(seen.rollout.ids.device).unflatten(0, (-1, accumulation)).mean(1)
+    totals = mean(own).repeat_interleave(accumulation, 0).tolist()
+    return [(rows, Normalizers(tokens, count)) for rows, (tokens, count) in zip(chunks, totals, strict=True)]
+
+
+def _count(seen: Experience) -> int:
+    return seen.rollout.layout.shape[0]

@@ -1,0 +1,227 @@
+"""The policy: a causal language model, perhaps with LoRA adapters, beside its frozen reference."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grade_lightning.distributed import gather_full_state, is_first_process
+from grade_lightning.errors import InputError
+
+from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
+from .lora import LoRA, merged_state, with_adapters
+from .network import Frozen, Network
+from .passes import Pass, WholePass
+
+
+class Policy(nn.Module, Network):
+    """A causal language model that is trained, and the frozen one that it started as.
+
+    Nothing is read in `__init__`; :meth:`load` does that. With LoRA the reference is the same network with its
+    adapters switched off, so one copy of the weights is in memory; else it is a frozen copy.
+
+    Args:
+        path: a folder, a name on the Hub, or `"bundled"`.
+        lora: train adapters instead of all weights.
+        dtype: of the weights. With full fine-tuning keep float32 and set `--trainer.precision bf16-mixed`; a base
+            under LoRA can be bfloat16.
+        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`); its choice by default.
+        gradient_checkpointing: recompute activations in the backward pass. The rollout is not affected.
+        dropout: keep the dropout of the model's own configuration. Off by default: with it the policy that learns
+            is not the one that sampled, and the KL at step 0 is not 0. (LoRA's own dropout is separate.)
+        torch_compile: compile the training pass of the network below the head. The rollout is not affected.
+        training_pass: how rollouts go through the network when they are measured; each sequence whole by default.
+
+    Example:
+        >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
+        8
+    """
+
+    phase = "policy"
+
+    def __init__(
+        self,
+        path: str = "bundled",
+        lora: LoRA | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        dropout: bool = False,
+        torch_compile: bool = False,
+        training_pass: Pass | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.lora = lora
+        self.dtype = torch_dtype(dtype)
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dropout = dropout
+        self.torch_compile = torch_compile
+        self.training_pass = training_pass or WholePass()
+        self._compiled: tuple[Callable[..., Any]] | None = None
+        self.model: Any = None
+        self.reference: nn.Module | None = None
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora: LoRA | None = None,
+        reference: bool = True,
+    ) -> "Policy":
+        """Wrap a model that is in memory already; it is used, not copied (its reference is a copy)."""
+        policy = cls(path=model.config.name_or_path or type(model).__name__, lora=lora)
+        policy.dtype = model.dtype
+        if tokenizer is not None:
+            policy.tokenizer = tokenizer
+        policy._adopt(model, reference)
+        return policy
+
+    def load(self, reference: bool = True) -> None:
+        """Read the weights, add the adapters, make the reference (unless not wanted). Does nothing the second time."""
+        if self.model is not None:
+            return
+        path = resolve_model(self.path, "policy")
+        kwargs: dict[str, Any] = {} if self.dropout else {"config": config_without_dropout(path)}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype, use_safetensors=True, **kwargs)
+        check_vocabulary(self.path, model, self.tokenizer)
+        self._adopt(model.train(), reference)
+
+    def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
+        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        rows, logits = (end.weight.shape[0] for end in ends)
+        if rows != logits:
+            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
+        if self.lora is None:
+            if reference:
+                self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+            self.model = model
+        else:
+            self.model = with_adapters(model, self.lora)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, padding on the left and with a padding token."""
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(
+            AutoTokenizer, resolve_model(self.path, "policy"), padding_side="left"
+        )
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise InputError(
+                    f"{self.path}: the tokenizer has neither a padding nor an end-of-sequence token; set one"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model itself, without the wrapper of its adapters."""
+        model: PreTrainedModel = self.model if self.lora is None else self.model.get_base_model()
+        return model
+
+    @property
+    def cache_name(self) -> str:
+        """What the model calls its key-value cache: `cache`, or `past_key_values` before transformers 5.24."""
+        return "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        width: int = self.base.config.get_text_config().hidden_size
+        return width
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that the model takes, where its configuration says so."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a completion: those of the generation settings, else the tokenizer's."""
+        config: GenerationConfig | None = self.base.generation_config
+        ids = config.eos_token_id if config is not None else None
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Logits of the last `length` positions; in training use :meth:`hidden` and :meth:`vocabulary`."""
+        return self.logits(inputs, attention_mask, length)
+
+    @property
+    def body(self) -> Callable[..., Any]:
+        """The network below the head, compiled if that is wanted."""
+        if not self.torch_compile:
+            return super().body
+        if self._compiled is None:
+            from torch._functorch import config
+
+            config.donated_buffer = False  # replay goes through one graph several times
+            self._compiled = (torch.compile(super().body, dynamic=True),)  # in a tuple it is no module of its own
+        return self._compiled[0]
+
+    @property
+    def frozen(self) -> Frozen:
+        """The reference as a network."""
+        model: Any = self.base if self.reference is None else self.reference
+        return Frozen(model, self.as_reference)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference network in evaluation mode: the frozen copy, or this one without its adapters."""
+        if self.reference is not None:
+            yield self.reference.eval()
+        else:
+            with self.evaluating(), self.model.disable_adapter():
+                yield self.model
+
+    @contextmanager
+    def evaluating(self) -> Iterator[PreTrainedModel]:
+        """The model as a sampler needs it: evaluation mode (no dropout, no checkpointing, the cache usable).
+
+        In training mode with gradient checkpointing transformers drops the key-value cache with only a warning, and
+        every token is sampled without its context.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Set the mode of the policy; the reference stays in evaluation mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def save_pretrained(self, folder: str | Path, merge: bool = True) -> None:
+        """Write a Hugging Face folder with tokenizer.
+
+        Where the weights are spread over processes, all of them must call it. The first one writes.
+
+        Args:
+            folder: where.
+            merge: add the adapters to the weights that are written; else write them alone, with the name of their base.
+        """
+        merged, alone = self.lora is not None and merge, self.lora is not None and not merge
+        model: Any = self.model if alone else self.base
+        options = {"save_embedding_layers": False} if alone else {}
+        state = gather_full_state(merged_state(self.base) if merged else model.state_dict())
+        if is_first_process():
+            model.save_pretrained(folder, state_dict=state, **options)
+            self.tokenizer.save_pretrained(folder)

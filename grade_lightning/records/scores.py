@@ -1,0 +1,77 @@
+"""Rewards of a rollout."""
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grade_lightning.functional.replay import Adjoint
+from grade_lightning.functional.sequences import last_token
+from grade_lightning.numerics import widened
+
+
+@dataclass
+class Scores:
+    """Rewards of a rollout, in float32 or better whatever computed them; NaN where a reward abstains."""
+
+    total: Tensor
+    """(B,)"""
+    parts: dict[str, Tensor]
+    """Each named reward's own value, (B,)."""
+    adjoints: list[Adjoint] = field(default_factory=list)
+    """Gradient of `total.nansum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
+    per_token: Tensor | None = None
+    """(B, T): how `total` is spread over the tokens; None: all of it is of the last one."""
+
+    def __post_init__(self) -> None:
+        """Rewards of a group differ by less than half precision can tell."""
+        self.total = widened(self.total)
+        self.parts = {name: widened(value) for name, value in self.parts.items()}
+
+    def at_tokens(self, mask: Tensor) -> Tensor:
+        """Reward of each token, (B, T); 0 where the reward abstains.
+
+        Args:
+            mask: tokens that are trained on, (B, T).
+        """
+        if self.per_token is not None:
+            return self.per_token.masked_fill(self.total.isnan().unsqueeze(1), 0)
+        return last_token(mask) * self.total.nan_to_num(nan=0.0).unsqueeze(1)
+
+    def select(self, rows: Tensor, length: int | None = None) -> "Scores":
+        """Those of some of the sequences, cut to `length` tokens; without adjoints."""
+        per_token = None if self.per_token is None else self.per_token[rows, :length]
+        parts = {name: value[rows] for name, value in self.parts.items()}
+        return Scores(self.total[rows], parts, per_token=per_token)
+
+    @classmethod
+    def join(cls, scores: "list[Scores]") -> "Scores":
+        """Those of several rollouts; without adjoints."""
+        parts = {name: torch.cat([score.parts[name] for score in scores]) for name in scores[0].parts}
+        spread = [score.per_token for score in scores if score.per_token is not None]
+        longest = max((x.shape[1] for x in spread), default=0)
+        per_token = torch.cat([pad(x, (0, longest - x.shape[1])) for x in spread]) if spread else None
+        return cls(torch.cat([score.total for score in scores]), parts, per_token=per_token)
+
+    def pack(self) -> dict[str, Any]:
+        """Tensors alone, as a checkpoint may hold them; without adjoints."""
+        per_token = None if self.per_token is None else self.per_token.cpu()
+        parts = {name: value.cpu() for name, value in self.parts.items()}
+        return {"total": self.total.cpu(), "parts": parts, "per_token": per_token}
+
+
+def unique_name(name: str, taken: Container[str]) -> str:
+    """`name`, or `name-2` and so on where it is taken.
+
+    Example:
+        >>> unique_name("classifier", {"classifier", "classifier-2"})
+        'classifier-3'
+    """
+    unique, n = name, 1
+    while unique in taken:
+        n += 1
+        unique = f"{name}-{n}"
+    return unique

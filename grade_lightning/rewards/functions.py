@@ -1,0 +1,133 @@
+"""Rewards that are Python functions."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future
+from functools import cache
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grade_lightning.errors import InputError, check_range
+from grade_lightning.records import Rollout
+
+from .base import Reward
+
+
+class FunctionReward(Reward):
+    """A Python function `f(prompts, completions, **columns) -> list[float | None]`, as in TRL; or `async def f(…)`.
+
+    Args:
+        function: the function, or its dotted path in YAML. It gets the texts and every other column of the data by
+            keyword, and returns one number for each completion, in a list, an array, a tensor or one after another;
+            None abstains. A step in which one is infinite or NaN is left out.
+        timeout: seconds that a call may take; None: as many as it likes. After that the run ends with an error.
+            Python cannot stop the call: it goes on in a thread that ends with the process.
+
+    Example:
+        >>> def shortness(prompts, completions, **columns):
+        ...     return [-len(text) for text in completions]
+        >>> FunctionReward(shortness).name
+        'shortness'
+    """
+
+    def __init__(self, function: Callable[..., Any], timeout: float | None = None) -> None:
+        super().__init__()
+        check_range("(0, inf)", "reward", timeout=timeout)
+        self.function = function
+        self.timeout = timeout
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Call the function.
+
+        Raises:
+            InputError: it raises, takes too long, or does not return one number or None for each completion.
+        """
+        columns = {key: value for key, value in rollout.columns.items() if key not in ("prompts", "completions")}
+        columns |= {"prompts": rollout.prompts, "completions": rollout.completions}
+
+        @torch.no_grad()
+        def call() -> Any:
+            values = self.function(**columns)
+            if inspect.isawaitable(values):
+                values = asyncio.run_coroutine_threadsafe(_result(values), _loop()).result()
+            return list(values) if isinstance(values, Iterator) else values
+
+        answer = _answer(call, self.timeout)
+        if not answer.done():
+            raise InputError(
+                f"reward {self.name}: no answer within {self.timeout} s for {len(rollout.completions)} completions; "
+                "make the function faster or raise its timeout"
+            )
+        try:
+            values = answer.result()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"reward {self.name}: the function raised {type(error).__name__}: {reason}") from error
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, Iterable) or isinstance(values, _NO_LISTS):
+            raise InputError(f"reward {self.name}: must return a list of numbers or None, not {_short(values)}")
+        scores = [_number(value, self.name) for value in values]
+        if len(scores) != len(rollout.completions):
+            raise InputError(f"reward {self.name}: {len(scores)} values for {len(rollout.completions)} completions")
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids.device)
+
+
+_NO_LISTS = (str, bytes, Mapping, Set)
+
+
+def _answer(call: Callable[[], Any], timeout: float | None) -> Future[Any]:
+    """What a call returns or raises; with a timeout it is made in a thread of its own, and may not be done."""
+    answer: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    if timeout is None:
+        work()
+    else:
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(timeout)
+    return answer
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all calls, so that connections last; in its own thread, since a notebook has one in ours."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+async def _result(values: Awaitable[Any]) -> Any:
+    return await values
+
+
+def _number(value: Any, name: str) -> float:
+    """A float; a NaN that the function computed is a mistake and no abstention."""
+    if value is None:
+        return math.nan
+    try:
+        number = float(value) if not isinstance(value, (str, bytes)) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise InputError(f"reward {name}: must return a list of numbers or None, not of {_short(value)}")
+    return math.inf if math.isnan(number) else number
+
+
+def _short(value: Any) -> str:
+    return " ".join(f"{value!r:.60}".split())

@@ -1,0 +1,84 @@
+"""Several rewards, added with weights."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError, check_range
+from grade_lightning.functional.replay import Adjoint
+from grade_lightning.records import RelaxedRollout, Rollout, Scores, unique_name
+
+from .base import Reward
+
+
+class WeightedSum(Reward):
+    """Several rewards, added with weights.
+
+    Where one of them abstains the others count alone. Differentiable when all of them are.
+
+    Args:
+        rewards: the rewards.
+        weights: one for each; 1 by default.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(rewards) if weights is None else weights
+        if not rewards or len(weights) != len(rewards):
+            raise InputError(
+                f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each"
+            )
+        for weight in weights:
+            check_range("(-inf, inf)", "WeightedSum", weight=weight)
+        self.rewards = nn.ModuleList(rewards)
+        self.weights = weights
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Load every part."""
+        for reward in self.parts:
+            reward.load(tokenizer, vocabulary)
+
+    @property
+    def parts(self) -> list[Reward]:
+        """The rewards that are added."""
+        return [reward for reward in self.rewards if isinstance(reward, Reward)]
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """The weighted sum."""
+        return self.score(rollout).total
+
+    def score(self, rollout: Rollout) -> Scores:
+        """The weighted sum and each part."""
+        return self._add(rollout, [reward.score(rollout) for reward in self.parts])
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """The weighted sum, each part, and the gradients of all."""
+        for reward in self.parts:
+            if not reward.differentiable:
+                reward.pathwise(rollout)  # says what to do instead
+        return self._add(rollout, [reward.pathwise(rollout) for reward in self.parts])
+
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """The weighted sum and each part, with their graphs."""
+        return self._add(rollout, [reward.relaxed(rollout) for reward in self.parts])
+
+    def _add(self, rollout: Rollout, scores: list[Scores]) -> Scores:
+        weighted = torch.stack([w * s.total for w, s in zip(self.weights, scores, strict=True)])
+        total = weighted.nansum(0)
+        total = total.where(~total.isnan(), torch.inf)  # of +∞ and −∞: a mistake, and no abstention
+        total = total.masked_fill(weighted.isnan().all(0), torch.nan)
+        parts: dict[str, Tensor] = {}
+        for score in scores:
+            for name, value in score.parts.items():
+                parts[unique_name(name, parts)] = value
+        adjoints = [
+            Adjoint(w * part.gradient, part.table)
+            for w, score in zip(self.weights, scores, strict=True)
+            for part in score.adjoints
+        ]
+        per_token = None
+        if any(score.per_token is not None for score in scores):
+            spread = [w * score.at_tokens(rollout.sampled) for w, score in zip(self.weights, scores, strict=True)]
+            per_token = torch.stack(spread).sum(0)
+        return Scores(total, parts, adjoints, per_token)

@@ -1,0 +1,82 @@
+"""How completions are drawn: settings, and the engine that follows them."""
+
+from dataclasses import replace
+
+import torch
+from torch.profiler import record_function
+from transformers import GenerationConfig
+
+from grade_lightning.errors import check_range
+from grade_lightning.policies import Policy
+from grade_lightning.records import Prompts, Rollout
+
+from .distribution import Distribution
+from .engine import Engine
+from .transformers import TransformersEngine
+
+
+class Sampler:
+    """Draws completions with the same settings in training and in evaluation.
+
+    Args:
+        max_new_tokens: longest completion.
+        min_new_tokens: the end-of-sequence token is masked before that many tokens.
+        temperature: divides the logits.
+        top_k: sample from the k most likely tokens (the paper's restriction for the relaxed tokens is 256).
+        top_p: sample from the smallest set of tokens that holds this mass.
+        engine: what draws them; `generate` of transformers by default.
+
+    Example:
+        >>> Sampler(temperature=0.5).distribution.temperature
+        0.5
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 48,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        engine: Engine | None = None,
+    ) -> None:
+        check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k)
+        check_range(f"[0, {max_new_tokens}]", "sampler", min_new_tokens=min_new_tokens)
+        check_range("(0, inf)", "sampler", temperature=temperature)
+        check_range("(0, 1]", "sampler", top_p=top_p)
+        self.distribution = Distribution(max_new_tokens, min_new_tokens, temperature, top_k, top_p)
+        self.engine = engine or TransformersEngine()
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest completion."""
+        return self.distribution.max_new_tokens
+
+    @record_function("sampling")
+    def __call__(self, policy: Policy, prompts: Prompts, groups: torch.Tensor | None = None, step: int = 0) -> Rollout:
+        """Draw one completion for each prompt, with the global random state.
+
+        Args:
+            policy: the policy; sampled in evaluation mode whatever mode it is in.
+            prompts: B prompts.
+            groups: (B,): a label for each, the same for the completions of one prompt; None: each is by itself.
+            step: optimizer steps that the policy's weights have behind them.
+        """
+        self.engine.sync(policy, step)
+        rollout = self.engine.generate(policy, self.distribution, prompts)
+        return rollout if groups is None else replace(rollout, groups=groups)
+
+    def settings(self, policy: Policy) -> GenerationConfig:
+        """With which `generate` of transformers samples from the same distribution by itself."""
+        own = self.distribution
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=own.max_new_tokens,
+            min_new_tokens=own.min_new_tokens or None,
+            temperature=own.temperature,
+            top_k=own.top_k or 0,
+            top_p=own.top_p,
+            eos_token_id=policy.eos_ids or None,
+            pad_token_id=policy.tokenizer.pad_token_id,
+            bos_token_id=policy.tokenizer.bos_token_id,
+        )

@@ -1,0 +1,168 @@
+"""Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import check_range
+from grade_lightning.policies import Policy
+from grade_lightning.records import Prompts, Rollout
+
+from .distribution import Distribution
+from .engine import Engine
+from .transformers import TransformersEngine
+
+Message = dict[str, str]
+"""What somebody says: `role` and `content`."""
+
+
+class Environment(ABC):
+    """One conversation partner of the policy, such as a tool, for one completion."""
+
+    @abstractmethod
+    def reset(self, row: dict[str, Any]) -> list[Message]:
+        """Begin; what it returns stands between the prompt and the policy's first turn.
+
+        Args:
+            row: the columns of the prompt's row.
+        """
+
+    @abstractmethod
+    def step(self, text: str) -> tuple[list[Message], float | None, bool]:
+        """Answer the policy's turn.
+
+        Args:
+            text: what the policy wrote.
+
+        Returns:
+            The answer; a reward for the turn, or None; whether the conversation is over.
+        """
+
+
+@dataclass
+class _Episode:
+    """One completion while it is made."""
+
+    environment: Environment
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    reward: float = 0.0
+    done: bool = False
+
+    def add(self, tokens: list[int], turn: int, sampled: bool, logps: list[float] | None = None) -> None:
+        """Append tokens of the policy, or of somebody else."""
+        self.tokens += tokens
+        self.sampled += [sampled] * len(tokens)
+        self.turns += [turn] * len(tokens)
+        self.logps += logps or [0.0] * len(tokens)
+
+
+class Turns(Engine):
+    """Several turns of the policy, with the answers of an environment between them.
+
+    A completion is all turns and answers together, of `max_new_tokens` at most; an answer that would leave no room for
+    another turn is left out, and ends it. The content of answers is appended as plain text. A column `returns` has the
+    sum of each completion's rewards, for a reward function that names it.
+
+    Args:
+        environment: makes an environment for each completion.
+        max_turns: turns of the policy at most.
+        turn_tokens: most tokens of a turn; None: all that are left.
+        engine: draws the policy's turns; `generate` of transformers by default.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        max_turns: int = 4,
+        turn_tokens: int | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        check_range("[1, inf)", "engine", max_turns=max_turns, turn_tokens=turn_tokens)
+        self.environment = environment
+        self.max_turns = max_turns
+        self.turn_tokens = turn_tokens
+        self.engine = engine or TransformersEngine()
+
+    def sync(self, policy: Policy, step: int) -> None:
+        """Hand over the policy's weights."""
+        self.engine.sync(policy, step)
+
+    def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Rollout:
+        """One conversation for each prompt, with the global random state."""
+        tokenizer, known = policy.tokenizer, True
+        episodes = [
+            _Episode(self.environment(), ids[mask.bool()].tolist())
+            for ids, mask in zip(prompts.ids.cpu(), prompts.mask.cpu(), strict=True)
+        ]
+        for number, episode in enumerate(episodes):
+            row = {name: values[number] for name, values in prompts.columns.items()}
+            episode.add(_encoded(tokenizer, episode.environment.reset(row)), turn=0, sampled=False)
+        for turn in range(self.max_turns):
+            live = [episode for episode in episodes if not episode.done]
+            if not live:
+                break
+            room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
+            room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
+            ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
+            begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask))
+            said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
+            known = known and said.engine_logps is not None
+            for i, episode in enumerate(live):
+                length = min(int(said.lengths[i]), room[i])
+                tokens = said.completion_ids[i, :length].tolist()
+                logps = None if said.engine_logps is None else said.engine_logps[i, :length].tolist()
+                episode.add(tokens, turn, sampled=True, logps=logps)
+                text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
+                messages, reward, done = episode.environment.step(text)
+                episode.reward += reward or 0.0
+                answer = _encoded(tokenizer, messages)
+                full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
+                episode.done = done or full or turn + 1 == self.max_turns
+                if not episode.done:
+                    episode.add(answer, turn, sampled=False)
+        rollout = _joined(episodes, prompts, policy)
+        return rollout if known else replace(rollout, engine_logps=None)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    text = "".join(message["content"] for message in messages)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False) if text else []
+    return ids
+
+
+def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows as a tensor, and where it is no padding."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    joined = [more + row if left else row + more for row, more in zip(rows, fill, strict=True)]
+    here = torch.arange(longest) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return torch.tensor(joined), here.flip(1) if left else here
+
+
+def _joined(episodes: list[_Episode], prompts: Prompts, policy: Policy) -> Rollout:
+    device = prompts.ids.device
+    ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
+    sampled, _ = _padded([episode.sampled for episode in episodes], False)
+    turns, _ = _padded([episode.turns for episode in episodes], 0)
+    logps, _ = _padded([episode.logps for episode in episodes], 0.0)
+    return Rollout(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        completion_ids=ids.to(device),
+        completion_mask=mask.to(device),
+        engine_logps=logps.to(device, torch.float32),
+        tokenizer=policy.tokenizer,
+        columns=prompts.columns | {"returns": [episode.reward for episode in episodes]},
+        eos_ids=policy.eos_ids,
+        sampled=sampled.to(device),
+        turns=turns.to(device),
+    )

@@ -1,0 +1,157 @@
+"""Terms: a method's loss is a sum of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from grade_lightning.advantages import Advantage
+from grade_lightning.distributed import Reduce
+from grade_lightning.errors import check_range
+from grade_lightning.functional import advantages, losses, ratios
+from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.gates import Gate
+from grade_lightning.kl import KL
+from grade_lightning.levels import Level, token_level
+from grade_lightning.policies import ValueHead
+from grade_lightning.records import Experience, TokenStats
+
+Aggregate: TypeAlias = Callable[[Tensor, Normalizers], Tensor]
+"""(mask, normalizers) → weight of each token, (B, T)."""
+Graphs = Literal["logps", "log_ratio", "kl"]
+"""Up to which of the token statistics the training pass keeps graphs, in this order."""
+
+
+def furthest(terms: "Sequence[Term]") -> Graphs:
+    """Which graphs several terms need."""
+    order: tuple[Graphs, ...] = ("logps", "log_ratio", "kl")
+    return max((term.graphs for term in terms), key=order.index)
+
+
+class Term(ABC):
+    """One addend of a loss."""
+
+    graphs: Graphs = "logps"
+    """What it differentiates. Beyond `logps` the reference is passed through in every training step."""
+
+    @abstractmethod
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar, and further scalars to log.
+
+        Args:
+            seen: what is trained on.
+            now: statistics of the training pass, with their graphs.
+            reduce: statistics over all processes.
+        """
+
+
+class PolicyLoss(Term):
+    """The policy-gradient line: level, gate and aggregation of advantage × ∇log π.
+
+    Args:
+        gate: coefficient of each token.
+        level: over what a ratio is taken.
+        aggregate: weight of each token.
+        clips: whether the gate cuts ratios off, so that the share of those is worth logging.
+    """
+
+    def __init__(self, gate: Gate, aggregate: Aggregate, level: Level = token_level, clips: bool = True) -> None:
+        self.gate, self.level, self.aggregate, self.clips = gate, level, aggregate, clips
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """The line, and the share of tokens that the gate cuts off."""
+        mask, old = seen.sampled, seen.old.logps
+
+        def gate(ratio: Tensor, _: Tensor) -> Tensor:
+            return self.gate(ratio, seen)
+
+        def level(values: Tensor, _: Tensor) -> Tensor:
+            return self.level(values, seen)
+
+        weights = self.aggregate(mask, seen.normalizers)
+        loss = losses.policy_loss(now.logps, old, seen.advantages, mask, weights, gate, level)
+        if not self.clips:
+            return loss, {}
+        ratio = ratios.importance_ratio(now.logps, old, mask, level)
+        gated = (self.gate(ratio, seen) != ratio) & mask & (seen.advantages != 0)
+        return loss, {"clip_fraction": gated.sum() / mask.sum()}
+
+
+class KLLoss(Term):
+    """The KL to the reference, where it is in the loss.
+
+    Args:
+        kl: which estimate of it.
+        aggregate: weight of each token.
+    """
+
+    def __init__(self, kl: KL, aggregate: Aggregate) -> None:
+        self.kl, self.aggregate = kl, aggregate
+        self.graphs = "kl" if kl.estimator == "full" else "log_ratio"
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """β times the estimate."""
+        mask = seen.sampled
+        weights = self.aggregate(mask, seen.normalizers)
+        return seen.beta * self.kl.loss(now.logps, now.log_ratio, now.kl, mask, weights), {}
+
+
+class Critic(nn.Module, Term):
+    """A value head on the policy's hidden states, and its loss.
+
+    Args:
+        targets: what it is to predict, (experience, statistics over processes) → (B, T); by default the undiscounted
+            reward from each token on.
+        aggregate: weight of each token.
+        epsilon: a value moves by at most this much from what it was at the time of sampling.
+        coefficient: weight of the value loss.
+        trunk: `shared`: the value loss trains the policy's network, too; `detached`: the value head alone.
+
+    References:
+        | The N+ Implementation Details of RLHF with PPO (Huang et al., 2024), https://arxiv.org/abs/2403.17031
+    """
+
+    def __init__(
+        self,
+        aggregate: Aggregate,
+        targets: Advantage | None = None,
+        epsilon: float = 0.2,
+        coefficient: float = 0.1,
+        trunk: Literal["shared", "detached"] = "shared",
+    ) -> None:
+        super().__init__()
+        check_range("[0, inf]", epsilon_value=epsilon)
+        check_range("[0, inf)", vf_coef=coefficient)
+        self.targets = targets or _rewards_to_go
+        self.aggregate = aggregate
+        self.epsilon = epsilon
+        self.coefficient = coefficient
+        self.trunk = trunk
+        self.head: ValueHead | None = None
+
+    def build(self, width: int) -> None:
+        """Make the head for hidden states of this width; nothing happens the second time."""
+        self.head = self.head or ValueHead(width)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values of hidden states; (…, width) → (…)."""
+        assert self.head is not None
+        found: Tensor = self.head(hidden.detach() if self.trunk == "detached" else hidden)
+        return found
+
+    def forward(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped loss, and how much of the returns' variance the values explain."""
+        old, returns, mask = seen.old.values, seen.returns, seen.mask
+        assert old is not None
+        assert now.values is not None
+        assert returns is not None
+        errors = losses.clipped_value_loss(now.values, old, returns, self.epsilon)
+        loss = (errors * self.aggregate(mask, seen.normalizers)).sum()
+        unexplained, whole = (advantages.mean_and_variance(x, mask, reduce.sum)[1] for x in (returns - old, returns))
+        figures = {"value/loss": loss.detach(), "value/explained_variance": 1 - unexplained / whole}
+        return self.coefficient * loss, figures
+
+
+def _rewards_to_go(seen: Experience, reduce: Reduce) -> Tensor:
+    return advantages.discounted_returns(seen.token_rewards(), seen.mask)

@@ -1,0 +1,85 @@
+"""Reward modelling, on toy text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from grade_lightning.methods import RewardModel
+from grade_lightning.records import Rollout
+from grade_lightning.rewards import ClassifierReward
+from tests.conftest import VOCABULARY, make_tokenizer
+from tests.methods.stages import adam, constant, labelled, saved_keys, trained_keys, trainer
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "head"])
+def test_a_reward_model_learns_and_its_folder_is_a_reward(frozen: bool, folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = RewardModel(str(folder), freeze_backbone=frozen, hidden=32, optimizer=adam)
+    module.configure_model()
+    classifier = module.classifier
+    assert classifier is not None
+    start = {name: value.clone() for name, value in classifier.state_dict().items()}
+    run = trainer()
+    run.fit(module, labelled(60))
+    moved = {name for name, value in classifier.state_dict().items() if not torch.equal(value, start[name])}
+    expected = {name for name in start if name.startswith("head.") or not frozen}
+    assert moved == expected
+    saved = saved_keys(run, tmp_path / "a.ckpt")
+    assert saved == trained_keys(module)
+    assert all(name.startswith("classifier.head.") for name in saved) is frozen
+
+    (found,) = trainer().test(module, labelled(4), verbose=False)
+    assert set(found) == {"test/loss", "test/accuracy", "test/auroc", "test/calibration_error"}
+    assert found["test/auroc"] > (0.75 if frozen else 0.97)
+    assert found["test/accuracy"] > (0.6 if frozen else 0.9)
+
+    module.save_pretrained(str(tmp_path / "reward"))
+    reward = ClassifierReward(str(tmp_path / "reward"))
+    reward.load(make_tokenizer(), VOCABULARY)
+    batch = next(iter(labelled(1)))
+    ids: Tensor = batch["input_ids"]
+    rollout = Rollout(
+        prompt_ids=ids[:, :4],
+        prompt_mask=torch.ones_like(ids[:, :4]),
+        completion_ids=ids[:, 4:],
+        completion_mask=torch.ones(16, 2, dtype=torch.bool),
+        engine_logps=None,
+        tokenizer=make_tokenizer(),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(reward(rollout), module(batch).sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+def test_reward_metrics_are_those_of_the_whole_epoch(folder: Path) -> None:
+    """Accuracy, area under the curve and calibration over both batches together, by plain loops."""
+    torch.manual_seed(0)
+    module = RewardModel(str(folder), hidden=8, optimizer=adam)
+    trainer(max_steps=5).fit(module, labelled(5))
+    loader = labelled(2)
+    (found,) = trainer().validate(module, loader, verbose=False)
+    with torch.no_grad():
+        probs = torch.cat([module(batch).sigmoid() for batch in loader])
+    labels = torch.cat([batch["labels"] for batch in loader])
+    positive, negative = probs[labels == 1], probs[labels == 0]
+    pairs = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative)
+    assert found["val/auroc"] == pytest.approx(float(pairs.mean()), abs=1e-5)
+    assert found["val/accuracy"] == pytest.approx(float(((probs > 0.5) == labels.bool()).double().mean()), abs=1e-5)
+
+
+def test_stages_resume_where_they_stopped(folder: Path, tmp_path: Path) -> None:
+    def stage() -> RewardModel:
+        torch.manual_seed(0)
+        return RewardModel(str(folder), hidden=8, optimizer=adam, lr_scheduler=constant)
+
+    whole, half, resumed = stage(), stage(), stage()
+    torch.manual_seed(0)
+    trainer(max_epochs=2).fit(whole, labelled(3))
+    torch.manual_seed(0)
+    run = trainer()
+    run.fit(half, labelled(3))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(max_epochs=2).fit(resumed, labelled(3), ckpt_path=tmp_path / "a.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -1,0 +1,116 @@
+"""A toy task for every method: a small random model, a reward of its tokens, and a real Trainer."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import grade_lightning.methods
+from grade_lightning.modules import AlignmentModule
+from grade_lightning.policies import LoRA, Policy
+from grade_lightning.rewards import DifferentiableReward
+from grade_lightning.rollouts import Sampler
+from grade_lightning.schedules import Constant
+from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer
+
+METHODS = [
+    value
+    for value in vars(grade_lightning.methods).values()
+    if isinstance(value, type) and issubclass(value, AlignmentModule)
+]
+SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+class Toy(DifferentiableReward):
+    """The fraction of tokens with an id above 9. Its buffer belongs in no checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frozen", torch.zeros(1))
+
+    def table(self) -> Tensor:
+        return torch.eye(VOCABULARY)
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return (embeddings[..., 10:].sum(-1) * mask).sum(-1) / mask.sum(-1)
+
+
+class Recorder(Callback):
+    """Keeps what each training step logged, and which parameters had a gradient."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.without_gradient: list[set[str]] = []  # of each step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.without_gradient.append({name for name, p in trained.items() if p.grad is None or not p.grad.any()})
+        assert all(p.grad is None for p in pl_module.parameters() if not p.requires_grad)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def make(
+    method: type[AlignmentModule], lora: bool = False, lr: float = 1e-2, seed: int = 0, **kwargs: Any
+) -> AlignmentModule:
+    model = make_model("llama", scale=SCALE)
+    seed_everything(seed, verbose=False)
+    policy = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
+    settings: dict[str, Any] = {
+        "sampler": Sampler(max_new_tokens=6),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    }
+    parameters = inspect.signature(method).parameters
+    if "kl" in parameters:
+        settings["kl"] = replace(parameters["kl"].default, beta=0.1 * parameters["kl"].default.beta)  # a tiny reward
+    if "tau" in parameters:
+        settings["tau"] = Constant(1.0)  # a schedule over the run would see that a resumed run is a longer one
+    return method(policy=policy, reward=Toy(), **settings | kwargs)
+
+
+def batches(count: int = 2, repeat: int = 4) -> DataLoader[Any]:
+    prompts = {name: value.repeat(repeat, 1) for name, value in make_prompts().items()}
+    return DataLoader([prompts | {"columns": {}}] * count, batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer(**kwargs: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
+    return Trainer(**quiet | kwargs)
+
+
+def fit(module: AlignmentModule, steps: int, loader: DataLoader[Any] | None = None, **kwargs: Any) -> Recorder:
+    recorder = Recorder()
+    loader = batches(steps) if loader is None else loader
+    trainer(callbacks=[recorder], log_every_n_steps=1, **kwargs).fit(module, loader)
+    return recorder
+
+
+def weights(module: AlignmentModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def trained_names(module: AlignmentModule) -> set[str]:
+    """With both names of tied weights, as in a state."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, two[name])] == []

@@ -1,0 +1,3 @@
+"""A small model folder."""
+
+from tests.methods.conftest import folder  # noqa: F401
