@@ -80,7 +80,7 @@ class GradeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside the trainer's, the model's and the data's."""
-        help = "A .ckpt file to start a new run from; to go on with a run: its folder, or `last` for the latest one."
+        help = "A .ckpt file to start a new run from; to resume a run: its folder, or `last` for the latest one."
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=help)
         # no callback in Lightning's sense, which there is no getting rid of
         parser.add_class_arguments(Checkpoint, "checkpoint", fail_untyped=False, sub_configs=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint a command starts from, and which run goes on."""
+"""Which checkpoint a command starts from, and which run it resumes."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ class Start:
     checkpoint: Path | None = None
     """None: at the beginning."""
     folder: Path | None = None
-    """The run's folder where it is known beforehand: of a run that goes on, and of a job of SLURM."""
+    """The run's folder where it is known beforehand: of a run that is resumed, and of a job of SLURM."""
     step: int = 0
     """Optimizer steps that the checkpoint has behind it."""
     method: str | None = None
@@ -40,7 +40,7 @@ class Start:
 
 
 def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[str]) -> Start:
-    """Read `--ckpt_path`: nothing, a file, the folder of a run, or `last`. Only a run that trains goes on.
+    """Read `--ckpt_path`: nothing, a file, the folder of a run, or `last`. Only a run that trains is resumed.
 
     Args:
         ckpt_path: what the user gave.
@@ -75,7 +75,7 @@ def find_start(ckpt_path: str | None, runs: Path, command: str, args: Sequence[s
     step, method = _check(checkpoint)
     if command != "fit":
         return Start(checkpoint)
-    rank_zero_info(f"The run in {folder} goes on at step {step}, from {checkpoint.relative_to(folder)}")
+    rank_zero_info(f"The run in {folder} resumes at step {step}, from {checkpoint.relative_to(folder)}")
     return Start(checkpoint, folder, step, method)
 
 

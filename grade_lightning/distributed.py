@@ -16,6 +16,7 @@ class Reduce:
         trainer: the run's; None: there is one process.
 
     Example:
+        >>> import torch
         >>> Reduce().sum(torch.tensor([1.0, 2.0])), Reduce().gather("a")
         (tensor([1., 2.]), ['a'])
     """
@@ -63,6 +64,7 @@ def gather_full_state(state: dict[str, Any]) -> dict[str, Any]:
     All processes must call it. The first has the tensors, in its own memory; the others have empty ones.
 
     Example:
+        >>> import torch
         >>> gather_full_state({"step": 1, "weight": torch.ones(2)})
         {'step': 1, 'weight': tensor([1., 1.])}
     """

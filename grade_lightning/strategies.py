@@ -70,7 +70,7 @@ class FSDP2(ModelParallelStrategy):
         self._free()
 
     def _free(self) -> None:
-        for part in _parts(self._whole):
+        for part in _sharded_parts(self._whole):
             part.reshard()
 
     # ---- checkpoints: whole tensors ----------------------------------------------------------------------------
@@ -139,14 +139,14 @@ def _shard(module: Any, mesh: DeviceMesh) -> _Whole:
     ignored = {parameter for part in frozen for parameter in part.parameters()}
     for part in (*odd, *layers, whole):
         fully_shard(part, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    for part in _parts(whole):
+    for part in _sharded_parts(whole):
         part.set_reshard_after_backward(False, recurse=False)
         part.unshard()  # the first time must not be in inference mode, as evaluation is
         part.reshard()
     return whole
 
 
-def _parts(module: Any) -> list[FSDPModule]:
+def _sharded_parts(module: Any) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 

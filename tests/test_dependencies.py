@@ -23,11 +23,11 @@ for module in pkgutil.walk_packages(grade_lightning.__path__, "grade_lightning."
     importlib.import_module(module.name)
 assert "site-packages" in pathlib.Path(grade_lightning.__file__).parts, grade_lightning.__file__
 """
-COMMANDS = ("main", "run", "config", "guard", "errors")
+COMMANDS, STAGES = ("main", "run", "config", "guard", "errors"), ("supervised", "reward_model")
 # both sampling ways and both kinds of gradient; all commands, LoRA, resuming, and every message to a user
 SMOKE = [
     ["tests/methods/test_contract.py", "-k", "(GradeSTE or RLOO) and (rises or resumed or loaded)"],
-    ["tests/methods/test_stages.py", *(f"tests/cli/test_{name}.py" for name in COMMANDS)],
+    [*(f"tests/methods/test_{name}.py" for name in STAGES), *(f"tests/cli/test_{name}.py" for name in COMMANDS)],
 ]
 
 

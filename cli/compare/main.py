@@ -30,7 +30,7 @@ def compare(args: Sequence[str] | None = None) -> None:
     Parser.given = given
     parser = Parser(
         prog="grade-compare",
-        description="Train several methods, everything else equal; go on where it stopped. Behind a lone -- stand "
+        description="Train several methods, everything else equal; resume where it stopped. Behind a lone -- stand "
         "arguments of grade-fit for all runs.",
     )
     parser.add_argument("-c", "--config", action="config", help="A plan in YAML.")
@@ -51,7 +51,7 @@ def compare(args: Sequence[str] | None = None) -> None:
             told["arguments"] = (told.get("arguments") or {}) | option_pairs(shared)
         if told and "methods" not in told:
             raise InputError(
-                f"{', '.join(told)}: given without methods; give the whole plan, or nothing of it to go on"
+                f"{', '.join(told)}: given without methods; give the whole plan, or nothing of it to resume"
             )
         comparison = Comparison(Path(o.out), plan(**told) if told else None)
         if o.run is not None:

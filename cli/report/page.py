@@ -260,4 +260,4 @@ def _made(study: Study) -> str:
             known.setdefault(name, {})[value] = None
     made = [f"{name} {', '.join(values)}" for name, values in known.items()]
     again = sum(bool(run.about.get("from_step")) for run in study.runs)
-    return "; ".join([*made, *([f"{again} of them interrupted, and gone on with"] if again else [])])
+    return "; ".join([*made, *([f"{again} of them interrupted and resumed"] if again else [])])

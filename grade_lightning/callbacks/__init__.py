@@ -2,11 +2,11 @@
 
 from .checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoint import Checkpoint as Checkpoint
-from .checkpoint import Requeue as Requeue
-from .checkpoint import Terminate as Terminate
 from .completions import Completions as Completions
 from .export import Export as Export
 from .gradient_variance import GradientVariance as GradientVariance
 from .predictions import PredictionWriter as PredictionWriter
 from .progress import Progress as Progress
+from .signals import Requeue as Requeue
+from .signals import Terminate as Terminate
 from .summary import Summary as Summary

@@ -20,6 +20,7 @@ def token_mean(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[Ten
     """Every token the same: 1 / tokens.
 
     Example:
+        >>> import torch
         >>> token_mean(torch.tensor([[True, True], [True, False]]), Normalizers(tokens=3, sequences=2))
         tensor([[0.3333, 0.3333],
                 [0.3333, 0.0000]])
@@ -31,6 +32,7 @@ def sequence_mean(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[
     """Every sequence the same, whatever its length: 1 / (sequences × its length).
 
     Example:
+        >>> import torch
         >>> sequence_mean(torch.tensor([[True, True], [True, False]]), Normalizers(tokens=3, sequences=2))
         tensor([[0.2500, 0.2500],
                 [0.5000, 0.0000]])

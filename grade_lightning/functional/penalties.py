@@ -11,6 +11,7 @@ def overlong_penalty(lengths: Int[Tensor, " b"], longest: int, buffer: int) -> F
         | DAPO (Yu et al., 2025), https://arxiv.org/abs/2503.14476
 
     Example:
+        >>> import torch
         >>> overlong_penalty(torch.tensor([80, 90, 100]), longest=100, buffer=20)
         tensor([ 0.0000, -0.5000, -1.0000])
     """

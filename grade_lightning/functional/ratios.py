@@ -19,6 +19,7 @@ def importance_ratio(
     """The exponential of the level's mean of log π − log π_old: at the levels of turns and sequences a geometric mean.
 
     Example:
+        >>> import torch
         >>> logps, old = torch.tensor([[0.3, 0.1]]), torch.tensor([[0.0, 0.0]])
         >>> importance_ratio(logps, old, torch.ones(1, 2, dtype=torch.bool), sequence_level).log()
         tensor([[0.2000, 0.2000]])
@@ -39,6 +40,7 @@ def sequence_level(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> F
         | Group Sequence Policy Optimization (Zheng et al., 2025), https://arxiv.org/abs/2507.18071
 
     Example:
+        >>> import torch
         >>> sequence_level(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[2., 2., 2.]])
     """
@@ -52,6 +54,7 @@ def turn_level(
     """The mean over each turn; `turns` numbers the turn that each token belongs to, from 0.
 
     Example:
+        >>> import torch
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
         >>> turn_level(torch.tensor([[1.0, 3.0, 9.0]]), mask, torch.tensor([[0, 0, 1]]))
         tensor([[2., 2., 9.]])

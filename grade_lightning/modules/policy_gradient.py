@@ -235,7 +235,8 @@ class PolicyGradientModule(AlignmentModule):
         for term in self.terms:
             value, figures = term(seen, now, self.reduce)
             loss, metrics = loss + value, metrics | figures
-        return StepOutput(loss, replace(seen.old, logps=now.logps.detach()), metrics | seen.metrics)
+        stats = replace(seen.old, logps=now.logps.detach())
+        return StepOutput(loss, stats, metrics | seen.metrics, seen)
 
     # ---- one training step --------------------------------------------------------------------------------------
 
@@ -252,10 +253,10 @@ class PolicyGradientModule(AlignmentModule):
             plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups) if steps > 1 else []
             self._window = Window(seen, plan)
         window = self._window
-        seen, now = self.measured(window.experience if steps == 1 else window.part(step))
-        output = self.add_terms(seen, now)
+        seen = window.experience if steps == 1 else window.part(step)
+        output = self.loss(seen)
         if step + 1 == steps:
-            self.observe(seen if steps == 1 else window.experience)
+            self.observe(output.experience or seen if steps == 1 else window.experience)
             self._window = None
         return self.finish_step(seen, output)
 

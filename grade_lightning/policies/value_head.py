@@ -10,6 +10,7 @@ class ValueHead(nn.Linear):
         width: of the hidden states.
 
     Example:
+        >>> import torch
         >>> ValueHead(4)(torch.ones(2, 3, 4)).shape
         torch.Size([2, 3])
     """

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .experience import Experience
 from .token_stats import TokenStats
 
 
@@ -17,3 +18,5 @@ class StepOutput:
     """Of the step's completions; no graph. `logps` are those of the training pass."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars, logged as `train/{name}`; a name with a slash is logged as it is."""
+    experience: Experience | None = None
+    """What the loss was made of, where the training pass added to it: measurements and advantages."""

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from grade_lightning.callbacks.gradient_variance import GradientVariance, draw_noise
+from grade_lightning.callbacks.gradient_variance import GradientVariance
+from grade_lightning.callbacks.noise_figure import draw_noise
 from grade_lightning.callbacks.probe import layer_of
 from grade_lightning.errors import InputError
 from grade_lightning.methods import GradeSTE

@@ -141,7 +141,7 @@ def test_a_run_goes_on_in_its_folder(
     first = (version() / "config.yaml").read_text()
     before = {path.name for path in version().iterdir()}
     run("fit", *shelf.all, *SIX, f"--ckpt_path={where}")
-    assert "The run in runs/GradeSTE/version_0 goes on at step 2" in capsys.readouterr().err
+    assert "The run in runs/GradeSTE/version_0 resumes at step 2" in capsys.readouterr().err
     assert [path.name for path in version().parent.iterdir()] == ["version_0"]
     assert_is(version(), whole)
     assert (version() / "config.yaml").read_text() == first

@@ -203,7 +203,7 @@ def test_what_was_interrupted_and_what_differs_is_on_the_page(make: Make) -> Non
     for method, size in (("GradeSTE", 4), ("RLOO", 8)):
         (place(folder, method) / method / "version_0" / "config.yaml").write_text(f"data: {{batch_size: {size}}}")
     text = Page(main.report([folder]).read_text()).text
-    assert "1 of them interrupted, and gone on with" in text
+    assert "1 of them interrupted and resumed" in text
     assert "Not the same task: the methods differ in data.batch_size (4, 8)." in text
 
 
