@@ -1,3 +1,5 @@
+workers = -n auto --maxprocesses 8 --dist loadfile # a test file is one worker's: its fixtures are made once
+
 .PHONY: check slow lint
 
 lint: # what pre-commit checks, over all files
@@ -7,7 +9,7 @@ lint: # what pre-commit checks, over all files
 
 check: lint # what the gate runs, but for the fresh environment
 	mypy
-	pytest
+	pytest $(workers)
 
 slow:
-	pytest -m slow
+	pytest -m slow $(workers)

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and their processes stand side by side
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
