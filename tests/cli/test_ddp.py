@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
 from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
@@ -162,12 +163,20 @@ def work(folder: Path, backbone: Path) -> None:
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
     middle = folder / "values" / "step=3.ckpt"
-    module, _, _ = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
+    module, _, trainer = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
     for strategy in ("ddp", "fsdp2"):
         found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in EVERY}
     found["sharded"] = sharded(folder, backbone, rank)
+    found["reduced"] = reduced(Reduce(trainer), rank)
     torch.save(found, folder / f"{rank}.pt")
+
+
+def reduced(reduce: Reduce, rank: int) -> dict[str, list[float]]:
+    """Sums and means, and what the tensors that went into them are afterwards."""
+    sums, means, counts = torch.tensor([1.0, rank]), torch.tensor([1.0, rank]), torch.tensor([rank, 2])
+    found = {"sum": reduce.sum(sums), "mean": reduce.mean(means), "mean of counts": reduce.mean(counts)}
+    return {name: x.tolist() for name, x in (found | {"summed": sums, "averaged": means, "counted": counts}).items()}
 
 
 def flattened(state: Any, name: str = "") -> dict[str, float]:
@@ -205,6 +214,18 @@ def test_what_is_logged_is_what_one_process_would_log(name: str, together: Toget
     for one, two, truth in zip(*(found[name]["logged"] for found in together[1]), watch.logged, strict=True):
         expected = {figure: pytest.approx(truth[figure], rel=1e-5, abs=1e-6) for figure in FIGURES.split()}
         assert {figure: one[figure] for figure in expected} == {figure: two[figure] for figure in expected} == expected
+
+
+def test_what_is_reduced_is_left_as_it_was(together: Together) -> None:
+    for rank, found in enumerate(together[1]):
+        assert found["reduced"] == {
+            "sum": [2, 1],
+            "mean": [1, 0.5],
+            "mean of counts": [0.5, 2],
+            "summed": [1, rank],
+            "averaged": [1, rank],
+            "counted": [rank, 2],
+        }
 
 
 @pytest.mark.parametrize("case", EVERY)
