@@ -30,7 +30,7 @@ def furthest(terms: "Sequence[Term]") -> Graphs:
 
 
 class Term(ABC):
-    """One addend of a loss."""
+    """One addend of a loss. It may be an `nn.Module` with parameters of its own, or :class:`Stateful`."""
 
     graphs: Graphs = "logps"
     """What it differentiates. Beyond `logps` the reference is passed through in every training step."""
@@ -75,7 +75,7 @@ class PolicyLoss(Term):
             return loss, {}
         ratio = ratios.importance_ratio(now.logps, old, mask, level)
         gated = (self.gate(ratio, seen) != ratio) & mask & (seen.advantages != 0)
-        return loss, {"clip_fraction": gated.sum() / mask.sum()}
+        return loss, {"clip_fraction": gated.sum() / mask.sum().clamp(min=1)}
 
 
 class KLLoss(Term):

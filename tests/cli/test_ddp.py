@@ -25,7 +25,7 @@ from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpo
 from tests.cli.ranks import EVERY, launch, two_steps
 from tests.cli.test_fsdp import sharded
 from tests.methods.toy_task import Toy
-from tests.modules.seams import Greedy, Ragged, Seams, Tool
+from tests.modules.seams import Greedy, Longer, Ragged, Seams, Tool
 from tests.modules.toys import Watch, build, distance, loader, own_weights, prompts, states
 
 WATCHED = '''
@@ -118,6 +118,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
+    "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 
@@ -203,7 +204,7 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "turns"))
+    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "rows of its own", "turns"))
     assert_same(one["weights"], two["weights"])
 
 

@@ -19,16 +19,29 @@ from grade_lightning.functional.gates import importance, reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.levels import turn_level
-from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, GradeSTE, ReinforcePlusPlus
+from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, GradeSTE, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import Experience, Prompts, Rollout
-from grade_lightning.rewards import FunctionReward
+from grade_lightning.rewards import FunctionReward, Reward
 from grade_lightning.rollouts import Sampler, TransformersEngine, Turns
 from grade_lightning.selection import Selection
 from tests.conftest import make_model, make_prompts, make_tokenizer
 from tests.methods.toy_task import Toy, assert_same, trainer, weights
-from tests.modules.seams import Imitation, LikelyTokens, PerToken, Playback, Ragged, Seams, Tool, TwoThirds
+from tests.modules.seams import (
+    Counted,
+    Imitation,
+    LikelyTokens,
+    PerToken,
+    Picked,
+    Playback,
+    Ragged,
+    Seams,
+    Tilt,
+    Tool,
+    TwoThirds,
+    Wide,
+)
 from tests.modules.toys import (
     Keep,
     Numbered,
@@ -107,6 +120,16 @@ def test_completions_that_nobody_sampled_need_no_log_probabilities() -> None:
         for engine in (Playback(), Silent())
     )
     assert distance(silent, loud) == 0
+
+
+def test_an_engine_may_pad_to_a_width_of_its_own() -> None:
+    """Rewards of tokens are cut as the completions are; the gradient is that without the padding."""
+    settings: dict[str, Any] = {"reward": PerToken(), "num_generations": 4, "kl": KL()}
+    found = [
+        gradient(build(ReinforcePlusPlus, sampler=Sampler(15, engine=engine), **settings), prompts(4))
+        for engine in (Wide(), Playback())
+    ]
+    assert distance(*found) == 0
 
 
 # ---- turns ----------------------------------------------------------------------------------------------------------
@@ -264,6 +287,58 @@ def test_rows_that_cannot_be_shared_out_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("others", [False, True], ids=["here", "elsewhere"])
+def test_a_selection_that_keeps_nothing_is_named(epochs: int, others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a process that does keep something, too: else it would wait for the other."""
+    if others:
+        monkeypatch.setattr(Reduce, "sum", lambda self, values: values + 1)
+    module = build(GRPO, **plain(GRPO, selection=Picked([3, 5] if others else []), epochs=epochs))
+    with pytest.raises(InputError, match=r"selection Picked: it keeps no completion.*every process"):
+        run(module, prompts(4))
+
+
+def test_rows_may_be_kept_by_a_mask() -> None:
+    """With their own columns."""
+    masks = [[row in (2, 3, 7) for row in range(16)], [2, 3, 7]]
+    settings = plain(RLOO, kl=KL())
+    one, two = (build(RLOO, **settings, selection=Picked(rows)).collect(prompts(4)).rollout for rows in masks)
+    assert torch.equal(one.completion_ids, two.completion_ids)
+    assert one.columns == two.columns == {"completions": [prompts(4)["columns"]["completions"][i] for i in (0, 0, 1)]}
+
+
+def test_means_are_over_what_all_processes_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another process kept ten tokens in three rows."""
+    module = build(RLOO, **plain(RLOO, selection=Picked([0, 15])))
+    monkeypatch.setattr(Reduce, "mean", lambda self, values: (values + torch.tensor([10, 3])) / 2)
+    seen = module.collect(prompts(4))
+    assert seen.normalizers == ((1 + 12 + 10) / 2, (2 + 3) / 2)
+
+
+def test_no_more_prompts_are_drawn_than_there_are() -> None:
+    class Insatiable(Selection):
+        spare = 2
+
+        def resample(self, seen: Experience, wanted: int) -> int:
+            return 5
+
+    module = build(GRPO, **plain(GRPO, selection=Insatiable()))
+    assert len(module.collect(prompts(3)).rollout.ids) == 12
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("method", [PPO, DAPO, GRPO])
+def test_a_step_without_a_token_to_train_on_has_no_gradient(method: type[PolicyGradientModule], epochs: int) -> None:
+    """The line, the KL in the loss and the critic: 0 and not NaN, and the step is not left out."""
+    module = build(method, **plain(method, epochs=epochs, kl=KL(0.1, "k3", "loss")))
+    module.selection = Picked(tokens=False)
+    watch = run(module, prompts(4))
+    assert [line["train/loss"] for line in watch.logged] == [0] * epochs
+    assert [line["train/clip_fraction"] for line in watch.logged] == [0] * epochs
+    assert not any(flat(gradients).any() for gradients in watch.gradients)
+    assert watch.logged[-1]["train/skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_tokens_that_are_not_kept_have_no_gradient_and_are_not_counted(epochs: int) -> None:
     """The mean is over the tokens that are kept, whether the training pass measures them or an earlier one."""
     batch = prompts(3, shortest=4)
@@ -326,6 +401,16 @@ def test_a_second_term_adds_its_gradient(epochs: int) -> None:
     assert distance({name: thrice[name] - line[name] for name in line}, {n: 3 * g for n, g in more.items()}) < 1e-9
     watch = run(build(RLOO, **plain(RLOO, terms=[Imitation()])), batch)
     assert "train/imitation" in watch.logged[0]
+
+
+def test_a_term_with_parameters_is_trained_and_saved() -> None:
+    """By its part of the loss, the sum of the log-probabilities."""
+    module = build(RLOO, **plain(RLOO, terms=[Imitation(), Tilt()], kl=KL()))
+    name = "trained_terms.Tilt.tilt"
+    assert name in module.state_dict()
+    watch = run(module, prompts(4))
+    assert float(watch.gradients[0][name]) < -1
+    assert float(module.state_dict()[name]) == pytest.approx(-0.05 * float(watch.gradients[0][name]))
 
 
 def test_a_reward_may_be_spread_over_the_tokens() -> None:
@@ -401,6 +486,72 @@ def test_a_run_of_such_parts_resumes_exactly(engine: str, tmp_path: Path) -> Non
         assert_same(one, two)
         assert module.beta == whole.beta
     assert whole.beta != 0.1
+
+
+def saved(folder: Path, steps: int, **kwargs: Any) -> tuple[PolicyGradientModule, Any]:
+    """A run of so many windows of two steps each, whose prompts have a label, a checkpoint after each step."""
+    module = build(GRPO, torch.float32, num_generations=4, epochs=2, **kwargs)
+    windows: Any = [prompts(4, seed=seed) for seed in range(steps)]
+    for window in windows:
+        window["columns"] |= {"label": [1, "two", None, {"four": [4.0, True]}], "odd": [torch.tensor(1)] * 4}
+    save = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)] if steps == 2 else []
+    run = trainer(callbacks=save, enable_checkpointing=bool(save), log_every_n_steps=1)
+    return module, lambda **where: run.fit(module, ResumableLoader(windows, repeats=2, batch_size=None), **where)
+
+
+def test_a_part_that_a_checkpoint_lacks_begins_anew(tmp_path: Path) -> None:
+    _, fit = saved(tmp_path, 2)
+    fit()
+    selection = TwoThirds()
+    _, resume = saved(tmp_path, 3, selection=selection)
+    resume(ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert len(selection.memory) == len(set(Prompts.of(prompts(4)).keys))
+
+
+def test_what_a_term_remembers_does_not_depend_on_the_other_terms(tmp_path: Path) -> None:
+    """Resumed without the KL in the loss, and with two of its kind."""
+    _, fit = saved(tmp_path, 2, terms=[Counted()], kl=KL(0.1, "k3", "loss"))
+    fit()
+    terms = [Imitation(), Counted(), Counted()]
+    _, resume = saved(tmp_path, 3, terms=terms, kl=KL())
+    resume(ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert [term.batches for term in terms if isinstance(term, Counted)] == [3, 2]
+
+
+def test_what_is_observed_after_a_resume_has_its_plain_columns(tmp_path: Path) -> None:
+    counted = [Counted(), Counted()]
+    _, fit = saved(tmp_path, 2, terms=counted[:1])
+    fit()
+    _, resume = saved(tmp_path, 1, terms=counted[1:])
+    resume(ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+    label = [label for label in (1, "two", None, {"four": [4.0, True]}) for _ in range(4)]
+    assert counted[0].labels == counted[1].labels == label
+
+
+def test_a_batch_with_an_infinite_reward_is_not_observed() -> None:
+    class Infinite(Reward):
+        def forward(self, rollout: Rollout) -> Tensor:
+            return Toy().score(rollout).total.index_fill(0, torch.tensor([2]), torch.inf)
+
+    counted = Counted()
+    module = build(RLOO, **plain(RLOO, reward=Infinite(), terms=[counted], kl=KL(0.5, target=1e-3, horizon=1)))
+    run(module, prompts(4))
+    assert (counted.batches, module.beta) == (0, 0.5)
+    module.reward = Toy()
+    run(module, prompts(4))
+    assert counted.batches == 1
+    assert module.beta != 0.5
+
+
+def test_what_is_logged_is_the_objective_that_was_trained_on() -> None:
+    """With the β of the window, in all of its steps; the adaptive one has moved on after the last."""
+    module = build(Reinforce, **plain(Reinforce, epochs=2, kl=KL(0.5, target=1e-3, horizon=1)))
+    move(module)
+    watch = run(module, prompts(4), prompts(4, seed=1))
+    for line, beta in zip(watch.logged, (0.5, 0.5, 0.6, 0.6), strict=True):
+        assert line["train/beta"] == pytest.approx(beta)
+        assert line["train/objective"] == pytest.approx(line["train/reward"] - beta * line["train/kl"], rel=1e-5)
+    assert module.beta == pytest.approx(0.72)
 
 
 def test_a_window_in_a_checkpoint_keeps_turns_and_groups(tmp_path: Path) -> None:
