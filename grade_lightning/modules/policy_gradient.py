@@ -13,7 +13,7 @@ from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import Normalizers
 from grade_lightning.gates import Gate
 from grade_lightning.kl import KL, Coefficient
-from grade_lightning.levels import Level, token_level
+from grade_lightning.levels import Level
 from grade_lightning.numerics import wide_numbers
 from grade_lightning.policies import Policy
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats, unique_name
@@ -31,6 +31,8 @@ from .window import Window, plan_steps
 class PolicyGradientModule(AlignmentModule):
     """Raises the probability of completions by their advantage. A method is a choice of parts.
 
+    The first five have no default: a method fixes them, so they are no options of it on the command line.
+
     The stages of a step, each handing its result to the next: *allocate* completions to prompts, *generate* them,
     *score* them, *select* those that are trained on, *measure* their tokens, take *advantages*, and sum the *terms* of
     the loss.
@@ -42,9 +44,9 @@ class PolicyGradientModule(AlignmentModule):
 
     Args:
         advantage: advantage of each token.
+        level: over what a ratio is taken.
         gate: coefficient of A ∇log π.
         aggregate: weight of each token in the loss.
-        level: over what a ratio is taken.
         clips: whether the gate cuts ratios off, so that the share of those is worth logging.
         policy: the language model; the bundled one by default.
         reward: what is maximised, of any kind; the bundled classifier by default.
@@ -70,10 +72,10 @@ class PolicyGradientModule(AlignmentModule):
     def __init__(
         self,
         advantage: Advantage,
+        level: Level,
         gate: Gate,
         aggregate: Aggregate,
-        level: Level = token_level,
-        clips: bool = True,
+        clips: bool,
         policy: Policy | None = None,
         reward: Reward | None = None,
         judges: list[Reward] | None = None,

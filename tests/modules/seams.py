@@ -12,6 +12,7 @@ from grade_lightning.distributed import Reduce
 from grade_lightning.functional.aggregation import sequence_sum
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.memory import PromptMemory
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
@@ -198,4 +199,11 @@ class Seams(PolicyGradientModule):
             return torch.where(seen.old.logps.exp() < 0.02, ratio, inner(ratio, seen))
 
         parts: dict[str, Any] = {"selection": TwoThirds(), "terms": [Imitation()]}
-        super().__init__(advantage=group_centred, gate=gate, aggregate=sequence_sum, **parts | kwargs)
+        super().__init__(
+            advantage=group_centred,
+            level=token_level,
+            gate=gate,
+            aggregate=sequence_sum,
+            clips=True,
+            **parts | kwargs,
+        )

@@ -18,7 +18,7 @@ from grade_lightning.functional.aggregation import sequence_sum, token_mean
 from grade_lightning.functional.gates import importance, reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
-from grade_lightning.levels import turn_level
+from grade_lightning.levels import token_level, turn_level
 from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, GradeSTE, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
@@ -577,8 +577,10 @@ def test_a_plain_line_needs_no_more_than_its_parts() -> None:
     policy = Policy.from_model(make_model("gpt2", torch.float64, scale=4.0), make_tokenizer())
     module = PolicyGradientModule(
         advantage=lambda seen, reduce: seen.rewards.unsqueeze(1).expand(seen.rollout.sampled.shape),
+        level=token_level,
         gate=by_advantage(reinforce),
         aggregate=sequence_sum,
+        clips=False,
         policy=policy,
         reward=Toy(),
         sampler=Sampler(12, engine=Playback()),
