@@ -17,7 +17,7 @@ class Selection(Stateful):
     """
 
     spare: int = 0
-    """Further prompts in a batch for each that is needed; as often completions may be drawn again."""
+    """Further prompts in a batch for each that is needed; completions may be drawn again as many times."""
 
     def allocate(self, prompts: Prompts, budget: int) -> Tensor:
         """Completions of each prompt, (P,).

@@ -69,7 +69,7 @@ class Sampler:
         return rollout if groups is None else replace(rollout, groups=groups)
 
     def settings(self, policy: Policy) -> GenerationConfig:
-        """With which `generate` of transformers samples from the same distribution by itself."""
+        """Settings with which `generate` of transformers samples from the same distribution by itself."""
         own = self.distribution
         return GenerationConfig(
             do_sample=True,

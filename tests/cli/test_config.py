@@ -197,3 +197,13 @@ def test_a_critic_needs_no_arguments(run: Run, own: str, shelf: Shelf) -> None:
     one, two = (version(number, "RLOO") for number in range(2))
     assert_same(weights(checkpoint(one)), weights(checkpoint(two)))
     assert scalar(one, "value/loss") == scalar(two, "value/loss")
+
+
+def test_an_environment_by_flag(run: Run, own: str, shelf: Shelf) -> None:
+    """Its answer, of three tokens, is in no length."""
+    args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO"]
+    args += ["--model.reward=FunctionReward", f"--model.reward.function={own}.words"]
+    args += ["--model.sampler.engine=Turns", "--model.sampler.engine.environment=tests.modules.seams.Tool"]
+    args += ["--model.sampler.engine.turn_tokens=1", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"]
+    run("fit", *args)
+    assert scalar(version(method="RLOO"), "train/response_length") == [2]
