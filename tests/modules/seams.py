@@ -14,16 +14,19 @@ from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
 from grade_lightning.levels import token_level
 from grade_lightning.memory import PromptMemory
+from grade_lightning.methods import RLOO
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import Experience, Prompts, Rollout, Scores, TokenStats
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Distribution, Engine, Environment, TransformersEngine
+from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.rollouts.turns import Message
 from grade_lightning.selection import Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.terms import Term
-from tests.modules.toys import Prescribed
+from tests.conftest import make_model, make_tokenizer
+from tests.methods.toy_task import Toy
+from tests.modules.toys import Prescribed, constant
 
 
 class Playback(Prescribed):
@@ -207,3 +210,15 @@ class Seams(PolicyGradientModule):
             clips=True,
             **parts | kwargs,
         )
+
+
+def two_turns(tool: type[Tool] = Tool, **kwargs: Any) -> Sampler:
+    return Sampler(12, engine=Turns(tool, turn_tokens=4, **kwargs))
+
+
+def make_turns(method: type[Any] = RLOO, **kwargs: Any) -> Any:
+    policy = Policy.from_model(make_model("gpt2", torch.float64, scale=4.0), make_tokenizer())
+    reward = kwargs.pop("reward", Toy())
+    module = method(policy=policy, reward=reward, sampler=two_turns(), lr_scheduler=constant, **kwargs)
+    module.configure_model()
+    return module
