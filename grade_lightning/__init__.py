@@ -1,10 +1,13 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
+from grade_lightning.advantages import grouped
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
+from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
     DAPO,
@@ -25,8 +28,8 @@ from grade_lightning.methods import (
     SupervisedFineTuning,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
-from grade_lightning.policies import LoRA, Policy
-from grade_lightning.records import Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.policies import LoRA, Pass, Policy
+from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
     DifferentiableReward,
@@ -38,6 +41,7 @@ from grade_lightning.rewards import (
 from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import DynamicSampling, Selection
+from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
 from grade_lightning.terms import Critic, Term
 
@@ -57,6 +61,7 @@ __all__ = [
     "RLOO",
     "SAPO",
     "AlignmentModule",
+    "Batching",
     "BundledReviews",
     "Checkpoint",
     "ClassifierReward",
@@ -85,10 +90,12 @@ __all__ = [
     "LoRA",
     "LocalFiles",
     "OverlongPenalty",
+    "Pass",
     "Policy",
     "PolicyGradientModule",
     "PredictionWriter",
     "PreferenceModule",
+    "PromptMemory",
     "Prompts",
     "ReinMax",
     "Reinforce",
@@ -101,6 +108,7 @@ __all__ = [
     "Scores",
     "Selection",
     "Source",
+    "Stateful",
     "StepOutput",
     "StraightThrough",
     "Summary",
@@ -113,4 +121,6 @@ __all__ = [
     "TransformersEngine",
     "Turns",
     "WeightedSum",
+    "by_advantage",
+    "grouped",
 ]

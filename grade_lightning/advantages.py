@@ -90,7 +90,7 @@ class Baseline(Stateful):
         return {} if self.average is None else {"average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Restore it."""
         self.average = state.get("average")
 
 

@@ -34,13 +34,13 @@ class Reduce:
         return self._reduced(values, "sum")
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes, element by element."""
-        return self._reduced(values, "mean")
+        """Mean over the processes, element by element; a fraction of whole numbers, too."""
+        return self._reduced(values if values.is_floating_point() else values.float(), "mean")
 
     def _reduced(self, values: Tensor, how: str) -> Tensor:
         if self.trainer is None:
             return values
-        reduced = self.trainer.strategy.reduce(values, reduce_op=how)
+        reduced = self.trainer.strategy.reduce(values.clone(), reduce_op=how)  # which writes into what it is given
         assert isinstance(reduced, Tensor)
         return reduced
 

@@ -105,7 +105,7 @@ class KL:
     def penalty(self, log_ratio: Tensor, exact: Tensor, mask: Tensor) -> Tensor:
         """What β multiplies in the reward of each token, without a graph; (B, T).
 
-        By `sequence` the whole of it stands at the last token, to be counted to the completion's reward.
+        By `sequence` all of it is at the last token, as a part of the completion's reward.
         """
         log_ratio, exact = (x.detach().masked_fill(~mask, 0) for x in (log_ratio, exact))
         if self.credit == "token":
@@ -162,14 +162,14 @@ class Coefficient(Stateful):
         """Move β towards the target, where there is one."""
         if self.kl.target is not None:
             kl = sequences.masked_sum(seen.old.kl, seen.rollout.sampled)
-            mean = float(reduce.mean(kl.mean()))
-            self.beta = self.kl.adapted(self.beta, mean, len(kl) * reduce.processes)
+            total, count = reduce.sum(torch.stack([kl.sum(), kl.new_tensor(len(kl))])).tolist()
+            self.beta = self.kl.adapted(self.beta, total / count, int(count))
 
     def state_dict(self) -> dict[str, Any]:
         """β, where it moves."""
         return {} if self.kl.target is None else {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a moving β; a fixed one is what the user set."""
+        """Resume a moving β; a fixed one is what the user set."""
         if self.kl.target is not None:
             self.beta = state.get("beta", self.beta)

@@ -69,5 +69,5 @@ class PromptMemory(Stateful):
         return {"keys": torch.tensor(list(self._known), dtype=torch.int64), "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self._known = OrderedDict(zip(state["keys"].tolist(), state["values"].cpu().unbind(), strict=True))

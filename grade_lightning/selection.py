@@ -12,12 +12,12 @@ from grade_lightning.stateful import Stateful
 class Selection(Stateful):
     """Everything: as many completions of each prompt, and all of them are trained on.
 
-    A subclass changes one of the four decisions. All processes decide for their own prompts; what is kept must be as
-    many rows on each.
+    A subclass changes one of the four decisions. Each process decides for its own prompts, and must keep at least one
+    completion.
     """
 
     spare: int = 0
-    """Further prompts in a batch for each that is needed; as often completions may be drawn again."""
+    """Further prompts in a batch for each that is needed; completions may be drawn again as many times."""
 
     def allocate(self, prompts: Prompts, budget: int) -> Tensor:
         """Completions of each prompt, (P,).
@@ -29,7 +29,7 @@ class Selection(Stateful):
         return torch.full((len(prompts),), budget // len(prompts))
 
     def resample(self, seen: Experience, wanted: int) -> int:
-        """How many further prompts to draw completions of; 0: enough.
+        """How many further prompts to draw completions of; 0: enough. Never more are drawn than the batch still has.
 
         Args:
             seen: all completions so far, with their scores.
@@ -38,7 +38,10 @@ class Selection(Stateful):
         return 0
 
     def keep(self, seen: Experience, wanted: int) -> Tensor | None:
-        """Which completions are trained on, in this order, (b,); None: all. Arguments as in :meth:`resample`."""
+        """Which completions are trained on, as numbers in this order, (b,), or as a mask, (B,), bool; None: all.
+
+        Arguments as in :meth:`resample`.
+        """
         return None
 
     def tokens(self, seen: Experience) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -10,14 +10,14 @@ from grade_lightning.advantages import Advantage
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, losses, ratios
-from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.functional.aggregation import Normalizers, token_mean
 from grade_lightning.gates import Gate
 from grade_lightning.kl import KL
 from grade_lightning.levels import Level, token_level
 from grade_lightning.policies import ValueHead
 from grade_lightning.records import Experience, TokenStats
 
-Aggregate: TypeAlias = Callable[[Tensor, Normalizers], Tensor]
+Aggregate: TypeAlias = Callable[[Tensor, Normalizers], Any]  # a Tensor; to jsonargparse a jaxtyping one is another type
 """(mask, normalizers) → weight of each token, (B, T)."""
 Graphs = Literal["logps", "log_ratio", "kl"]
 """Up to which of the token statistics the training pass keeps graphs, in this order."""
@@ -30,7 +30,7 @@ def furthest(terms: "Sequence[Term]") -> Graphs:
 
 
 class Term(ABC):
-    """One addend of a loss."""
+    """One addend of a loss. It may be an `nn.Module` with parameters of its own, or :class:`Stateful`."""
 
     graphs: Graphs = "logps"
     """What it differentiates. Beyond `logps` the reference is passed through in every training step."""
@@ -75,7 +75,7 @@ class PolicyLoss(Term):
             return loss, {}
         ratio = ratios.importance_ratio(now.logps, old, mask, level)
         gated = (self.gate(ratio, seen) != ratio) & mask & (seen.advantages != 0)
-        return loss, {"clip_fraction": gated.sum() / mask.sum()}
+        return loss, {"clip_fraction": gated.sum() / mask.sum().clamp(min=1)}
 
 
 class KLLoss(Term):
@@ -101,9 +101,9 @@ class Critic(nn.Module, Term):
     """A value head on the policy's hidden states, and its loss.
 
     Args:
+        aggregate: weight of each token.
         targets: what it is to predict, (experience, statistics over processes) → (B, T); by default the undiscounted
             reward from each token on.
-        aggregate: weight of each token.
         epsilon: a value moves by at most this much from what it was at the time of sampling.
         coefficient: weight of the value loss.
         trunk: `shared`: the value loss trains the policy's network, too; `detached`: the value head alone.
@@ -114,7 +114,7 @@ class Critic(nn.Module, Term):
 
     def __init__(
         self,
-        aggregate: Aggregate,
+        aggregate: Aggregate = token_mean,
         targets: Advantage | None = None,
         epsilon: float = 0.2,
         coefficient: float = 0.1,

@@ -41,7 +41,7 @@ def report(
         folders: comparisons' folders, or single runs'.
         out: folder to write into; default: `report` in the first.
         beta: coefficient of the KL in the objective; default: that of the comparison's plan.
-        reach: validation rewards of which is said when they were reached.
+        reach: validation rewards; the page says when each was reached.
 
     Returns:
         The page.

@@ -125,7 +125,7 @@ def render(
         arms: the methods that are compared.
         figures: SVG, by name.
         beta: coefficient of the KL in the objective; None: the objective is left out.
-        levels: rewards of which is said when they were reached.
+        levels: rewards; the page says when each was reached.
     """
     pairs = {name: differences.differences(arms, name, beta) for name in measures(arms, beta) if name != "kl"}
     drifts = list(diagnostics.drifts(arms))

@@ -206,7 +206,7 @@ class GradientVariance(Callback):
         return {"steps": steps, "history": list(self.history), "probed": self._probed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self._steps.clear()
         self._steps.extend((torch.tensor(small), torch.tensor(big), n) for small, big, n in state_dict["steps"])
         self.history = list(state_dict["history"])
@@ -217,7 +217,8 @@ class GradientVariance(Callback):
     def _probe(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._probing = True
         try:
-            found = probe(trainer, module, batch, batch_idx, self.prompts, self.draws, self.sketch)
+            spare = batching_of(module).spare
+            found = probe(trainer, module, batch, batch_idx, self.prompts, self.draws, self.sketch, spare)
         finally:
             self._probing = False
         blocks_in_step = self._rows / found.size

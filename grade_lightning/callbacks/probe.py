@@ -30,7 +30,7 @@ class Probed(NamedTuple):
     blocks: int
     """Blocks of all processes."""
     size: int
-    """Rows of a block."""
+    """Rows of a block that are trained on."""
 
 
 def probe(
@@ -41,6 +41,7 @@ def probe(
     prompts: int = 8,
     draws: int = 4,
     sketch: int | None = 4096,
+    spare: int = 0,
 ) -> Probed:
     """Draw gradients of the parts of a batch, and leave everything as it was.
 
@@ -52,6 +53,7 @@ def probe(
         prompts: blocks of rows that the batch is divided into, at most one for each row.
         draws: gradients of each block.
         sketch: numbers that are kept of each layer's gradient; None: all.
+        spare: further rows in the batch for each that is trained on; each block has its own.
 
     Raises:
         InputError: the batch has no rows to divide, or the training step returns no loss.
@@ -61,8 +63,10 @@ def probe(
     except ValueError as error:
         raise InputError(f"GradientVariance: {error}; set probe_every_n_steps to 0") from error
     rows = int(trainer.strategy.reduce(count, reduce_op="min"))
-    blocks = min(prompts, rows)
-    size = rows // blocks
+    needed = max(1, rows // (1 + spare))
+    blocks = min(prompts, needed)
+    size = needed // blocks
+    given = size * (1 + spare)
     key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), "probe", trainer.global_step)
     named = trained(module, trainer.optimizers[0])
     metrics: list[Sequence[Tensor | None]] = [[None] * len(named)]
@@ -74,7 +78,7 @@ def probe(
     kept: list[dict[str, list[Tensor]]] = [{layer: [] for layer in layers} for _ in metrics]
     with frozen(trainer, module), trainer.precision_plugin.train_step_context():
         for block in range(blocks):
-            part = slice_rows(batch, block * size, size)
+            part = slice_rows(batch, block * given, given)
             for draw in range(draws):
                 seed = hash_seed(*key, trainer.global_rank, block, draw)
                 random.seed(seed)

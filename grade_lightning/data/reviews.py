@@ -284,7 +284,7 @@ def judge_sentences(text: str) -> list[str]:
 def grammar_positive(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Reward 1 for more positive sentences than negative and unknown ones together, else 0.
 
-    Judged are the sentences that end in the completion, one begun in the prompt included. An opinion said
+    Sentences that end in the completion are judged, one begun in the prompt included. An opinion said
     again in the same words counts as unknown.
 
     Example:

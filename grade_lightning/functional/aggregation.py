@@ -17,7 +17,7 @@ class Normalizers(NamedTuple):
 
 
 def token_mean(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[Tensor, "b t"]:
-    """Every token the same: 1 / tokens.
+    """Every token the same: 1 / tokens; 0 where there is no token at all.
 
     Example:
         >>> import torch
@@ -25,7 +25,7 @@ def token_mean(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[Ten
         tensor([[0.3333, 0.3333],
                 [0.3333, 0.0000]])
     """
-    return mask.float() / normalizers.tokens
+    return (mask.float() / normalizers.tokens).masked_fill(~mask, 0)
 
 
 def sequence_mean(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[Tensor, "b t"]:

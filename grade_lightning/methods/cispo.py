@@ -7,6 +7,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import cispo
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -36,8 +37,10 @@ class CISPO(PolicyGradientModule):
         check_range("[1, inf]", high=high)
         super().__init__(
             advantage=group_standardised,
+            level=token_level,
             gate=by_advantage(cispo, low=low, high=high),
             aggregate=token_mean,
+            clips=True,
             num_generations=num_generations,
             minibatches=minibatches,
             **kwargs,

@@ -7,6 +7,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.rewards import OverlongPenalty
 from grade_lightning.selection import DynamicSampling
@@ -47,8 +48,10 @@ class DAPO(PolicyGradientModule):
         check_range("[0, inf)", overlong_buffer=overlong_buffer)
         super().__init__(
             advantage=group_standardised,
+            level=token_level,
             gate=by_advantage(clipped, low=1 - epsilon_low, high=1 + epsilon_high),
             aggregate=token_mean,
+            clips=True,
             selection=DynamicSampling(max_retries),
             length_penalty=OverlongPenalty(overlong_buffer),
             num_generations=num_generations,

@@ -9,6 +9,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import Normalizers, constant
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -37,8 +38,10 @@ class DrGRPO(PolicyGradientModule):
 
         super().__init__(
             advantage=group_centred,
+            level=token_level,
             gate=by_advantage(clipped, low=1 - epsilon, high=1 + epsilon),
             aggregate=over_the_longest,
+            clips=True,
             num_generations=num_generations,
             **kwargs,
         )

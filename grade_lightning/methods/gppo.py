@@ -7,6 +7,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import gppo
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -49,8 +50,10 @@ class GPPO(PolicyGradientModule):
         bounds = {"low": 1 - epsilon_low, "high": 1 + epsilon_high}
         super().__init__(
             advantage=group_standardised,
+            level=token_level,
             gate=by_advantage(gppo, **bounds, low_scale=low_scale, high_scale=high_scale, dual=dual),
             aggregate=token_mean,
+            clips=True,
             num_generations=num_generations,
             minibatches=minibatches,
             **kwargs,

@@ -8,6 +8,7 @@ from grade_lightning.functional.aggregation import sequence_mean
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -40,8 +41,10 @@ class GRPO(PolicyGradientModule):
         scaled = {"group": group_standardised, "batch": batch_standardised, "none": group_centred}
         super().__init__(
             advantage=scaled[scale_rewards],
+            level=token_level,
             gate=by_advantage(clipped, low=1 - epsilon, high=1 + epsilon),
             aggregate=sequence_mean,
+            clips=True,
             num_generations=num_generations,
             kl=kl,
             **kwargs,

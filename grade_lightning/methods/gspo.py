@@ -42,6 +42,7 @@ class GSPO(PolicyGradientModule):
             level=sequence_level,
             gate=by_advantage(clipped, low=1 - epsilon_low, high=1 + epsilon_high),
             aggregate=sequence_mean,
+            clips=True,
             num_generations=num_generations,
             minibatches=minibatches,
             **kwargs,

@@ -8,6 +8,7 @@ from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.terms import Critic
 
@@ -51,8 +52,10 @@ class PPO(PolicyGradientModule):
         super().__init__(
             advantage=gae,
             critic=Critic(token_mean, gae.returns, epsilon_value, vf_coef, trunk),
+            level=token_level,
             gate=by_advantage(clipped, low=1 - epsilon, high=1 + epsilon),
             aggregate=token_mean,
+            clips=True,
             epochs=epochs,
             kl=kl,
             **kwargs,

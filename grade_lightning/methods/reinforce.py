@@ -7,6 +7,7 @@ from grade_lightning.functional.aggregation import sequence_sum
 from grade_lightning.functional.gates import reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -25,6 +26,7 @@ class Reinforce(PolicyGradientModule):
     def __init__(self, decay: float = 0.9, kl: KL = KL(0.01), **kwargs: Any) -> None:
         super().__init__(
             advantage=Baseline(decay),
+            level=token_level,
             gate=by_advantage(reinforce),
             aggregate=sequence_sum,
             clips=False,

@@ -8,6 +8,7 @@ from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -30,8 +31,10 @@ class ReinforcePlusPlus(PolicyGradientModule):
         check_range("[0, 1]", gamma=gamma)
         super().__init__(
             advantage=whitened_returns(gamma),
+            level=token_level,
             gate=by_advantage(clipped, low=1 - epsilon, high=1 + epsilon),
             aggregate=token_mean,
+            clips=True,
             kl=kl,
             **kwargs,
         )

@@ -7,6 +7,7 @@ from grade_lightning.functional.aggregation import sequence_sum
 from grade_lightning.functional.gates import reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -28,6 +29,7 @@ class RLOO(PolicyGradientModule):
     def __init__(self, num_generations: int = 4, kl: KL = KL(0.05, credit="sequence"), **kwargs: Any) -> None:
         super().__init__(
             advantage=leave_one_out,
+            level=token_level,
             gate=by_advantage(reinforce),
             aggregate=sequence_sum,
             clips=False,

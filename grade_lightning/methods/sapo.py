@@ -7,6 +7,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import sequence_mean
 from grade_lightning.functional.gates import sapo
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 
 
@@ -37,6 +38,7 @@ class SAPO(PolicyGradientModule):
         check_range("[0, inf)", tau_pos=tau_pos, tau_neg=tau_neg)
         super().__init__(
             advantage=group_standardised,
+            level=token_level,
             gate=by_advantage(sapo, tau_pos=tau_pos, tau_neg=tau_neg),
             aggregate=sequence_mean,
             clips=False,

@@ -178,7 +178,7 @@ class AlignmentModule(TrainableModule, ABC):
             if self._fresh:
                 self.check_first_batch(experience.rollout, step)
                 self._fresh = False
-            self._log_step(experience.rollout, experience.scores, step)
+            self._log_step(experience, step)
         return step.loss
 
     def check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
@@ -187,8 +187,9 @@ class AlignmentModule(TrainableModule, ABC):
             half = self.policy.dtype in (torch.bfloat16, torch.float16)
             check_first_batch(rollout, step.stats, reduced=half or "16" in str(self.trainer.precision))
 
-    def _log_step(self, rollout: Rollout, scores: Scores, step: StepOutput) -> None:
-        logged = self.meter.figures(rollout, scores, step, self.beta, self._gather)
+    def _log_step(self, experience: Experience, step: StepOutput) -> None:
+        rollout, scores = experience.rollout, experience.scores
+        logged = self.meter.figures(rollout, scores, step, experience.beta, self._gather)
         rows = len(rollout.ids)
         self.log_dict(logged, batch_size=rows)
         for name in ("reward", "kl"):

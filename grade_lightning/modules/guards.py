@@ -52,7 +52,7 @@ class StepGuard:
         return {"skipped": self.skipped, "bad": sorted(self._bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self.skipped, self._bad = state.get("skipped", 0), {tuple(batch) for batch in state.get("bad", [])}
 
 

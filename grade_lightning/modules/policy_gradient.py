@@ -11,13 +11,12 @@ from grade_lightning.advantages import Advantage
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import Normalizers
-from grade_lightning.functional.sequences import last_token
 from grade_lightning.gates import Gate
 from grade_lightning.kl import KL, Coefficient
-from grade_lightning.levels import Level, token_level
+from grade_lightning.levels import Level
 from grade_lightning.numerics import wide_numbers
 from grade_lightning.policies import Policy
-from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats, unique_name
 from grade_lightning.rewards import OverlongPenalty, Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.selection import Selection
@@ -32,6 +31,8 @@ from .window import Window, plan_steps
 class PolicyGradientModule(AlignmentModule):
     """Raises the probability of completions by their advantage. A method is a choice of parts.
 
+    The first five have no default: a method fixes them, so they are no options of it on the command line.
+
     The stages of a step, each handing its result to the next: *allocate* completions to prompts, *generate* them,
     *score* them, *select* those that are trained on, *measure* their tokens, take *advantages*, and sum the *terms* of
     the loss.
@@ -43,9 +44,9 @@ class PolicyGradientModule(AlignmentModule):
 
     Args:
         advantage: advantage of each token.
+        level: over what a ratio is taken.
         gate: coefficient of A ∇log π.
         aggregate: weight of each token in the loss.
-        level: over what a ratio is taken.
         clips: whether the gate cuts ratios off, so that the share of those is worth logging.
         policy: the language model; the bundled one by default.
         reward: what is maximised, of any kind; the bundled classifier by default.
@@ -55,7 +56,7 @@ class PolicyGradientModule(AlignmentModule):
         length_penalty: added to the reward of what was selected; none by default.
         kl: the KL to the reference.
         critic: a value head with its loss; none by default.
-        terms: further terms of the loss.
+        terms: further terms of the loss; one with parameters is an `nn.Module`, too, and these are trained.
         whole_groups: train on all completions of a prompt in the same step.
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
@@ -71,10 +72,10 @@ class PolicyGradientModule(AlignmentModule):
     def __init__(
         self,
         advantage: Advantage,
+        level: Level,
         gate: Gate,
         aggregate: Aggregate,
-        level: Level = token_level,
-        clips: bool = True,
+        clips: bool,
         policy: Policy | None = None,
         reward: Reward | None = None,
         judges: list[Reward] | None = None,
@@ -106,7 +107,12 @@ class PolicyGradientModule(AlignmentModule):
         self.critic = critic
         line = PolicyLoss(gate, aggregate, level, clips)
         held = [KLLoss(kl, aggregate)] if kl.in_loss else []
-        self.terms: list[Term] = [line, *held, *([critic] if critic is not None else []), *(terms or [])]
+        own: dict[str, Term] = {}
+        for term in terms or []:
+            own[unique_name(type(term).__name__, own)] = term
+        self.terms: list[Term] = [line, *held, *([critic] if critic is not None else []), *own.values()]
+        self.own_terms = own
+        self.trained_terms = nn.ModuleDict({name: term for name, term in own.items() if isinstance(term, nn.Module)})
         self.whole_groups = whole_groups
         self.num_generations = num_generations
         self.epochs = epochs
@@ -137,8 +143,8 @@ class PolicyGradientModule(AlignmentModule):
         """A window; if it is going to be used several times, it is measured here."""
         seen = self.sample(Prompts.of(batch))
         rollout = seen.rollout
-        tokens = self.reduce.mean(rollout.sampled.sum().float())
-        seen.normalizers = Normalizers(float(tokens), len(rollout.ids))
+        counts = torch.stack([rollout.sampled.sum(), rollout.lengths.new_tensor(len(rollout.ids))])
+        seen.normalizers = Normalizers(*self.reduce.mean(counts).tolist())
         if self.batching.steps_per_batch == 1:
             return seen  # the training pass measures
         with torch.no_grad(), self.policy.evaluating():
@@ -151,16 +157,27 @@ class PolicyGradientModule(AlignmentModule):
         wanted = max(1, len(prompts) // (1 + self.selection.spare))
         parts: list[Experience] = []
         used, further = 0, wanted
-        while further and len(parts) <= self.selection.spare:
+        while further and used < len(prompts) and len(parts) <= self.selection.spare:
             taken = prompts.slice(used, further)
             parts.append(self._draw_scored(taken))
             used += len(taken)
             seen = Experience.join(parts)
             further = self.selection.resample(seen, wanted)
+        return self._finished(replace(self._kept(seen, wanted), beta=self.beta))
+
+    def _kept(self, seen: Experience, wanted: int) -> Experience:
+        """The rows that the selection keeps; every process learns of one that keeps none."""
         rows = self.selection.keep(seen, wanted)
-        if rows is not None:
-            seen = seen.select(rows)
-        return self._finished(replace(seen, beta=self.beta))
+        if type(self.selection).keep is Selection.keep:
+            return seen
+        rows = torch.arange(len(seen.scores.total)) if rows is None else rows
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        if self.reduce.sum(seen.rollout.lengths.new_tensor(not len(rows))):
+            raise InputError(
+                f"selection {type(self.selection).__name__}: it keeps no completion, so there is nothing to train on; "
+                "let keep return one or more rows, on every process"
+            )
+        return seen.select(rows)
 
     def _draw_scored(self, prompts: Prompts) -> Experience:
         counts = self.selection.allocate(prompts, self.num_generations * len(prompts))
@@ -178,11 +195,7 @@ class PolicyGradientModule(AlignmentModule):
         longest = self.sampler.max_new_tokens
         penalty = None if self.length_penalty is None else self.length_penalty(rollout, longest)
         if penalty is not None:
-            spread = scores.per_token
-            if spread is not None:
-                spread = spread + last_token(rollout.sampled) * penalty.unsqueeze(1)
-            parts = scores.parts | {"overlong": penalty}
-            scores = replace(scores, total=scores.total + penalty, parts=parts, per_token=spread)
+            scores = scores.plus("overlong", penalty, rollout.sampled)
         metrics = {}
         if self.num_generations > 1:
             differ = has_spread(rollout.layout.table(scores.total))
@@ -261,14 +274,16 @@ class PolicyGradientModule(AlignmentModule):
         return self.finish_step(seen, output)
 
     def observe(self, seen: Experience) -> None:
-        """Show a window to the parts that remember something, once it has been trained on."""
+        """Show a window to the parts that remember something, in its last step; none with an infinite reward."""
+        if self.reduce.sum(seen.scores.total.isinf().sum()):
+            return
         for part in self._stateful().values():
             part.observe(seen, self.reduce)
         self.beta = self.coefficient.beta
 
     def _stateful(self) -> dict[str, Stateful]:
         named = {"kl": self.coefficient, "advantage": self.advantage, "selection": self.selection}
-        named |= {f"term_{number}": term for number, term in enumerate(self.terms)}
+        named |= {f"term {name}": term for name, term in self.own_terms.items()}
         return {name: part for name, part in named.items() if isinstance(part, Stateful)}
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -282,11 +297,13 @@ class PolicyGradientModule(AlignmentModule):
         checkpoint["grade_lightning"] |= {"parts": states, "windows": self.reduce.gather(own)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on in the middle of the window; with another number of processes or of steps, with a new one."""
+        """Resume in the middle of the window; with another number of processes or of steps, begin a new one."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["grade_lightning"]
+        states = saved.get("parts", {})
         for name, part in self._stateful().items():
-            part.load_state_dict(saved.get("parts", {}).get(name, {}))
+            if states.get(name):  # of a part without a state, or of another, there is none
+                part.load_state_dict(states[name])
         self.beta = self.coefficient.beta
         windows = saved.get("windows", [None])
         rank = self.global_rank if self._trainer is not None else 0

@@ -211,7 +211,7 @@ class TrainableModule(LightningModule):
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the method, so that no other loads it unawares."""
+        """Name the method, so that no other method loads it by mistake."""
         own = {"method": type(self).__name__, "processes": self.reduce.processes}
         checkpoint["grade_lightning"] = own | self.guard.state_dict()
 

@@ -32,7 +32,7 @@ class Window:
         return part
 
     def pack(self) -> dict[str, Any]:
-        """Tensors and numbers alone, as a checkpoint may hold them; the rows' other columns were for the reward."""
+        """Tensors and plain values alone, as a checkpoint may hold them."""
         return {"experience": self.experience.pack(), "plan": [(rows, *totals) for rows, totals in self.plan]}
 
     @classmethod

@@ -72,7 +72,7 @@ class Batching:
         return completions // self.generations * (1 + self.spare)
 
     def rows_per_optimizer_step(self, rows: float, micro_batches: int) -> float:
-        """Rows that an optimizer step trains on, of batches with so many `rows`.
+        """Rows that an optimizer step trains on, of batches with so many `rows`; spare ones are not trained on.
 
         Args:
             rows: of a batch.
@@ -82,4 +82,4 @@ class Batching:
             >>> Batching(minibatches=4).rows_per_optimizer_step(32, micro_batches=1)
             8.0
         """
-        return rows * self.epochs * micro_batches / self.steps_per_batch
+        return rows / (1 + self.spare) * self.epochs * micro_batches / self.steps_per_batch

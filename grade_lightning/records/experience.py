@@ -81,7 +81,7 @@ class Experience:
         return self._mapped(lambda x: x[rows] if x.dim() == 1 else x[rows, :length], rollout=rollout, scores=scores)
 
     def pack(self) -> dict[str, Any]:
-        """Tensors and numbers alone, as a checkpoint may hold them."""
+        """Tensors and plain values alone, as a checkpoint may hold them."""
         packed = self._mapped(Tensor.cpu)
         own = {f.name: value for f in fields(self) if isinstance(value := getattr(packed, f.name), Tensor)}
         metrics = {name: value.cpu() for name, value in self.metrics.items()}

@@ -174,10 +174,11 @@ class Rollout:
         return replace(first, columns=columns, groups=torch.cat(labels), **tensors)
 
     def pack(self) -> dict[str, Any]:
-        """Tensors and numbers alone, as a checkpoint may hold them; without the rows' other columns."""
+        """Tensors and plain values alone, as a checkpoint may hold them; without columns of anything else."""
         tensors = {name: getattr(self, name) for name in self._PROMPT} | self._per_token()
         packed = {name: tensor.cpu() for name, tensor in tensors.items()}
-        return packed | {"groups": self.groups, "eos_ids": self.eos_ids}
+        columns = {name: values for name, values in self.columns.items() if _is_plain(values)}
+        return packed | {"groups": self.groups, "eos_ids": self.eos_ids, "columns": columns}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> "Rollout":
@@ -187,3 +188,12 @@ class Rollout:
     def _per_token(self) -> dict[str, Tensor]:
         """What has one value for each token of the completions."""
         return {name: value for name in self._TOKENS if (value := getattr(self, name)) is not None}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is made of what `torch.load(weights_only=True)` reads; a number of NumPy's is not."""
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return value is None or type(value) in (str, int, float, bool)

@@ -41,6 +41,18 @@ class Scores:
             return self.per_token.masked_fill(self.total.isnan().unsqueeze(1), 0)
         return last_token(mask) * self.total.nan_to_num(nan=0.0).unsqueeze(1)
 
+    def plus(self, name: str, values: Tensor, mask: Tensor) -> "Scores":
+        """With a further part, which is of the last token of each completion; without adjoints.
+
+        Args:
+            name: of the part.
+            values: what it adds, (B,).
+            mask: tokens that are trained on, (B, T).
+        """
+        spread = self.per_token
+        spread = None if spread is None else spread + last_token(mask) * values.unsqueeze(1)
+        return Scores(self.total + values, self.parts | {name: values}, per_token=spread)
+
     def select(self, rows: Tensor, length: int | None = None) -> "Scores":
         """Those of some of the sequences, cut to `length` tokens; without adjoints."""
         per_token = None if self.per_token is None else self.per_token[rows, :length]

@@ -36,7 +36,7 @@ class DifferentiableReward(Reward):
             total = self.score_embeddings(torch.cat([prompt, completion], dim=1), rollout.mask)
             (gradient,) = torch.autograd.grad(total.sum(), completion)
         total = total.detach()
-        gradient = gradient.masked_fill(total.isnan().view(-1, 1, 1), 0)  # who abstains moves nothing
+        gradient = gradient.masked_fill(total.isnan().view(-1, 1, 1), 0)  # a reward that abstains has no gradient
         return Scores(total, {self.name: total}, [Adjoint(gradient, table)])
 
     def relaxed(self, rollout: RelaxedRollout) -> Scores:

@@ -64,10 +64,12 @@ class Sampler:
         """
         self.engine.sync(policy, step)
         rollout = self.engine.generate(policy, self.distribution, prompts)
+        if int(rollout.lengths.max()) < rollout.completion_ids.shape[1]:  # the engine pads to a width of its own
+            rollout = rollout.select(torch.arange(len(rollout.ids)))
         return rollout if groups is None else replace(rollout, groups=groups)
 
     def settings(self, policy: Policy) -> GenerationConfig:
-        """With which `generate` of transformers samples from the same distribution by itself."""
+        """Settings with which `generate` of transformers samples from the same distribution by itself."""
         own = self.distribution
         return GenerationConfig(
             do_sample=True,

@@ -1,7 +1,8 @@
 """Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.errors import check_range
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout
 
@@ -68,9 +69,9 @@ class _Episode:
 class Turns(Engine):
     """Several turns of the policy, with the answers of an environment between them.
 
-    A completion is all turns and answers together, of `max_new_tokens` at most; an answer that would leave no room for
-    another turn is left out, and ends it. The content of answers is appended as plain text. A column `returns` has the
-    sum of each completion's rewards, for a reward function that names it.
+    A completion is the opening, all turns and all answers together, of `max_new_tokens` at most; an answer that would
+    leave no room for another turn is left out, and ends it. What the environment says is appended as plain text. A
+    column `returns` has the sum of each completion's rewards, for a reward function that names it.
 
     Args:
         environment: makes an environment for each completion.
@@ -97,7 +98,11 @@ class Turns(Engine):
         self.engine.sync(policy, step)
 
     def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Rollout:
-        """One conversation for each prompt, with the global random state."""
+        """One conversation for each prompt, with the global random state.
+
+        Raises:
+            InputError: an environment raises an exception, or its opening leaves the policy no room.
+        """
         tokenizer, known = policy.tokenizer, True
         episodes = [
             _Episode(self.environment(), ids[mask.bool()].tolist())
@@ -105,15 +110,22 @@ class Turns(Engine):
         ]
         for number, episode in enumerate(episodes):
             row = {name: values[number] for name, values in prompts.columns.items()}
-            episode.add(_encoded(tokenizer, episode.environment.reset(row)), turn=0, sampled=False)
+            with _errors_of(episode.environment):
+                messages = episode.environment.reset(row)
+            opening = _encoded(tokenizer, messages)
+            _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
+            episode.add(opening, turn=0, sampled=False)
         for turn in range(self.max_turns):
-            live = [episode for episode in episodes if not episode.done]
+            rows = [number for number, episode in enumerate(episodes) if not episode.done]
+            live = [episodes[number] for number in rows]
             if not live:
                 break
             room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
+            assert min(room) >= 1
             room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
             ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
-            begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask))
+            columns = {name: [values[number] for number in rows] for name, values in prompts.columns.items()}
+            begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
             said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
             known = known and said.engine_logps is not None
             for i, episode in enumerate(live):
@@ -122,7 +134,8 @@ class Turns(Engine):
                 logps = None if said.engine_logps is None else said.engine_logps[i, :length].tolist()
                 episode.add(tokens, turn, sampled=True, logps=logps)
                 text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-                messages, reward, done = episode.environment.step(text)
+                with _errors_of(episode.environment):
+                    messages, reward, done = episode.environment.step(text)
                 episode.reward += reward or 0.0
                 answer = _encoded(tokenizer, messages)
                 full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
@@ -131,6 +144,25 @@ class Turns(Engine):
                     episode.add(answer, turn, sampled=False)
         rollout = _joined(episodes, prompts, policy)
         return rollout if known else replace(rollout, engine_logps=None)
+
+
+@contextmanager
+def _errors_of(environment: Environment) -> Iterator[None]:
+    """An exception of the user's code is an error that says whose it is."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        name = type(environment).__name__
+        raise InputError(f"environment {name}: it raised {type(error).__name__}: {reason}") from error
+
+
+def _check_opening(environment: Environment, opening: int, most: int) -> None:
+    if opening >= most:
+        raise InputError(
+            f"environment {type(environment).__name__}: its opening has {opening} tokens, but a completion with it has "
+            f"{most} at most, and the policy needs some of them; shorten it, or raise --model.sampler.max_new_tokens"
+        )
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:

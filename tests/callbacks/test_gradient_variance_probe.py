@@ -11,6 +11,7 @@ from torch import Tensor
 from grade_lightning.callbacks.gradient_variance import GradientVariance
 from grade_lightning.methods import DPO, GRPO, PPO, GradeSTE, Reinforce
 from grade_lightning.modules import AlignmentModule
+from grade_lightning.selection import Selection
 from tests.callbacks.watching import NOISE, MeanRow, assert_figures, assert_probed, fit, probed, rows
 from tests.conftest import VOCABULARY
 from tests.methods.toy_task import (
@@ -101,6 +102,27 @@ def test_rows_of_a_step_and_beginnings_of_windows(epochs: int, minibatches: int,
         ratio = figures["probe/variance"] / figures["probe/squared_norm"]
         if ratio > 0:
             assert figures["probe/noise_scale"] == pytest.approx(ratio * step, rel=1e-3)
+
+
+class Spare(Selection):
+    """Two further rows for each that is needed, and no use for them."""
+
+    spare = 2
+
+
+def test_rows_that_are_spare_are_in_no_block_and_in_no_step() -> None:
+    """Of twelve rows four are trained on: the first of each block of three, so the figures are those of these four."""
+    every = next(iter(batches(1)))
+    used = {name: every[name][::3] for name in ("input_ids", "attention_mask")} | {"columns": {}}
+    found = []
+    for batch, selection in ((every, Spare()), (used, None)):
+        watch = GradientVariance(probe_every_n_steps=1, prompts=4, draws=2, sketch=None)
+        module = make(GRPO, num_generations=4, selection=selection)
+        (figures,) = fit(module, [batch], watch).of("probe/variance")
+        found.append({name: value for name, value in figures.items() if name.startswith("probe/")})
+    with_spare, without = found
+    assert without["probe/variance"] > 0
+    assert with_spare == pytest.approx(without, nan_ok=True)
 
 
 def test_in_the_metric_of_adam() -> None:

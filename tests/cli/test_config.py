@@ -9,7 +9,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
-from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, scalar, version, weights
+from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
 
 # ---- configurations -------------------------------------------------------------------------------------------
 
@@ -140,3 +140,70 @@ def test_nested_parts_of_ours(run: Run, shelf: Shelf) -> None:
     run("fit", *shelf.all, *OFTEN, *parts)
     assert scalar(version(), "train/tau") == pytest.approx([2.0, 1.75, 1.5, 1.25])
     assert max(scalar(version(), "train/hop_residual")) == pytest.approx(0, abs=1e-6)
+
+
+AGGREGATION = "grade_lightning.functional.aggregation.sequence_mean"
+CRITIC = {"class_path": "Critic", "init_args": {"aggregate": AGGREGATION, "coefficient": 0.5}}
+PARTS: dict[str, tuple[list[str], Any, str]] = {
+    "selection": (
+        ["--model.selection=DynamicSampling", "--model.selection.max_retries=1"],
+        {"class_path": "DynamicSampling", "init_args": {"max_retries": 1}},
+        "train/reward_calls",
+    ),
+    "length_penalty": (
+        ["--model.length_penalty=OverlongPenalty", "--model.length_penalty.buffer=5"],
+        {"class_path": "OverlongPenalty", "init_args": {"buffer": 5}},
+        "rewards/overlong",
+    ),
+    "critic": (
+        ["--model.critic=Critic", f"--model.critic.aggregate={AGGREGATION}", "--model.critic.coefficient=0.5"],
+        CRITIC,
+        "value/loss",
+    ),
+    "terms": (
+        ["--model.terms+=tests.modules.seams.Imitation", "--model.terms.weight=0.5"],
+        [{"class_path": "tests.modules.seams.Imitation", "init_args": {"weight": 0.5}}],
+        "train/imitation",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_policy_gradient_by_flag_and_by_file(part: str, run: Run, own: str, shelf: Shelf) -> None:
+    """Both train alike, and otherwise than without it; here the groups are uniform, so the selection draws again."""
+    flags, written, figure = PARTS[part]
+    Path("c.yaml").write_text(yaml.safe_dump({"model": {"init_args": {part: written}}}))
+    reward = "at_most_two" if part == "selection" else "words"
+    args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=GRPO", "--model.num_generations=4"]
+    args += ["--model.reward=FunctionReward", f"--model.reward.function={own}.{reward}"]
+    args += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=1"]
+    runs = [version(number, "GRPO") for number in range(3)]
+    for given in (flags, ["--config=c.yaml"], []):
+        run("fit", *args, *given)
+    by_flag, by_file, without = (weights(checkpoint(folder)) for folder in runs)
+    assert_same(by_flag, by_file)
+    found = [scalar(folder, figure) if figure in events(folder).Tags()["scalars"] else [0.0] for folder in runs]
+    assert found[0] == found[1] != found[2]
+    if part == "critic":
+        assert by_flag.keys() > without.keys()
+
+
+def test_a_critic_needs_no_arguments(run: Run, own: str, shelf: Shelf) -> None:
+    """Its tokens weigh the same, as in PPO; the configuration that is saved makes the same run."""
+    args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO", "--model.critic=Critic"]
+    args += ["--model.reward=FunctionReward", f"--model.reward.function={own}.words"]
+    run("fit", *args, "--trainer.max_steps=1", "--trainer.log_every_n_steps=1")
+    run("fit", f"--config={version(method='RLOO') / 'config.yaml'}")
+    one, two = (version(number, "RLOO") for number in range(2))
+    assert_same(weights(checkpoint(one)), weights(checkpoint(two)))
+    assert scalar(one, "value/loss") == scalar(two, "value/loss")
+
+
+def test_an_environment_by_flag(run: Run, own: str, shelf: Shelf) -> None:
+    """Its answer, of three tokens, is in no length."""
+    args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO"]
+    args += ["--model.reward=FunctionReward", f"--model.reward.function={own}.words"]
+    args += ["--model.sampler.engine=Turns", "--model.sampler.engine.environment=tests.modules.seams.Tool"]
+    args += ["--model.sampler.engine.turn_tokens=1", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"]
+    run("fit", *args)
+    assert scalar(version(method="RLOO"), "train/response_length") == [2]

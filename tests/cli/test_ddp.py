@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
 from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
@@ -24,7 +25,7 @@ from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpo
 from tests.cli.ranks import every_case, launch, two_steps
 from tests.cli.test_fsdp import sharded
 from tests.methods.toy_task import Toy
-from tests.modules.seams import Greedy, Ragged, Seams, Tool
+from tests.modules.seams import Greedy, Longer, Ragged, Seams, Tool
 from tests.modules.toys import Watch, build, distance, loader, own_weights, prompts, states
 
 WATCHED = '''
@@ -117,6 +118,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
+    "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 
@@ -162,12 +164,20 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
     middle = folder / "values" / "step=3.ckpt"
-    module, _, _ = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
+    module, _, trainer = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
     for strategy in ("ddp", "fsdp2"):
         found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in cases}
     found["sharded"] = sharded(folder, backbone, rank)
+    found["reduced"] = reduced(Reduce(trainer), rank)
     torch.save(found, folder / f"{rank}.pt")
+
+
+def reduced(reduce: Reduce, rank: int) -> dict[str, list[float]]:
+    """Sums and means, and what the tensors that went into them are afterwards."""
+    sums, means, counts = torch.tensor([1.0, rank]), torch.tensor([1.0, rank]), torch.tensor([rank, 2])
+    found = {"sum": reduce.sum(sums), "mean": reduce.mean(means), "mean of counts": reduce.mean(counts)}
+    return {name: x.tolist() for name, x in (found | {"summed": sums, "averaged": means, "counted": counts}).items()}
 
 
 def flattened(state: Any, name: str = "") -> dict[str, float]:
@@ -194,7 +204,7 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "turns"))
+    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "rows of its own", "turns"))
     assert_same(one["weights"], two["weights"])
 
 
@@ -205,6 +215,18 @@ def test_what_is_logged_is_what_one_process_would_log(name: str, together: Toget
     for one, two, truth in zip(*(found[name]["logged"] for found in together[1]), watch.logged, strict=True):
         expected = {figure: pytest.approx(truth[figure], rel=1e-5, abs=1e-6) for figure in FIGURES.split()}
         assert {figure: one[figure] for figure in expected} == {figure: two[figure] for figure in expected} == expected
+
+
+def test_what_is_reduced_is_left_as_it_was(together: Together) -> None:
+    for rank, found in enumerate(together[1]):
+        assert found["reduced"] == {
+            "sum": [2, 1],
+            "mean": [1, 0.5],
+            "mean of counts": [0.5, 2],
+            "summed": [1, rank],
+            "averaged": [1, rank],
+            "counted": [rank, 2],
+        }
 
 
 @every_case

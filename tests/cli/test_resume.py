@@ -1,4 +1,4 @@
-"""Going on with a run from the command line: after a kill, by SLURM, with other processes."""
+"""Resuming a run from the command line: after a kill, by SLURM, with other processes."""
 
 import os
 import shutil

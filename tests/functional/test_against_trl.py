@@ -16,6 +16,7 @@ from grade_lightning.functional.gates import clipped
 from grade_lightning.functional.ratios import importance_ratio
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.methods import CISPO, DAPO, DPO, GRPO, GSPO, IPO, RLOO, SAPO, DrGRPO
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
@@ -261,8 +262,10 @@ def test_dual_clip_is_trl_s_delta(trl: Any) -> None:
     """Its upper bound of a ratio with a negative advantage; there are such ratios."""
     dual = PolicyGradientModule(
         advantage=group_standardised,
+        level=token_level,
         gate=by_advantage(clipped, low=0.8, high=1.2, dual=1.5),
         aggregate=sequence_mean,
+        clips=True,
         num_generations=SIZE,
     )
     batch = Batch()

@@ -4,23 +4,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from grade_lightning.advantages import group_centred
 from grade_lightning.distributed import Reduce
 from grade_lightning.functional.aggregation import sequence_sum
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.memory import PromptMemory
+from grade_lightning.methods import RLOO
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import Experience, Prompts, Rollout, Scores, TokenStats
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Distribution, Engine, Environment, TransformersEngine
+from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.rollouts.turns import Message
 from grade_lightning.selection import Selection
+from grade_lightning.stateful import Stateful
 from grade_lightning.terms import Term
-from tests.modules.toys import Prescribed
+from tests.conftest import make_model, make_tokenizer
+from tests.methods.toy_task import Toy
+from tests.modules.toys import Prescribed, constant
 
 
 class Playback(Prescribed):
@@ -32,6 +38,17 @@ class Playback(Prescribed):
 
     def sync(self, policy: Policy, step: int) -> None:
         self.synced.append(step)
+
+
+class Wide(Prescribed):
+    """Pads its completions to a width of its own."""
+
+    def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Rollout:
+        found = super().generate(policy, distribution, prompts)
+        tokens: dict[str, Any] = {
+            name: pad(getattr(found, name), (0, 3)) for name in ("completion_mask", "engine_logps", "sampled")
+        }
+        return replace(found, completion_ids=pad(found.completion_ids, (0, 3), value=1), **tokens)
 
 
 class Tool(Environment):
@@ -89,8 +106,59 @@ class TwoThirds(Selection):
         return self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.memory.load_state_dict(state)
+        self.memory.load_state_dict(state)
+
+
+class Counted(Term, Stateful):
+    """Adds nothing, and counts what it is shown."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.labels: list[Any] = []
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        return 0 * now.logps.sum(), {}
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        self.batches += 1
+        self.labels = seen.rollout.columns.get("label", [])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+
+
+class Tilt(nn.Module, Term):
+    """A term with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tilt = nn.Parameter(torch.zeros(()))
+
+    def forward(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.tilt * now.logps.detach().sum() + 0 * now.logps.sum(), {}
+
+
+class Longer(Selection):
+    """Keeps completions of more than three tokens: one of two processes may have fewer of them."""
+
+    def keep(self, seen: Experience, wanted: int) -> Tensor:
+        return (seen.rollout.lengths > 3).nonzero().squeeze(1)
+
+
+class Picked(Selection):
+    """Keeps these rows, or these tokens, whatever they are."""
+
+    def __init__(self, rows: Any = None, tokens: bool = True) -> None:
+        self.rows, self.every = rows, tokens
+
+    def keep(self, seen: Experience, wanted: int) -> Tensor | None:
+        return None if self.rows is None else torch.tensor(self.rows, dtype=torch.bool if True in self.rows else None)
+
+    def tokens(self, seen: Experience) -> Tensor | None:
+        return torch.full_like(seen.rollout.sampled, self.every)
 
 
 class LikelyTokens(Selection):
@@ -134,4 +202,23 @@ class Seams(PolicyGradientModule):
             return torch.where(seen.old.logps.exp() < 0.02, ratio, inner(ratio, seen))
 
         parts: dict[str, Any] = {"selection": TwoThirds(), "terms": [Imitation()]}
-        super().__init__(advantage=group_centred, gate=gate, aggregate=sequence_sum, **parts | kwargs)
+        super().__init__(
+            advantage=group_centred,
+            level=token_level,
+            gate=gate,
+            aggregate=sequence_sum,
+            clips=True,
+            **parts | kwargs,
+        )
+
+
+def two_turns(tool: type[Tool] = Tool, **kwargs: Any) -> Sampler:
+    return Sampler(12, engine=Turns(tool, turn_tokens=4, **kwargs))
+
+
+def make_turns(method: type[Any] = RLOO, **kwargs: Any) -> Any:
+    policy = Policy.from_model(make_model("gpt2", torch.float64, scale=4.0), make_tokenizer())
+    reward = kwargs.pop("reward", Toy())
+    module = method(policy=policy, reward=reward, sampler=two_turns(), lr_scheduler=constant, **kwargs)
+    module.configure_model()
+    return module

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 import grade_lightning.methods
@@ -257,6 +258,16 @@ def arguments(folder: Path, method: str, *args: str) -> list[str]:
         *(f"--trainer.{setting}" for setting in quiet),
         *args,
     ]
+
+
+@every_method
+def test_what_a_method_fixes_is_no_option(method: type[PolicyGradientModule]) -> None:
+    """Of the command line; what it leaves open is one."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(method, "model", sub_configs=True)
+    options = {action.dest.split(".")[1] for action in parser._actions if "." in action.dest}
+    assert not options & {"advantage", "level", "gate", "aggregate", "clips"}
+    assert {"policy", "reward", "sampler", "kl", "terms", "num_generations"} <= options
 
 
 def test_one_argument_of_the_kl_leaves_the_methods_other_defaults(folder: Path) -> None:

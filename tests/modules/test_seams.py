@@ -1,67 +1,45 @@
 """The seams of a step: a part from outside in each, in a real Trainer, by the gradient that it has."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from grade_lightning.advantages import whitened_returns
-from grade_lightning.data.loading import ResumableLoader
-from grade_lightning.distributed import Reduce
-from grade_lightning.errors import InputError
-from grade_lightning.functional import advantages
-from grade_lightning.functional.aggregation import sequence_sum, token_mean
-from grade_lightning.functional.gates import importance, reinforce
+from grade_lightning.functional.aggregation import sequence_sum
+from grade_lightning.functional.gates import reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
-from grade_lightning.levels import turn_level
+from grade_lightning.levels import token_level, turn_level
 from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, GradeSTE, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
-from grade_lightning.records import Experience, Prompts, Rollout
-from grade_lightning.rewards import FunctionReward
-from grade_lightning.rollouts import Sampler, TransformersEngine, Turns
-from grade_lightning.selection import Selection
+from grade_lightning.records import Prompts, Rollout
+from grade_lightning.rollouts import Sampler, TransformersEngine
 from tests.conftest import make_model, make_prompts, make_tokenizer
-from tests.methods.toy_task import Toy, assert_same, trainer, weights
-from tests.modules.seams import Imitation, LikelyTokens, PerToken, Playback, Ragged, Seams, Tool, TwoThirds
+from tests.methods.toy_task import Toy, trainer, weights
+from tests.modules.seams import (
+    PerToken,
+    Playback,
+    Tool,
+    Wide,
+    make_turns,
+    two_turns,
+)
 from tests.modules.toys import (
-    Keep,
-    Numbered,
     build,
-    constant,
     distance,
     flat,
+    gradient,
     loader,
     move,
     plain,
     prompts,
     run,
-    states,
 )
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
-
-
-def gradient(module: PolicyGradientModule, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Of one draw, without a Trainer."""
-    module.zero_grad()
-    module.draw_loss(batch).backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def rows_of(batch: dict[str, Any], counts: list[list[int]]) -> dict[str, Any]:
-    """Each prompt with some of its completions; a prompt without any is left out."""
-    kept = [i for i, numbers in enumerate(counts) if numbers]
-    given = batch["columns"]["completions"]
-    completions = [[given[i][j] for j in counts[i]] for i in kept]
-    return {name: batch[name][kept] for name in ("input_ids", "attention_mask")} | {
-        "columns": {"completions": completions}
-    }
 
 
 # ---- an engine from outside -----------------------------------------------------------------------------------------
@@ -109,19 +87,17 @@ def test_completions_that_nobody_sampled_need_no_log_probabilities() -> None:
     assert distance(silent, loud) == 0
 
 
+def test_an_engine_may_pad_to_a_width_of_its_own() -> None:
+    """Rewards of tokens are cut as the completions are; the gradient is that without the padding."""
+    settings: dict[str, Any] = {"reward": PerToken(), "num_generations": 4, "kl": KL()}
+    found = [
+        gradient(build(ReinforcePlusPlus, sampler=Sampler(15, engine=engine), **settings), prompts(4))
+        for engine in (Wide(), Playback())
+    ]
+    assert distance(*found) == 0
+
+
 # ---- turns ----------------------------------------------------------------------------------------------------------
-
-
-def two_turns(tool: type[Tool] = Tool, **kwargs: Any) -> Sampler:
-    return Sampler(12, engine=Turns(tool, turn_tokens=4, **kwargs))
-
-
-def make_turns(method: type[Any] = RLOO, **kwargs: Any) -> Any:
-    policy = Policy.from_model(make_model("gpt2", torch.float64, scale=4.0), make_tokenizer())
-    reward = kwargs.pop("reward", Toy())
-    module = method(policy=policy, reward=reward, sampler=two_turns(), lr_scheduler=constant, **kwargs)
-    module.configure_model()
-    return module
 
 
 def test_two_turns_of_an_environment_are_one_completion() -> None:
@@ -217,208 +193,7 @@ def test_a_ratio_may_be_taken_over_turns() -> None:
             torch.testing.assert_close(found[row][own], values[row][own].mean().expand(int(own.sum())))
 
 
-# ---- groups, rows and tokens ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", [GRPO, RLOO])
-def test_groups_of_one_three_and_four(method: type[PolicyGradientModule]) -> None:
-    """Each group has the advantages that it would have alone; one completion alone has none."""
-    module = build(method, **plain(method, num_generations=4, selection=Ragged(), kl=KL(), epochs=2))
-    seen = module.collect(prompts(3))
-    assert seen.rollout.groups.tolist() == [0, 1, 1, 1, 2, 2, 2, 2]
-    rewards = Toy().score(seen.rollout).total
-    function = advantages.leave_one_out if method is RLOO else advantages.group_standardised
-    alone = torch.cat([function(part.unsqueeze(0)).squeeze(0) for part in rewards.split([1, 3, 4])])
-    torch.testing.assert_close(seen.advantages[:, 0].float(), alone)
-    assert seen.advantages[0].abs().max() == 0
-    assert seen.advantages[1:, 0].abs().min() > 0
-
-
-def test_two_thirds_of_the_rows_have_the_gradient_of_these_alone() -> None:
-    """Nine completions, of which six are trained on, as if there were no others."""
-    batch = prompts(3, size=3)
-    module = build(RLOO, **plain(RLOO, num_generations=3, selection=TwoThirds(), kl=KL(), epochs=2))
-    seen = module.collect(batch)
-    assert len(seen.rollout.ids) == 6
-    every = Toy().score(build(RLOO, **plain(RLOO, num_generations=3)).collect(batch).rollout).total.view(3, 3)
-    assert sorted(seen.scores.total.tolist()) == sorted(every.sort(-1).values[:, 1:].flatten().tolist())
-    found = gradient(module, batch)
-
-    class Alone(Ragged):
-        def allocate(self, prompts: Prompts, budget: int) -> Tensor:
-            return torch.tensor([len(rows) for rows in prompts.columns["completions"]])
-
-    chosen: list[list[int]] = [[], [], []]
-    given = batch["columns"]["completions"]
-    for row, group in enumerate(seen.rollout.groups.tolist()):
-        ids = seen.rollout.completion_ids[row][seen.rollout.completion_mask[row]].tolist()
-        chosen[group].append(given[group].index(ids))
-    alone = build(RLOO, **plain(RLOO, num_generations=3, selection=Alone(), kl=KL(), epochs=2))
-    assert distance(found, gradient(alone, rows_of(batch, chosen))) < 1e-9
-
-
-def test_rows_that_cannot_be_shared_out_are_an_error() -> None:
-    module = build(RLOO, **plain(RLOO, selection=TwoThirds(), minibatches=4))
-    with pytest.raises(InputError, match="9 completions cannot be divided evenly into 4 parts"):
-        run(module, prompts(3))
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_tokens_that_are_not_kept_have_no_gradient_and_are_not_counted(epochs: int) -> None:
-    """The mean is over the tokens that are kept, whether the training pass measures them or an earlier one."""
-    batch = prompts(3, shortest=4)
-    parts: dict[str, Any] = {"gate": by_advantage(importance), "aggregate": token_mean}
-    modules = []
-    for selection in (LikelyTokens(), Selection()):
-        module = build(RLOO, **plain(RLOO, selection=selection, kl=KL(), epochs=epochs))
-        line: Any = module.terms[0]
-        line.gate, line.aggregate = parts["gate"], parts["aggregate"]
-        modules.append(module)
-    few, every = modules
-    found = gradient(few, batch)
-    seen, now = every.measured(every.collect(batch))
-    kept = LikelyTokens().tokens(seen) & seen.mask
-    assert 0 < kept.sum() < seen.mask.sum()
-    every.zero_grad()
-    (-(seen.advantages * now.logps)[kept].sum() / kept.sum()).backward()
-    truth = {name: p.grad for name, p in every.named_parameters() if p.grad is not None}
-    assert distance(found, truth) < 1e-6
-
-
-def test_groups_stay_whole_where_a_method_asks_for_it() -> None:
-    """Four prompts of three completions in two optimizer steps: shuffled prompts, whole groups, each epoch once."""
-    settings: dict[str, Any] = {"num_generations": 3, "epochs": 3, "minibatches": 2}
-    for whole in (True, False):
-        engine = Numbered()
-        module = build(RLOO, torch.float32, sampler=Sampler(4, engine=engine), whole_groups=whole, **settings)
-        watch = run(module, make_prompts((4, 4, 4, 4)) | {"columns": {}})
-        assert [len(rows) for rows in watch.rows] == [6] * 6
-        for one, two in zip(watch.rows[::2], watch.rows[1::2], strict=True):
-            assert sorted(one + two) == list(range(12))
-        torn = [
-            rows for rows in watch.rows if any(len([r for r in rows if r // 3 == g]) not in (0, 3) for g in range(4))
-        ]
-        assert bool(torn) is not whole
-        assert len({tuple(rows) for rows in watch.rows}) > 2
-
-
-def test_ragged_groups_stay_whole_and_the_mean_is_over_what_there_is() -> None:
-    """Groups of 1, 3, 4 and 4 in two micro-batches: the gradient of one batch of twelve."""
-    whole = prompts(4)
-    settings = plain(RLOO, selection=Ragged(), kl=KL(), epochs=2, whole_groups=True)
-    many = run(build(RLOO, **settings), whole, accumulate_grad_batches=2)
-    one = run(build(RLOO, **settings), whole)
-    assert distance(many.gradients[0], one.gradients[0]) < 1e-9
-
-
-# ---- terms and rewards ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_second_term_adds_its_gradient(epochs: int) -> None:
-    batch = prompts(4)
-    parts = [
-        gradient(build(RLOO, **plain(RLOO, kl=KL(), epochs=epochs, terms=terms)), batch)
-        for terms in ([], [Imitation(1.0)], [Imitation(3.0)])
-    ]
-    line, once, thrice = parts
-    more = {name: once[name] - line[name] for name in line}
-    assert distance({name: thrice[name] - line[name] for name in line}, {n: 3 * g for n, g in more.items()}) < 1e-9
-    watch = run(build(RLOO, **plain(RLOO, terms=[Imitation()])), batch)
-    assert "train/imitation" in watch.logged[0]
-
-
-def test_a_reward_may_be_spread_over_the_tokens() -> None:
-    """Methods of tokens credit each with what follows it; methods of completions see the sum."""
-    batch = prompts(4)
-    module = build(ReinforcePlusPlus, reward=PerToken(), num_generations=4, kl=KL(), epochs=2)
-    seen = module.collect(batch)
-    each = (seen.rollout.completion_ids / 100).masked_fill(~seen.rollout.sampled, 0)
-    rest = each.flip(-1).cumsum(-1).flip(-1)
-    white = advantages.whiten(rest, seen.rollout.sampled)
-    torch.testing.assert_close(seen.advantages.float(), white, rtol=1e-4, atol=1e-5)
-    grouped = build(RLOO, reward=PerToken(), num_generations=4, kl=KL(), epochs=2).collect(batch)
-    sums = advantages.leave_one_out(each.sum(-1).unflatten(0, (-1, 4))).flatten()
-    torch.testing.assert_close(grouped.advantages[:, 0].float(), sums, rtol=1e-4, atol=1e-5)
-
-
-def test_the_kl_is_charged_beside_a_reward_that_is_spread() -> None:
-    module = build(ReinforcePlusPlus, reward=PerToken(), num_generations=4, kl=KL(0.5), epochs=2)
-    move(module)
-    seen = module.collect(prompts(4))
-    spread = seen.scores.per_token
-    assert spread is not None
-    expected = spread - 0.5 * seen.old.log_ratio
-    torch.testing.assert_close(seen.token_rewards()[seen.mask].double(), expected[seen.mask].double())
-    white = whitened_returns()(seen, Reduce())
-    torch.testing.assert_close(seen.advantages, white)
-
-
-# ---- a memory of prompts, and everything over a resume --------------------------------------------------------------
-
-
-def test_a_memory_of_prompts_is_kept_up_and_is_bounded() -> None:
-    selection = TwoThirds()
-    module = build(RLOO, **plain(RLOO, selection=selection, kl=KL()))
-    run(module, prompts(3), prompts(3, seed=1))
-    keys = Prompts.of(prompts(3)).keys
-    assert sorted(keys) == sorted(selection.memory.state_dict()["keys"].tolist())
-    assert all(selection.memory.get(key) is not None for key in keys)
-    selection.memory.capacity = 2
-    selection.memory.update([1], torch.ones(1, 2), lambda known, new: new)
-    assert len(selection.memory) == 2
-    assert selection.memory.get(1) is not None
-
-
-def make_seams(folder: Path, save: bool, **kwargs: Any) -> tuple[PolicyGradientModule, Any]:
-    module = build(Seams, torch.float32, num_generations=3, epochs=2, minibatches=2, kl=KL(0.1, target=1.0), **kwargs)
-    callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)] if save else []
-    return module, trainer(callbacks=callbacks, enable_checkpointing=save, log_every_n_steps=1)
-
-
-@pytest.mark.parametrize("engine", ["playback", "turns"])
-def test_a_run_of_such_parts_resumes_exactly(engine: str, tmp_path: Path) -> None:
-    """In mid-window and between windows: weights, memory, adaptive β and what is sampled."""
-
-    def sampler() -> Sampler:
-        return two_turns() if engine == "turns" else Sampler(12, engine=Playback())
-
-    windows: Any = [prompts(4, size=3, seed=seed) for seed in range(2)]
-    whole, fitted = make_seams(tmp_path, save=True, sampler=sampler())
-    fitted.fit(whole, ResumableLoader(windows, repeats=4, batch_size=None))
-    assert fitted.global_step == 8
-    for step in (2, 3, 4, 5):
-        module, again = make_seams(tmp_path, save=False, sampler=sampler())
-        torch.manual_seed(99)
-        again.fit(
-            module,
-            ResumableLoader(windows, repeats=4, batch_size=None),
-            ckpt_path=tmp_path / f"step={step}.ckpt",
-            weights_only=True,
-        )
-        assert_same(weights(module), weights(whole))
-        one, two = (states(m)["selection"] for m in (module, whole))
-        assert_same(one, two)
-        assert module.beta == whole.beta
-    assert whole.beta != 0.1
-
-
-def test_a_window_in_a_checkpoint_keeps_turns_and_groups(tmp_path: Path) -> None:
-    """What is trained on after a resume is what would have been trained on, field by field."""
-    module = make_turns(GRPO, num_generations=2, epochs=2, reward=FunctionReward(returns))
-    watch = run(module, make_prompts((5, 3)) | {"columns": {}}, callbacks=[keep := Keep()])
-    assert len(watch.rows) == 2
-    again = Experience.unpack(keep.window.pack(), module.tokenizer)
-    for name in ("completion_ids", "completion_mask", "sampled", "groups", "turns", "engine_logps"):
-        assert torch.equal(getattr(again.rollout, name), getattr(keep.window.rollout, name))
-    for name in ("rewards", "penalties", "advantages"):
-        assert torch.equal(getattr(again, name), getattr(keep.window, name))
-    assert again.beta == keep.window.beta
-    assert again.metrics.keys() == keep.window.metrics.keys()
-
-
-def returns(returns: list[float], **_: Any) -> list[float | None]:
-    return list(returns)
+# ---- a line without a class -----------------------------------------------------------------------------------------
 
 
 def test_a_plain_line_needs_no_more_than_its_parts() -> None:
@@ -426,8 +201,10 @@ def test_a_plain_line_needs_no_more_than_its_parts() -> None:
     policy = Policy.from_model(make_model("gpt2", torch.float64, scale=4.0), make_tokenizer())
     module = PolicyGradientModule(
         advantage=lambda seen, reduce: seen.rewards.unsqueeze(1).expand(seen.rollout.sampled.shape),
+        level=token_level,
         gate=by_advantage(reinforce),
         aggregate=sequence_sum,
+        clips=False,
         policy=policy,
         reward=Toy(),
         sampler=Sampler(12, engine=Playback()),

@@ -213,3 +213,10 @@ def begun(window: dict[str, Any], other: bool = False) -> dict[str, Any]:
             rows = [new if abstain else row for new, row, abstain in zip(changed, rows, abstains, strict=True)]
         groups.append(rows)
     return window | {"columns": {"completions": groups}}
+
+
+def gradient(module: PolicyGradientModule, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Of one draw, without a Trainer."""
+    module.zero_grad()
+    module.draw_loss(batch).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

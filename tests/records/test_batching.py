@@ -20,6 +20,7 @@ def test_a_window() -> None:
     assert window.rows(10) == 24
     assert window.rows_per_optimizer_step(24, micro_batches=4) == 8
     assert Batching(generations=5, accumulation=1, spare=2).rows(10) == 6
+    assert Batching(generations=5, accumulation=1, spare=2).rows_per_optimizer_step(6, micro_batches=1) == 2
 
 
 def test_rows_of_an_optimizer_step_add_up_to_those_of_an_epoch() -> None:

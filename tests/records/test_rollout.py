@@ -1,7 +1,10 @@
 """Rollouts: what follows from their tensors; taking apart and joining."""
 
+import io
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from grade_lightning.records import Rollout
@@ -132,8 +135,18 @@ def test_turns_answers_and_groups_are_selected_joined_and_packed() -> None:
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(again, name), value), name
     assert again.eos_ids == whole.eos_ids
-    assert again.columns == {}
-    assert all(isinstance(value, (torch.Tensor, list)) for value in whole.pack().values())
+    assert again.columns == whole.columns
+    assert all(isinstance(value, (torch.Tensor, list, dict)) for value in whole.pack().values())
+
+
+def test_columns_of_plain_values_are_packed_and_no_others() -> None:
+    plain: dict[str, list[Any]] = {"a": [1, 2.0], "b": [None, True], "c": [["x"], {"y": [{"z": 1}]}]}
+    other: dict[str, list[Any]] = {"d": [1, np.float64(2)], "e": [{"y": np.int64(1)}, {}], "f": [[object()], []]}
+    whole = replace(made([[5, 0], [6]]), columns=plain | other)
+    file = io.BytesIO()
+    torch.save(whole.pack(), file)
+    file.seek(0)
+    assert Rollout.unpack(torch.load(file, weights_only=True), whole.tokenizer).columns == plain
 
 
 def test_completions_of_the_data_have_no_engine_logps() -> None:

@@ -11,6 +11,7 @@ from grade_lightning.errors import InputError
 from grade_lightning.functional.aggregation import token_mean
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
+from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout, Scores
@@ -66,8 +67,10 @@ def test_a_penalty_is_part_of_the_reward_of_tokens_too(spread: bool) -> None:
     reward = Spread() if spread else constant(1, 1, 1)
     module = PolicyGradientModule(
         advantage=whitened_returns(),
+        level=token_level,
         gate=by_advantage(clipped, low=0.8, high=1.2),
         aggregate=token_mean,
+        clips=True,
         policy=Policy.from_model(make_model(), make_tokenizer()),
         reward=reward,
         sampler=Sampler(max_new_tokens=6, min_new_tokens=4),

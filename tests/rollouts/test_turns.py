@@ -100,6 +100,51 @@ def test_no_more_tokens_than_allowed() -> None:
     assert cut.ended.tolist() == [False] * 3
 
 
+class Opens(Environment):
+    """Begins with as many words as the row says."""
+
+    def reset(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        return [{"role": "system", "content": " ".join(["w9"] * row["words"])}]
+
+    def step(self, text: str) -> tuple[list[dict[str, str]], float | None, bool]:
+        return [], None, True
+
+
+@pytest.mark.parametrize("words", [[0, 10, 3], [8, 8, 8]], ids=str)
+def test_an_opening_that_leaves_the_policy_no_room_is_refused(words: list[int]) -> None:
+    """Whether all rows are too long, or one is; the line says how long, and what to do."""
+    prompts = Prompts.of(make_prompts() | {"columns": {"words": words}})
+    with pytest.raises(InputError, match=rf"environment Opens: .* {max(words)} tokens.* 8 at most.*max_new_tokens"):
+        Turns(Opens).generate(make_policy(), Distribution(max_new_tokens=8), prompts)
+
+
+def test_an_opening_may_leave_a_single_token() -> None:
+    prompts = Prompts.of(make_prompts() | {"columns": {"words": [0, 7, 3]}})
+    rollout = Turns(Opens).generate(make_policy(), Distribution(max_new_tokens=8), prompts)
+    assert rollout.lengths[1] == 8
+    assert rollout.sampled[1].int().tolist() == [0] * 7 + [1]
+
+
+def test_the_engine_gets_the_columns_of_the_rows_that_are_left() -> None:
+    engine = Scripted()
+    columns = {"last": [9, 1, 9], "name": ["a", "b", "c"]}
+    Turns(Talks, max_turns=2, engine=engine).generate(
+        make_policy(), Distribution(), Prompts.of(make_prompts() | {"columns": columns})
+    )
+    assert [asked.columns["name"] for asked in engine.asked] == [["a", "b", "c"], ["a", "c"]]
+
+
+@pytest.mark.parametrize("when", ["reset", "step"])
+def test_an_environment_that_raises_is_named(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: Any) -> Any:
+        raise ConnectionError("the tool\nis down")
+
+    monkeypatch.setattr(Talks, when, down)
+    with pytest.raises(InputError, match=r"^environment Talks: it raised ConnectionError: the tool is down$") as raised:
+        Turns(Talks).generate(make_policy(), Distribution(), Prompts.of(make_prompts()))
+    assert isinstance(raised.value.__cause__, ConnectionError)
+
+
 def learned(policy: Policy, rollout: Rollout, distribution: Distribution) -> Tensor:
     """Log-probabilities of the sampled tokens in one pass over all turns."""
     with torch.no_grad():
