@@ -73,7 +73,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             vocabulary = policy.base.get_output_embeddings().weight.shape[0]
             chunk = ELEMENTS.get(module.device.type, ELEMENTS["cuda"]) / vocabulary
             whole = math.ceil(chunk / lengths["completion"] / unit)
-            policy.base.generation_config.eos_token_id = []  # no completion ends early
+            policy.eos_ids = []  # no completion ends early
         few = max(1, min(whole, size // unit // 2)) * unit
         found = []
         for count in (unit, unit, few, 2 * few):  # the first two make what stays: optimizer state, buckets
