@@ -98,7 +98,7 @@ class TextDataModule(LightningDataModule):
         self._reading: tuple[PreTrainedTokenizerBase, Batching] | None = None
         self._prompts: PromptLengths | None = None
         self._room: int | None = None
-        self._told: set[tuple[str, str, int]] = set()
+        self._told: dict[tuple[str, str, int], set[str]] = {}
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -264,21 +264,21 @@ class TextDataModule(LightningDataModule):
     def _tell_cuts(self, split: Split, collate: Collate) -> None:
         """One line with the share of the rows that are cut, column by column."""
         key = (split, type(collate).__name__, collate.max_tokens)
-        if isinstance(collate, CollatePrompts) and self._prompts is not None:
-            lengths = {name: found for name, found in self._prompts.parts[split].items() if name != "prompt"}
-        elif key in self._told:
-            return
-        else:
-            lengths = token_lengths(collate, self.splits[split], COUNTED, self.num_workers > 0)
-        found = share_cut(lengths, collate.max_tokens)
-        collate.cut.said |= set(found)
-        if found and key not in self._told:
-            option = "max_prompt_tokens" if isinstance(collate, CollatePrompts) else "max_text_tokens"
-            rank_zero_warn(
-                f"split '{split}': {' and '.join(found.values())} are longer than {collate.max_tokens} tokens and are "
-                f"cut; --data.{option} moves the limit"
-            )
-        self._told.add(key)
+        if key not in self._told:
+            option = "max_text_tokens"
+            if isinstance(collate, CollatePrompts) and self._prompts is not None:
+                option = "max_prompt_tokens"
+                lengths = {name: found for name, found in self._prompts.parts[split].items() if name != "prompt"}
+            else:
+                lengths = token_lengths(collate, self.splits[split], COUNTED, self.num_workers > 0)
+            found = share_cut(lengths, collate.max_tokens)
+            self._told[key] = set(found)
+            if found:
+                rank_zero_warn(
+                    f"split '{split}': {' and '.join(found.values())} are longer than {collate.max_tokens} tokens and "
+                    f"are cut; --data.{option} moves the limit"
+                )
+        collate.cut.said |= self._told[key]
 
 
 LEAST = 2

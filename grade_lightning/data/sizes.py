@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from grade_lightning.data.texts import Splits
 
-USUAL = {"validation": 2_000, "prompts": 10_000, "reward": 5_000}
+USUAL = {"test": 2_000, "validation": 2_000, "prompts": 10_000, "reward": 5_000}
 """The paper's."""
 
 

@@ -651,7 +651,7 @@ def test_imdb(shared: Path) -> None:
     files = [shared / "data" / f"imdb_{split}.parquet" for split in ("train", "test")]
     if not all(path.is_file() for path in files):
         pytest.skip("needs imdb_train.parquet and imdb_test.parquet beside the checkout")
-    sizes = {"reward_size": None, "prompt_size": None, "val_size": None}
+    sizes: dict[str, Any] = {"reward_size": None, "prompt_size": None, "val_size": None}
     data = ready(LocalFiles(*map(str, files)), batch_size=16, max_prompt_tokens=32, **sizes)
     assert data.dropped["in_test"] == 123
     assert {name: len(rows) for name, rows in data.splits.items()} == {
