@@ -86,7 +86,9 @@ class Bench:
         self.policy, self.reward = Policy(str(o.policy)), ClassifierReward(str(o.reward))
         self.sampler = Sampler(max_new_tokens=o.length)
         self.policy.load()
-        data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=o.sets * o.prompts)
+        data = TextDataModule(
+            LocalFiles(str(o.train), str(o.test)), batch_size=o.sets * o.prompts, max_prompt_tokens=32
+        )
         data.prepare_data()
         data.attach(self.policy.tokenizer, Batching())
         data.setup()

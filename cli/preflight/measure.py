@@ -42,7 +42,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         trainer.callbacks = [self]  # type: ignore[attr-defined]  # the others are for a real run
         size, unit = self.data.batch_size, inventory.smallest_batch(pl_module, self.data.batch_size)
         parts, room = inventory.tensors_by_part(pl_module), inventory.room(trainer, pl_module)
-        settings = tables.settings(trainer, pl_module, self.data)
+        settings = tables.settings(trainer, pl_module, self.data, batch)
         shown = slice_rows(batch, 0, pl_module.batching.rows(max(unit, SHOWN // unit * unit)))
         with trainer.precision_plugin.train_step_context():
             texts = tables.texts(pl_module, shown)
@@ -73,7 +73,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             vocabulary = policy.base.get_output_embeddings().weight.shape[0]
             chunk = ELEMENTS.get(module.device.type, ELEMENTS["cuda"]) / vocabulary
             whole = math.ceil(chunk / lengths["completion"] / unit)
-            policy.base.generation_config.eos_token_id = []  # no completion ends early
+            policy.eos_ids = []  # no completion ends early
         few = max(1, min(whole, size // unit // 2)) * unit
         found = []
         for count in (unit, unit, few, 2 * few):  # the first two make what stays: optimizer state, buckets

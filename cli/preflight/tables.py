@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grade_lightning.data import TextDataModule
 from grade_lightning.modules import AlignmentModule, TrainableModule
+from grade_lightning.policies.endings import end_of_turn
 
 from . import inventory
 from .memory import PHASES, Memory
@@ -20,8 +21,12 @@ SHOWN = 4
 """Sequences that are shown."""
 
 
-def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule) -> Table:
-    """Method, device, precision and special tokens."""
+BEGINNING = 5
+"""Tokens that are shown of how a prompt begins."""
+
+
+def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule, batch: dict[str, Any]) -> Table:
+    """Method, device, precision, special tokens, and how the batch's first prompt or text begins."""
     tokenizer = module.tokenizer
 
     def tokens(ids: Any) -> str:
@@ -39,12 +44,17 @@ def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule) ->
         "pad token": tokens(tokenizer.pad_token_id),
         "eos token": tokens(tokenizer.eos_token_id),
         "bos token": tokens(tokenizer.bos_token_id),
+        "end of turn": tokens(end_of_turn(tokenizer)),
     }
+    first = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+    kind = "text" if module.batching.view in ("text", "labelled") else "prompt"
+    rows[f"a {kind} begins with"] = tokens(first[:BEGINNING])
     if isinstance(module, AlignmentModule):
         rows["reward"] = f"{type(module.reward).__name__}: {module.reward.name}"
-        rows["a completion ends with"] = tokens(module.policy.eos_ids)
+        rows["a completion ends with"] = tokens(module.eos_ids)
         rows["padding"] = "prompts on the left, completions on the right"
     else:
+        rows["a text ends with"] = tokens(module.eos_ids)
         rows["padding"] = "texts on the right"
     table = Table("", "", title="Preflight", show_header=False)
     for row in rows.items():

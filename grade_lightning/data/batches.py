@@ -1,14 +1,17 @@
 """Batches: what the data module hands to a LightningModule, and how rows become one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.texts import Prompt, prompt_of, text_of
+from grade_lightning.data.cuts import Cut
+from grade_lightning.data.encoding import encode as encode
+from grade_lightning.data.encoding import encode_all, encode_completions, encode_texts
+from grade_lightning.data.texts import prompt_of, text_of
 from grade_lightning.errors import InputError
 
 Row = dict[str, Any]
@@ -52,41 +55,6 @@ class PairBatch(TypedDict):
     columns: dict[str, list[Any]]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Tokenise all of a text, after one BOS if the tokenizer has it, or a conversation by chat template."""
-    ids: list[int]
-    if isinstance(prompt, str):
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = bos + tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
-    elif tokenizer.chat_template:
-        templated = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        ids = cast(list[int], templated)  # a list of lists only for a list of conversations
-    else:
-        raise InputError(
-            "column 'prompt' holds messages, but the tokenizer has no chat template; "
-            "write the prompts as text, or use a chat model"
-        )
-    if not ids:
-        raise InputError(f"the tokenizer makes no token of {prompt!r}; drop the row or use another tokenizer")
-    return ids
-
-
-def encode_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: list[int], completion: str
-) -> list[int]:
-    """Tokenise what follows a prompt, without EOS: the prompt's tokens and these are those of both texts together.
-
-    Where a token would reach over the end of the prompt, the completion is tokenised alone instead, since sampled
-    completions follow the prompt's own tokens.
-    """
-    # alone, tokenizers after SentencePiece's fashion would put a space in front
-    both = encode(tokenizer, prompt + completion) if isinstance(prompt, str) else []
-    if both[: len(prompt_ids)] == prompt_ids:
-        return both[len(prompt_ids) :]
-    ids: list[int] = tokenizer.encode(completion, add_special_tokens=False, verbose=False)
-    return ids
-
-
 def _pad(ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and mask; the mask comes from the lengths, since the padding token may also be the EOS."""
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -108,31 +76,54 @@ class CollatePrompts:
     tokenizer: PreTrainedTokenizerBase
     max_chars: int
     max_tokens: int
+    cut: Cut = field(default_factory=Cut)
 
     def __call__(self, rows: Sequence[Row]) -> PromptBatch:
         """Tokenise and pad."""
-        ids = [encode(self.tokenizer, prompt_of(row, self.max_chars)) for row in rows]
+        ids = self._encode(rows)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "text"}
         if "prompt" not in columns:
-            ids = [row[: self.max_tokens] for row in ids]
-            columns["prompt"] = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            ids = self.cut("prompt from text", ids, self.max_tokens)
+            columns["prompt"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         tokens, mask = _pad(ids, self.tokenizer, left=True)
         return {"input_ids": tokens, "attention_mask": mask, "columns": columns}
+
+    def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        return encode_all(self.tokenizer, [prompt_of(row, self.max_chars) for row in rows])
+
+    def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Tokens of each row before anything is cut, by column."""
+        return {"prompt" if "prompt" in rows[0] else "prompt from text": [len(ids) for ids in self._encode(rows)]}
 
 
 @dataclass
 class CollateTexts:
-    """Make a `TextBatch` of whole texts, cut to `max_tokens`, with EOS where it fits."""
+    """Make a `TextBatch` of whole texts, cut to `max_tokens`, with an end where it fits."""
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    ends: Sequence[int] = ()
+    cut: Cut = field(default_factory=Cut)
 
     def __call__(self, rows: Sequence[Row]) -> TextBatch:
         """Tokenise and pad."""
-        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        ids = [(encode(self.tokenizer, text_of(row)) + eos)[: self.max_tokens] for row in rows]
-        tokens, mask = _pad(ids, self.tokenizer)
+        tokens, mask = _pad(self.cut(self._name(rows), self._encode(rows), self.max_tokens), self.tokenizer)
         return {"input_ids": tokens, "attention_mask": mask}
+
+    def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        if any(isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), str) for row in rows):
+            prompts = [row["prompt"] for row in rows]
+            ids = encode_all(self.tokenizer, prompts)
+            answers = encode_completions(self.tokenizer, prompts, ids, [row["completion"] for row in rows], self.ends)
+            return [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
+        return encode_texts(self.tokenizer, [text_of(row) for row in rows], self.ends)
+
+    def _name(self, rows: Sequence[Row]) -> str:
+        return "text" if "text" in rows[0] else "prompt + completion"
+
+    def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Tokens of each row before anything is cut, by column."""
+        return {self._name(rows): [len(ids) for ids in self._encode(rows)]}
 
 
 @dataclass
@@ -146,20 +137,36 @@ class CollateLabelled:
         labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
         return {**self.texts(rows), "labels": labels}
 
+    @property
+    def cut(self) -> Cut:
+        """Of the texts."""
+        return self.texts.cut
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the texts."""
+        return self.texts.max_tokens
+
+    def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Tokens of each row before anything is cut, by column."""
+        return self.texts.lengths(rows)
+
 
 @dataclass
 class CollatePairs:
-    """Make a `PairBatch`: each `prompt` as it stands, completions cut to `max_tokens`, with EOS where it fits."""
+    """Make a `PairBatch`: each `prompt` as it stands, completions cut to `max_tokens`, with an end where it fits."""
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    ends: Sequence[int] = ()
+    cut: Cut = field(default_factory=Cut)
 
     def __call__(self, rows: Sequence[Row]) -> PairBatch:
         """Tokenise and pad."""
-        ids = [encode(self.tokenizer, row["prompt"]) for row in rows]
-        tokens, mask = _pad(ids, self.tokenizer, left=True)
-        chosen, chosen_mask = self._complete(rows, ids, "chosen")
-        rejected, rejected_mask = self._complete(rows, ids, "rejected")
+        prompts, completions = self._encode(rows)
+        tokens, mask = _pad(prompts, self.tokenizer, left=True)
+        chosen, chosen_mask = self._complete(rows, completions, "chosen")
+        rejected, rejected_mask = self._complete(rows, completions, "rejected")
         names = [name for name in rows[0] if name not in ("text", "chosen", "rejected")]
         return {
             "input_ids": tokens,
@@ -171,17 +178,28 @@ class CollatePairs:
             "columns": {name: [row[name] for row in rows] for name in names},
         }
 
-    def _complete(self, rows: Sequence[Row], prompts: Sequence[list[int]], column: str) -> tuple[Tensor, Tensor]:
-        eos = self.tokenizer.eos_token_id
-        completions = []
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = encode_completion(self.tokenizer, row["prompt"], prompt, row[column])
-            if eos is not None and ids[-1:] != [eos]:  # the text may end with it
-                ids.append(eos)
+    def _encode(self, rows: Sequence[Row]) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+        prompts = [row["prompt"] for row in rows]
+        ids = encode_all(self.tokenizer, prompts)
+        return ids, {
+            name: encode_completions(self.tokenizer, prompts, ids, [row[name] for row in rows], self.ends)
+            for name in ("chosen", "rejected")
+        }
+
+    def _complete(
+        self, rows: Sequence[Row], completions: dict[str, list[list[int]]], column: str
+    ) -> tuple[Tensor, Tensor]:
+        for row, ids in zip(rows, completions[column], strict=True):
             if not ids:
                 raise InputError(
                     f"column '{column}': the tokenizer makes no token of {row[column]!r} and has no eos_token; drop "
                     "the row or set the tokenizer's eos_token"
                 )
-            completions.append(ids[: self.max_tokens])
-        return _pad(completions, self.tokenizer)
+        return _pad(self.cut(column, completions[column], self.max_tokens), self.tokenizer)
+
+    def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Tokens of each completion before anything is cut, by column."""
+        return {name: [len(ids) for ids in found] for name, found in self._encode(rows)[1].items()}
+
+
+Collate = CollatePrompts | CollateTexts | CollateLabelled | CollatePairs

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.batches import encode
+from grade_lightning.data.batches import Collate, CollatePrompts
+from grade_lightning.data.cuts import COUNTED, PromptLengths, share_cut, token_lengths
 from grade_lightning.data.loading import EpochSampler, ResumableLoader
+from grade_lightning.data.sizes import USUAL, split_to_fit
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
 from grade_lightning.data.views import VIEWS, Limits, Split
@@ -38,12 +40,14 @@ class TextDataModule(LightningDataModule):
         batch_size: Sequences in a training step, on each device; a method that samples several completions for
             each prompt draws fewer prompts.
         eval_batch_size: Rows in a batch to validate, test or predict.
-        reward_size: Rows in the split `reward`; taken as 0 where rows have no label.
-        prompt_size: Rows in the split `prompts`.
-        val_size: Rows in the split `validation`.
+        reward_size: Rows in the split `reward`; `None` for 5,000, or fewer where the table is smaller. It is 0 where
+            rows have no label.
+        prompt_size: Rows in the split `prompts`; `None` for 10,000, or fewer.
+        val_size: Rows in the split `validation`; `None` for 2,000, or fewer.
         test_size: Rows in the split `test`; `None` for all test rows, or `val_size` if the source has none.
         max_prompt_chars: Of a `text`, the prompt is the first sentence, or the first two where they fit.
-        max_prompt_tokens: Where to cut such a prompt. A column `prompt` is not cut: a longer one is an error.
+        max_prompt_tokens: Where to cut such a prompt; `None` for the longest of the data, as far as the model's context
+            has room beside a completion. A column `prompt` is not cut: a longer one is an error.
         max_text_tokens: Where to cut a whole text, or a chosen or rejected completion.
         num_workers: Processes that prepare batches.
         seed: Of the splits and the shuffling.
@@ -60,12 +64,12 @@ class TextDataModule(LightningDataModule):
         source: Source | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 64,
-        reward_size: int = 5_000,
-        prompt_size: int = 10_000,
-        val_size: int = 2_000,
+        reward_size: int | None = None,
+        prompt_size: int | None = None,
+        val_size: int | None = None,
         test_size: int | None = None,
         max_prompt_chars: int = 200,
-        max_prompt_tokens: int = 32,
+        max_prompt_tokens: int | None = None,
         max_text_tokens: int = 128,
         num_workers: int = 0,
         seed: int = 42,
@@ -76,8 +80,7 @@ class TextDataModule(LightningDataModule):
         check_range("[0, 4294967295]", "data", seed=seed)
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_prompt_chars": max_prompt_chars}
         check_range("[1, inf)", "data", **counts)
-        # with a BOS, one token would be no prompt
-        check_range("[2, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
+        check_range(f"[{LEAST}, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
         self.source = source or BundledReviews()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.reward_size, self.prompt_size, self.val_size, self.test_size = (
@@ -86,13 +89,24 @@ class TextDataModule(LightningDataModule):
             val_size,
             test_size,
         )
-        self.max_prompt_chars, self.max_prompt_tokens = max_prompt_chars, max_prompt_tokens
+        self.max_prompt_chars, self._given_prompt_tokens = max_prompt_chars, max_prompt_tokens
         self.max_text_tokens = max_text_tokens
         self.num_workers, self.seed = num_workers, seed
         self.splits: dict[str, Dataset] = {}
         self.dropped: dict[str, int] = {}
         self._loaded: DatasetDict | None = None
         self._reading: tuple[PreTrainedTokenizerBase, Batching] | None = None
+        self._prompts: PromptLengths | None = None
+        self._room: int | None = None
+        self._told: dict[tuple[str, str, int], set[str]] = {}
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens of a prompt: as given, or as found in :meth:`setup`."""
+        if self._given_prompt_tokens is not None:
+            return self._given_prompt_tokens
+        longest = LEAST if self._prompts is None else max(LEAST, self._prompts.longest)
+        return longest if self._room is None else max(LEAST, min(longest, self._room))
 
     def attach(self, tokenizer: PreTrainedTokenizerBase, batching: Batching) -> None:
         """Choose how rows are read; `setup` takes both from the trainer's LightningModule.
@@ -113,33 +127,41 @@ class TextDataModule(LightningDataModule):
         Args:
             stage: Lightning's; all splits are made whatever it is.
         """
-        if self.trainer is not None:
-            module = self.trainer.lightning_module
-            if isinstance(module, TrainableModule):
-                self.attach(module.tokenizer, module.batching)
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if isinstance(module, TrainableModule):
+            self.attach(module.tokenizer, module.batching)
+            if self._given_prompt_tokens is not None:  # as early as can be
                 module.check_lengths(self.max_prompt_tokens, self.max_text_tokens)
         if not self.splits:
             self._split(self._loaded or self.source.load())
             self._loaded = None
         if self._reading is not None and VIEWS[self._reading[1].view].reads_prompts:
-            self._check_prompts(self._reading[0])
+            self._room = module.prompt_room(self.max_text_tokens) if isinstance(module, TrainableModule) else None
+            self._measure_prompts(self._reading[0])
+        if isinstance(module, TrainableModule):
+            module.check_lengths(self.max_prompt_tokens, self.max_text_tokens)
 
     def _split(self, data: DatasetDict) -> None:
         train, test = data["train"], data.get("test")
         labelled = "label" in train.column_names
-        sizes = {"validation": self.val_size, "prompts": self.prompt_size}
-        sizes["reward"] = self.reward_size if labelled else 0
+        given = {"validation": self.val_size, "prompts": self.prompt_size}
+        given["reward"] = self.reward_size if labelled else 0
         if test is None:
-            sizes = {"test": self.val_size if self.test_size is None else self.test_size} | sizes
+            given = {"test": self.val_size if self.test_size is None else self.test_size} | given
+        sizes = {name: USUAL[name] if size is None else size for name, size in given.items()}
         train_keys = keys_of(train[:], self.max_prompt_chars)
         test_keys = None if test is None else keys_of(test[:], self.max_prompt_chars)
-        rows, self.dropped = split_rows(train_keys, test_keys, sizes, self.test_size, self.seed)
-        found = sum(len(rows[name]) for name in sizes)
-        if found < sum(sizes.values()):
+        (rows, self.dropped), asked = split_to_fit(
+            lambda sizes: split_rows(train_keys, test_keys, sizes, self.test_size, self.seed),
+            sizes,
+            [name for name, size in given.items() if size is None],
+        )
+        found = sum(len(rows[name]) for name in asked)
+        if found < sum(asked.values()):
             raise InputError(
                 f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), "
-                f"but {sum(sizes.values())} are asked for; lower "
-                + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in sizes.items() if size)
+                f"but {sum(asked.values())} are asked for; lower "
+                + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in asked.items() if size)
             )
         if len(rows["test"]) < (self.test_size or 0):
             raise InputError(f"data.test_size: {self.test_size}, but there are {len(rows['test'])} test rows; lower it")
@@ -150,6 +172,9 @@ class TextDataModule(LightningDataModule):
         self._numbers = rows
         if any(self.dropped.values()):
             rank_zero_info(f"Rows left out so that splits share nothing: {self._reasons()}")
+        if asked != sizes:
+            taken = ", ".join(f"{size} of {sizes[name]} for data.{_OPTIONS[name]}" for name, size in asked.items())
+            rank_zero_info(f"The {len(train)} train rows are fewer than the usual splits take, which shrink: {taken}")
 
     def _reasons(self) -> str:
         return (
@@ -157,15 +182,26 @@ class TextDataModule(LightningDataModule):
             f"{self.dropped['same_prompt']} prompts in another split"
         )
 
-    def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        for name in ("prompts", "validation", "test"):
-            rows = self.splits[name]
-            prompts = rows["prompt"] if "prompt" in rows.column_names else ()
-            for number, prompt in zip(self._numbers[name], prompts, strict=False):
-                if (length := len(encode(tokenizer, prompt))) > self.max_prompt_tokens:
+    def _measure_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenise all prompts, once; check those that are not cut."""
+        if self._prompts is None or self._prompts.tokenizer is not tokenizer:
+            collate, forks = CollatePrompts(tokenizer, self.max_prompt_chars, 0), self.num_workers > 0
+            parts = {
+                name: token_lengths(collate, self.splits[name], forks=forks)
+                for name in ("prompts", "validation", "test")
+            }
+            self._prompts = PromptLengths(tokenizer, parts)
+        for name, lengths in self._prompts.parts.items():
+            for number, length in zip(self._numbers[name], lengths.get("prompt", ()), strict=False):
+                if length > self.max_prompt_tokens:
+                    remedy = f"raise --data.max_prompt_tokens (now {self.max_prompt_tokens})"
+                    if self._given_prompt_tokens is None:
+                        remedy = (
+                            f"the model's context leaves room for {self.max_prompt_tokens} beside a completion; "
+                            "lower --model.sampler.max_new_tokens"
+                        )
                     raise InputError(
-                        f"column 'prompt', row {number} (split '{name}'): {length} tokens; raise "
-                        f"--data.max_prompt_tokens (now {self.max_prompt_tokens}) or drop the row"
+                        f"column 'prompt', row {number} (split '{name}'): {length} tokens; {remedy} or drop the row"
                     )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -206,19 +242,47 @@ class TextDataModule(LightningDataModule):
             view.check(rows, self._numbers[split])
         if not len(rows):
             raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
-        limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens)
+        limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens, self._ends())
+        collate = view.collate(tokenizer, limits, train)
+        self._tell_cuts(split, collate)
         return (partial(ResumableLoader, repeats=batching.steps_per_batch) if train else DataLoader)(
             rows,
             batch_size=train_rows if train else self.eval_batch_size,
             sampler=EpochSampler(rows, self.seed) if train else None,
             drop_last=train,
-            collate_fn=view.collate(tokenizer, limits, train),
+            collate_fn=collate,
             num_workers=self.num_workers,
             # without one, each epoch would draw from the global generator, as a rollout's noise does
             generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def _ends(self) -> list[int]:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return module.eos_ids if isinstance(module, TrainableModule) else []
 
+    @rank_zero_only
+    def _tell_cuts(self, split: Split, collate: Collate) -> None:
+        """One line with the share of the rows that are cut, column by column."""
+        key = (split, type(collate).__name__, collate.max_tokens)
+        if key not in self._told:
+            option = "max_text_tokens"
+            if isinstance(collate, CollatePrompts) and self._prompts is not None:
+                option = "max_prompt_tokens"
+                lengths = {name: found for name, found in self._prompts.parts[split].items() if name != "prompt"}
+            else:
+                lengths = token_lengths(collate, self.splits[split], COUNTED, self.num_workers > 0)
+            found = share_cut(lengths, collate.max_tokens)
+            self._told[key] = set(found)
+            if found:
+                rank_zero_warn(
+                    f"split '{split}': {' and '.join(found.values())} are longer than {collate.max_tokens} tokens and "
+                    f"are cut; --data.{option} moves the limit"
+                )
+        collate.cut.said |= self._told[key]
+
+
+LEAST = 2
+"""Tokens of a prompt or text at least: with a BOS, one would be none."""
 _OPTIONS: dict[str, str] = {
     "reward": "reward_size",
     "prompts": "prompt_size",

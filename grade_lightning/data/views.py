@@ -1,28 +1,28 @@
 """Views: how the rows of the data are read, by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.batches import CollateLabelled, CollatePairs, CollatePrompts, CollateTexts, Row
+from grade_lightning.data.batches import Collate, CollateLabelled, CollatePairs, CollatePrompts, CollateTexts
 from grade_lightning.errors import InputError
 from grade_lightning.records import batching
 
 Split = Literal["reward", "prompts", "validation", "test"]
-Collate = Callable[[Sequence[Row]], Any]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where texts are cut."""
+    """Where texts are cut, and what ends them beside the tokenizer's own tokens."""
 
     max_prompt_chars: int
     max_prompt_tokens: int
     max_text_tokens: int
+    ends: Sequence[int] = ()
 
 
 class View(ABC):
@@ -83,7 +83,7 @@ class PairView(View):
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`PairBatch` to train on, `PromptBatch` to evaluate."""
         if train:
-            return CollatePairs(tokenizer, limits.max_text_tokens)
+            return CollatePairs(tokenizer, limits.max_text_tokens, limits.ends)
         return CollatePrompts(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens)
 
 
@@ -92,7 +92,7 @@ class TextView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`TextBatch`."""
-        return CollateTexts(tokenizer, limits.max_text_tokens)
+        return CollateTexts(tokenizer, limits.max_text_tokens, limits.ends)
 
 
 class LabelledView(View):
@@ -107,7 +107,7 @@ class LabelledView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`LabelledBatch`."""
-        return CollateLabelled(CollateTexts(tokenizer, limits.max_text_tokens))
+        return CollateLabelled(CollateTexts(tokenizer, limits.max_text_tokens, limits.ends))
 
 
 VIEWS: dict[batching.View, View] = {

@@ -131,6 +131,13 @@ class AlignmentModule(TrainableModule, ABC):
         for reward in self.rewards:
             reward.load(self.tokenizer, vocabulary)
 
+    def prompt_room(self, text: int) -> int | None:
+        """What a completion leaves of the context, whether it is sampled or of the data."""
+        self.policy.load()
+        context = self.policy.context_length
+        completion = max(self.sampler.max_new_tokens, text if self.batching.view == "pairs" else 0)
+        return None if context is None else context - completion
+
     def check_lengths(self, prompt: int, text: int) -> None:
         """Prompt and completion must fit into the context, whether it is sampled or of the data."""
         completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"

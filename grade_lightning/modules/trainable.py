@@ -22,6 +22,8 @@ from grade_lightning.distributed import Reduce
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.files import write_atomically
 from grade_lightning.numerics import hash_seed
+from grade_lightning.policies import Policy
+from grade_lightning.policies.endings import end_ids
 from grade_lightning.records import Batching
 
 from .guards import BAD_BATCHES, StepGuard, check_method, check_strategy, check_weights, check_windows
@@ -73,6 +75,22 @@ class TrainableModule(LightningModule):
     def batching(self) -> Batching:
         """What a batch of the loader is to this module."""
         return Batching()
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a text."""
+        policy = getattr(self, "policy", None)
+        if isinstance(policy, Policy) and policy.model is not None:
+            return policy.eos_ids
+        return end_ids(self.tokenizer)
+
+    def prompt_room(self, text: int) -> int | None:
+        """Most tokens of a prompt for which the model's context has room; None where there is no limit.
+
+        Args:
+            text: most tokens of a completion of the data.
+        """
+        return None
 
     def check_lengths(self, prompt: int, text: int) -> None:
         """Check that the data fit into the model's context; the DataModule calls it.

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 
+from .endings import end_ids
 from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
 from .lora import LoRA, merged_state, with_adapters
 from .network import Frozen, Network
 from .passes import Pass, WholePass
+from .saving import true_settings
 
 
 class Policy(nn.Module, Network):
@@ -66,6 +68,7 @@ class Policy(nn.Module, Network):
         self.dropout = dropout
         self.torch_compile = torch_compile
         self.training_pass = training_pass or WholePass()
+        self._eos_ids: list[int] | None = None
         self._compiled: tuple[Callable[..., Any]] | None = None
         self.model: Any = None
         self.reference: nn.Module | None = None
@@ -150,11 +153,12 @@ class Policy(nn.Module, Network):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Tokens that end a completion: those of the generation settings, else the tokenizer's."""
-        config: GenerationConfig | None = self.base.generation_config
-        ids = config.eos_token_id if config is not None else None
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        """Tokens that end a completion: :func:`.endings.end_ids`, unless others were set."""
+        return end_ids(self.tokenizer, self.base.generation_config) if self._eos_ids is None else self._eos_ids
+
+    @eos_ids.setter
+    def eos_ids(self, ids: list[int]) -> None:
+        self._eos_ids = ids
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the last `length` positions; in training use :meth:`hidden` and :meth:`vocabulary`."""
@@ -223,5 +227,8 @@ class Policy(nn.Module, Network):
         options = {"save_embedding_layers": False} if alone else {}
         state = gather_full_state(merged_state(self.base) if merged else model.state_dict())
         if is_first_process():
-            model.save_pretrained(folder, state_dict=state, **options)
+            with true_settings(self.base, {} if alone else state, self.eos_ids) as settings:
+                model.save_pretrained(folder, state_dict=state, **options)
+                if alone and settings is not None:
+                    settings.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.data import _replace_dunder_methods
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.data import _update_dataloader
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,12 +42,14 @@ SMALL: dict[str, Any] = {
 
 
 def letters(bos: bool = True, pad: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token a byte."""
+    """A tokenizer with a token a byte, which puts a BOS in front if it has one."""
     vocabulary = ["<bos>", "<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special = {"eos_token": "<eos>"} | ({"bos_token": "<bos>"} if bos else {}) | ({"pad_token": "<pad>"} if pad else {})
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     if chat:
         tokenizer.chat_template = (
@@ -261,8 +263,9 @@ def test_long_prompt_in_a_prompt_column() -> None:
     with pytest.raises(
         InputError, match=r"'prompt', row 13 \(split .*48 tokens; raise --data.max_prompt_tokens .*drop"
     ):
-        ready(source, prompt_size=60)
+        ready(source, prompt_size=60, max_prompt_tokens=47)
     ready(source, prompt_size=60, max_prompt_tokens=48)
+    assert ready(source, prompt_size=60).max_prompt_tokens == 48
 
 
 def test_conversations_go_through_the_chat_template() -> None:
@@ -648,7 +651,8 @@ def test_imdb(shared: Path) -> None:
     files = [shared / "data" / f"imdb_{split}.parquet" for split in ("train", "test")]
     if not all(path.is_file() for path in files):
         pytest.skip("needs imdb_train.parquet and imdb_test.parquet beside the checkout")
-    data = ready(LocalFiles(*map(str, files)), batch_size=16, reward_size=5_000, prompt_size=10_000, val_size=2_000)
+    sizes: dict[str, Any] = {"reward_size": None, "prompt_size": None, "val_size": None}
+    data = ready(LocalFiles(*map(str, files)), batch_size=16, max_prompt_tokens=32, **sizes)
     assert data.dropped["in_test"] == 123
     assert {name: len(rows) for name, rows in data.splits.items()} == {
         "test": 24_801,

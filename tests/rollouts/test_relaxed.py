@@ -184,7 +184,7 @@ def test_no_end_before_min_new_tokens(seed: int) -> None:
 
 def test_a_model_without_end_runs_to_the_limit() -> None:
     policy = make_policy()
-    policy.base.generation_config.eos_token_id = []
+    policy.eos_ids = []
     rollout = roll(policy)
     assert rollout.completion_mask.all()
     assert rollout.completion_ids.shape[1] == 8
@@ -332,7 +332,7 @@ class Memory(TorchDispatchMode):
 def measure(block: int, length: int) -> tuple[int, int]:
     """Bytes alive after the forward pass, and at the peak of forward and backward together."""
     policy = make_policy(lora=LoRA(r=2, dropout=0.0))
-    policy.base.generation_config.eos_token_id = []
+    policy.eos_ids = []
     gc.collect()
     with Memory() as memory:
         rollout = roll(policy, block=block, max_new_tokens=length)
