@@ -61,16 +61,19 @@ _QWEN4 = {
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 _ZAMBA |= {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4}
 
+_REFORMER = dict.fromkeys(["lsh_attn_chunk_length", "local_attn_chunk_length"], 4)  # training wants multiples of it
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    # what sizes of several attributes have to do with each other
+    # sizes that must fit each other
     "dory": {
         **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
         **{"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # as many as its cycles go through the layer
     "mamba2": {"num_heads": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hash_seed": 1} | _REFORMER,
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA | {"hybrid_layer_ids": [1, 3]},
@@ -97,9 +100,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "xmod": {"default_language": "en_XX"},
-    # logits that are scaled for large widths would be all alike
-    **dict.fromkeys(["cohere", "cohere2", "cohere2_moe"], {"logit_scale": 1.0}),
-    **dict.fromkeys(["inkling_text"], {"logits_mup_width_multiplier": 1.0}),
+    # logits that are scaled for large widths would be all alike, or far apart
+    **{each: {"logit_scale": 1.0} for each in ("cohere", "cohere2", "cohere2_moe")},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "minicpm3": {"dim_model_base": 32},
 }
 
 NOT_TINY: dict[str, str] = {
