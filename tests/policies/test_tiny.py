@@ -62,7 +62,15 @@ def test_the_same_seed_gives_the_same_model() -> None:
     first, again, other = (tiny_model("llama", seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-    assert tiny_model("llama", torch.float64, vocab_size=19)(input_ids=tokens() % 19).logits.shape == (1, 12, 19)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_double_precision_and_another_vocabulary(model_type: str) -> None:
+    single, double = (tiny_model(model_type, dtype, vocab_size=19) for dtype in (torch.float32, torch.float64))
+    logits = double(input_ids=tokens() % 19).logits
+    assert logits.dtype == torch.float64
+    assert logits.shape == (1, 12, 19)
+    torch.testing.assert_close(single(input_ids=tokens() % 19).logits.double(), logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", [each for each in NOT_TINY if each in causal_types()])

@@ -161,6 +161,8 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
         model: Any = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    if dtype is torch.float64:
+        model.set_experts_implementation("eager")  # the kernel of the default does not know it
     small: PreTrainedModel = model.to(dtype).eval()
     return small
 
