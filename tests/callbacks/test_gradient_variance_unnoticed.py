@@ -27,8 +27,8 @@ from tests.methods.toy_task import (
     Recorder,
     assert_same,
     batches,
-    every_method,
     make,
+    some_methods,
     trainer,
     weights,
 )
@@ -54,7 +54,7 @@ def assert_trains_alike(
     assert random_with == random_without
 
 
-@every_method
+@some_methods
 def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) -> None:
     watch = GradientVariance(probe_every_n_steps=5, prompts=2, draws=2)
     assert_trains_alike(lambda: make(method, sampler=Sampler(max_new_tokens=3)), batches(20, repeat=1), watch)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import GPT2Config, GPT2Model
 
 from grade_lightning.rewards import Classifier
-from tests.cli.ranks import launch
+from tests.cli.ranks import EVERY, launch
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 
 QUIET = [
@@ -243,10 +243,12 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def together(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
+def together(request: pytest.FixtureRequest, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
     """What each of two processes found, which do all that tests of two processes want: the start takes longest."""
     folder = tmp_path_factory.mktemp("together")
-    done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), folder=folder)
+    asked = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    cases = [case for case in EVERY if case in asked]
+    done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), *cases, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -31,6 +32,10 @@ EVERY: dict[str, Case] = {
     for lora in (False, True)
     if not (lora and method is RewardModel)
 }
+QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "PPO with LoRA", "DAPO", "DPO", "SupervisedFineTuning", "RewardModel"
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY]
+)
 
 
 class Keep(Callback):

@@ -21,7 +21,7 @@ from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler, Turns
 from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpoint, scalar, version, weights
-from tests.cli.ranks import EVERY, launch, two_steps
+from tests.cli.ranks import every_case, launch, two_steps
 from tests.cli.test_fsdp import sharded
 from tests.methods.toy_task import Toy
 from tests.modules.seams import Greedy, Ragged, Seams, Tool
@@ -153,8 +153,8 @@ def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[
     return module, watch, fitted
 
 
-def work(folder: Path, backbone: Path) -> None:
-    """What each of two processes does."""
+def work(folder: Path, backbone: Path, cases: list[str]) -> None:
+    """What each of two processes does; of the methods, for these cases."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {}
     for name in CASES:
@@ -165,7 +165,7 @@ def work(folder: Path, backbone: Path) -> None:
     module, _, _ = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
     for strategy in ("ddp", "fsdp2"):
-        found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in EVERY}
+        found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in cases}
     found["sharded"] = sharded(folder, backbone, rank)
     torch.save(found, folder / f"{rank}.pt")
 
@@ -207,7 +207,7 @@ def test_what_is_logged_is_what_one_process_would_log(name: str, together: Toget
         assert {figure: one[figure] for figure in expected} == {figure: two[figure] for figure in expected} == expected
 
 
-@pytest.mark.parametrize("case", EVERY)
+@every_case
 def test_every_method_has_the_gradient_of_one_process(case: str, together: Together, backbone: Path) -> None:
     """In both of two steps, the second from weights that a clipped gradient has moved, without unused parameters."""
     one, two = together[1]
@@ -312,4 +312,4 @@ def test_the_same_rows_in_a_step_are_the_same_steps(method: str, shelf: Shelf, r
 
 
 if __name__ == "__main__":
-    work(*map(Path, sys.argv[1:]))
+    work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

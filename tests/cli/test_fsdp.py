@@ -14,7 +14,7 @@ from grade_lightning.errors import InputError
 from grade_lightning.policies import Policy
 from grade_lightning.rollouts import Sampler
 from tests.cli.conftest import Run, Shelf, Together, assert_same, checkpoint, scalar, version
-from tests.cli.ranks import EVERY, batches, full, launch, make, trainer, two_steps
+from tests.cli.ranks import batches, every_case, full, launch, make, trainer, two_steps
 from tests.conftest import make_prompts
 from tests.modules.toys import distance, loader
 
@@ -60,7 +60,7 @@ def evaluation(rank: int | None) -> DataLoader[Any]:
     return DataLoader([batch | {"columns": {}}] * 2, batch_size=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", EVERY)
+@every_case
 def test_every_method_has_the_gradient_of_one_process(case: str, together: Together, backbone: Path) -> None:
     """In both of two steps, the second from gathered weights that were stepped on while they were spread."""
     alone = two_steps(case, backbone)["gradients"]

@@ -37,6 +37,7 @@ from tests.methods.toy_task import (
     every_method,
     fit,
     make,
+    some_methods,
     trained_names,
     trainer,
     weights,
@@ -97,7 +98,7 @@ def test_every_trained_parameter_gets_a_gradient(method: type[AlignmentModule], 
     assert abs(run.steps[0]["train/kl"]) < 1e-3
 
 
-@every_method
+@some_methods
 @with_and_without_lora
 def test_the_reward_rises(method: type[AlignmentModule], lora: bool) -> None:
     run = assert_the_reward_rises(method, lora)
@@ -124,7 +125,7 @@ def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule])
     assert set(fit(module, 5).steps[-1]) - {"reward", "kl", "tok/s"} == expected
 
 
-@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+@pytest.mark.parametrize("name", ["PPO", pytest.param("GRPO", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("steps", [{"epochs": 4, "minibatches": 1}, {"epochs": 2, "minibatches": 2}], ids=str)
 def test_the_reward_rises_with_four_steps_for_each_rollout(name: str, steps: dict[str, Any]) -> None:
     run = assert_the_reward_rises(getattr(grade_lightning.methods, name), settings=steps)

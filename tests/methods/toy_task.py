@@ -26,6 +26,12 @@ METHODS = [
 ]
 SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+QUICK = "GradeSTE", "RLOO", "PPO", "DPO"
+"""One of each family: those that stand for the others in the ordinary set, where a test takes long."""
+some_methods = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[] if m.__name__ in QUICK else pytest.mark.slow, id=m.__name__) for m in METHODS],
+)
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 
