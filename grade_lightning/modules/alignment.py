@@ -127,9 +127,8 @@ class AlignmentModule(TrainableModule, ABC):
     def configure_model(self) -> None:
         """Load policy and rewards; nothing happens the second time."""
         self.policy.load()
-        vocabulary = self.policy.base.config.get_text_config().vocab_size
         for reward in self.rewards:
-            reward.load(self.tokenizer, vocabulary)
+            reward.load(self.tokenizer, self.policy.anatomy.size)
 
     def check_lengths(self, prompt: int, text: int) -> None:
         """Prompt and completion must fit into the context, whether it is sampled or of the data."""

@@ -83,7 +83,7 @@ class RelaxedEngine:
                 f"{policy.path}: keeps a recurrent state, and relaxed sampling needs keys and values; use GradeSTE"
             )
         longest = distribution.max_new_tokens
-        vocabulary = torch.arange(policy.base.config.get_text_config().vocab_size, device=input_ids.device)
+        vocabulary = torch.arange(policy.anatomy.size, device=input_ids.device)
         inputs, table = policy.embed(input_ids), policy.embed(vocabulary)
         mask, ended = prompts.mask, input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         blocks: list[_Steps] = []
