@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
@@ -38,7 +37,7 @@ class Anatomy:
     unused: tuple[str, ...] = ()
 
 
-def examine(model: PreTrainedModel, path: str) -> Anatomy:
+def examine(model: Any, path: str) -> Anatomy:
     """Find how a model is cut, and check that what is computed with its parts is what it computes itself.
 
     A few tokens are enough: logits from embeddings, through body and head, must be those of its own forward pass; each
@@ -82,7 +81,7 @@ def examine(model: PreTrainedModel, path: str) -> Anatomy:
     return replace(cut, unused=tuple(sorted(trained - used)))
 
 
-def examine_backbone(model: PreTrainedModel, path: str) -> int:
+def examine_backbone(model: Any, path: str) -> int:
     """The width of a backbone's hidden states, after the same checks, but that a position may see later ones.
 
     Raises:
@@ -101,7 +100,8 @@ def examine_backbone(model: PreTrainedModel, path: str) -> int:
             "spread); use another model"
         )
     _check_rows(lambda x, mask: _states(model, x, mask), ids, name, "hidden states", causal=False)
-    return own.shape[-1]
+    width: int = own.shape[-1]
+    return width
 
 
 def run(body: Callable[..., Any], inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Any:
@@ -128,7 +128,7 @@ def tolerance(values: Tensor) -> float:
     return 1e-3 if values.dtype in (torch.float32, torch.float64) else 0.1
 
 
-def _rows(model: PreTrainedModel) -> Tensor:
+def _rows(model: Any) -> Tensor:
     size = model.get_input_embeddings().weight.shape[0]
     return torch.randint(size, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
 
@@ -162,7 +162,8 @@ def _logits(model: Any, cut: Anatomy, ids: Tensor, mask: Tensor) -> Tensor:
         return logits
     hidden = run(model.get_submodule(cut.body), inputs, mask, positions).last_hidden_state
     head, parameters = head_of(model, cut.body, cut.head)
-    return head(hidden.flatten(0, 1), *parameters).unflatten(0, hidden.shape[:2])
+    whole: Tensor = head(hidden.flatten(0, 1), *parameters).unflatten(0, hidden.shape[:2])
+    return whole
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 
 from .anatomy import Anatomy, examine
+from .context import context_length
 from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
 from .lora import LoRA, merged_state, with_adapters
 from .modes import evaluating
@@ -111,7 +112,8 @@ class Policy(nn.Module, Network):
             self.model = with_adapters(model, self.lora)
         with self.evaluating():
             self._anatomy = examine(self.base, self.path)
-        rows, logits = self.base.get_input_embeddings().weight.shape[0], self.anatomy.size
+        embedding: Any = self.base.get_input_embeddings()
+        rows, logits = embedding.weight.shape[0], self.anatomy.size
         if rows != logits:
             raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
         self._warn()
@@ -171,7 +173,7 @@ class Policy(nn.Module, Network):
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model takes, where its configuration says so."""
-        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.base.config)
 
     @property
     def eos_ids(self) -> list[int]:
