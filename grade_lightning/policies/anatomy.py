@@ -1,5 +1,6 @@
 """Anatomy: where a network is cut into body and head. Found by trying on a few tokens, and compared with the whole."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ def examine(model: Any, path: str) -> Anatomy:
         InputError: one of these does not hold; the message says which.
     """
     name = f"{path}: {type(model).__name__}"
-    ids = _rows(model)
+    ids = some_tokens(model, 2, TOKENS)
     try:
         with _all_trained(model):
             own = model(input_ids=ids, use_cache=False).logits
@@ -87,7 +88,7 @@ def examine_backbone(model: Any, path: str) -> int:
     Raises:
         InputError: embeddings do not give what tokens give, or padding changes it.
     """
-    name, ids = f"{path}: {type(model).__name__}", _rows(model)
+    name, ids = f"{path}: {type(model).__name__}", some_tokens(model, 2, TOKENS)
     try:
         with torch.no_grad():
             own = model(input_ids=ids, use_cache=False).last_hidden_state
@@ -128,9 +129,24 @@ def tolerance(values: Tensor) -> float:
     return 1e-3 if values.dtype in (torch.float32, torch.float64) else 0.1
 
 
-def _rows(model: Any) -> Tensor:
-    size = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(size, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+def some_tokens(model: Any, rows: int, length: int) -> Tensor:
+    """Tokens to try a model on, (rows, length), always the same ones; none that its configuration knows by name."""
+    named = _token_ids(model.config.to_dict())
+    every = torch.arange(model.get_input_embeddings().weight.shape[0])
+    ordinary = every[~torch.isin(every, torch.tensor(named, dtype=torch.long))]
+    chosen = torch.randint(len(ordinary), (rows, length), generator=torch.Generator().manual_seed(0))
+    return ordinary[chosen].to(model.device)
+
+
+def _token_ids(config: Any) -> list[int]:
+    """What a configuration and its parts call the id or the index of a token."""
+    found: list[int] = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += _token_ids(value)
+        elif isinstance(name, str) and re.search(r"token_(id|index)$", name):
+            found += [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
+    return found
 
 
 def _candidates(model: Any) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps
 from grade_lightning.policies import Policy
+from grade_lightning.policies.anatomy import some_tokens
 from grade_lightning.records import Prompts, Rollout
 
 from .caches import keys_and_values
@@ -76,8 +77,7 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def _trial(self, policy: Policy, way: Caching) -> tuple[float, float]:
         """How far log-probabilities are from the training pass's, and how far they may be."""
-        ids = torch.randint(policy.anatomy.size, (2, 5), generator=torch.Generator().manual_seed(0))
-        ids = ids[[0, 0, 1]].to(policy.base.device)
+        ids = some_tokens(policy.base, 2, 5)[[0, 0, 1]]
         mask = torch.ones_like(ids)
         mask[-1, :2] = 0
         devices = [policy.base.device] if policy.base.device.type == "cuda" else []
