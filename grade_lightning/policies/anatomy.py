@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
@@ -150,9 +151,10 @@ def _token_ids(config: Any) -> list[int]:
 
 
 def _candidates(model: Any) -> list[str]:
-    """Names of what may be the body: what transformers calls the base model, and what it calls the decoder."""
+    """Names of what may be the body: the base model, the decoder, and whole models within this one."""
     names = {module: name for name, module in model.named_modules()}
-    found = (model.base_model, model.get_decoder(), model.base_model.get_decoder())
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    found = (model.base_model, model.get_decoder(), model.base_model.get_decoder(), *parts)
     return list(dict.fromkeys(names[module] for module in found if module is not model and module in names))
 
 
@@ -160,10 +162,14 @@ def _try(model: Any, body: str | None, ids: Tensor) -> tuple[Anatomy, Tensor]:
     """One cut, and the logits that it makes of whole rows."""
     mask = torch.ones_like(ids)
     inputs = model.get_input_embeddings()(ids)
+    before = inputs.detach().clone()
+    output = run(model if body is None else model.get_submodule(body), inputs, mask, position_ids(mask))
+    if not torch.equal(inputs, before):  # their gradient would be that of something else
+        raise ValueError("embeddings that are given are changed in place")
     if body is None:
-        logits = run(model, inputs, mask, position_ids(mask)).logits
+        logits = output.logits
         return Anatomy(None, (), logits.shape[-1], logits.shape[-1]), logits
-    hidden = run(model.get_submodule(body), inputs, mask, position_ids(mask)).last_hidden_state
+    hidden = output.last_hidden_state
     head, _ = head_of(model, body, ())
     parameters = _reached(model, head(hidden.detach().flatten(0, 1)), outside=body)
     logits = head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
@@ -202,12 +208,12 @@ def _check_rows(compute: Callable[[Tensor, Tensor], Tensor], ids: Tensor, name: 
     mask = ones.clone()
     mask[1, :2] = 0
     both = compute(ids, mask)
-    gap = max(distance(both[:1], long), distance(both[1:, 2:], short))
-    if not gap <= tolerance(long):
-        raise InputError(
-            f"{name}: its {what} of a row change with the padding of its batch (by {gap:.2g} of their spread), so no "
-            "two prompts of different length could be trained on together; use another model"
-        )
+    for gap in (distance(both[:1], long), distance(both[1:, 2:], short)):
+        if not gap <= tolerance(long):
+            raise InputError(
+                f"{name}: its {what} of a row change with the padding of its batch (by {gap:.2g} of their spread), so "
+                "prompts of different length could not be trained on together; use another model"
+            )
 
 
 @contextmanager

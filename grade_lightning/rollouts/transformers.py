@@ -71,8 +71,8 @@ class TransformersEngine(Engine):
                 if way == "none":
                     rank_zero_warn(f"{name} samples rightly without a cache alone ({reason}), which is slow")
                 return way
-            reason = f"its log-probabilities differ by {gap:.2g} nats a token"
-        raise InputError(f"{name} cannot be sampled as it is trained: with every cache that was tried {reason}")
+            reason = f"its log-probabilities differ (by {gap:.2g} nats a token)"
+        raise InputError(f"{name} cannot be sampled as it is trained: with every cache {reason}")
 
     @torch.no_grad()
     def _trial(self, policy: Policy, way: Caching) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def test_a_resumed_run_is_checked_too(method: Any, tmp_path: Any) -> None:
 
     for sampler in (Sampler(6), Liar(6)):
         again = make(method, sampler=sampler)
-        resumed = trainer(limit_val_batches=0, max_steps=4)
+        resumed = trainer(limit_val_batches=0, max_steps=4, max_epochs=2)
         if isinstance(sampler, Liar):
             with pytest.raises(RuntimeError, match="not sampled from the policy"):
                 resumed.fit(again, batches(4), ckpt_path=tmp_path / "two.ckpt", weights_only=True)

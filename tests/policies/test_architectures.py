@@ -32,25 +32,30 @@ def examined(name: str) -> tuple[str, str]:
     model_type, overrides = CASES[name]
     if model_type in NOT_TINY:
         return "", f"not tried: {NOT_TINY[model_type]}"
-    model: Any = tiny_model(model_type, torch.float64, **overrides)
-    found = type(model).__name__
-    try:
-        policy = Policy.from_model(model, make_tokenizer(), reference=True)
+    refused = ""
+    for dtype in (torch.float64, torch.float32):  # not every class can be run in double precision
+        model: Any = tiny_model(model_type, dtype, **overrides)
+        found = type(model).__name__
         torch.manual_seed(1)
         sampler = Sampler(4)
-        rollout = sampler(policy, prompts())
-    except InputError as error:
-        line = str(error)
-        assert "\n" not in line
-        said = line.partition(found)[2].lstrip(": ")
-        while (shorter := re.sub(r" \([^()]*\)", "", said)) != said:  # figures and the words of other libraries
-            said = shorter
-        return found, f"refused: {said.partition(';')[0]}"
-    check(policy, rollout)
-    assert isinstance(sampler.engine, TransformersEngine)
-    assert sampler.engine._caching is not None
-    caching = {"shared": "prompts shared", "own": "its own cache", "none": "no cache"}[sampler.engine._caching[1]]
-    return found, f"works{'' if policy.anatomy.body else ', used whole'}; {caching}"
+        try:
+            policy = Policy.from_model(model, make_tokenizer())
+            rollout = sampler(policy, prompts())
+        except InputError as error:
+            line = str(error)
+            assert "\n" not in line
+            said = line.rpartition(f"{found} " if f"{found} " in line else f"{found}: ")[2]
+            while (shorter := re.sub(r" \([^()]*\)", "", said)) != said:  # figures, and the words of other libraries
+                said = shorter
+            refused = f"refused: {said.partition(';')[0]}"
+            continue
+        check(policy, rollout, 1e-6 if dtype == torch.float64 else 1e-3)
+        assert isinstance(sampler.engine, TransformersEngine)
+        assert sampler.engine._caching is not None
+        caching = {"shared": "prompts shared", "own": "own cache", "none": "no cache"}[sampler.engine._caching[1]]
+        whole = "" if policy.anatomy.body else ", used whole"
+        return found, f"works{whole}; {caching}{'' if dtype == torch.float64 else '; in single precision'}"
+    return found, refused
 
 
 def prompts() -> Prompts:
@@ -61,26 +66,26 @@ def prompts() -> Prompts:
     return Prompts(ids.masked_fill(mask == 0, 1), mask)
 
 
-def check(policy: Policy, rollout: Rollout) -> None:
+def check(policy: Policy, rollout: Rollout, tolerance: float) -> None:
     """The sampler's log-probabilities are the training pass's, and those of each row by itself; gradients, too."""
     policy.eval()
     found = measure(policy, Sampler(4).distribution, rollout)
     mask = rollout.sampled
     assert rollout.engine_logps is not None
-    assert (found.logps - rollout.engine_logps.double())[mask].abs().max() < 1e-4
-    assert found.kl.abs().max() < 1e-6
+    assert (found.logps - rollout.engine_logps.double())[mask].abs().max() < 1e-3
+    assert found.kl.abs().max() < tolerance
     ours = gradients(policy, found.logps[mask].sum())
     alone: list[Tensor] = []
     for row in range(len(rollout.ids)):
         one = rollout.select(torch.tensor([row]))
         logits = policy.base(input_ids=one.ids, use_cache=False).logits[:, one.prompt_ids.shape[1] - 1 : -1]
         alone.append(token_logps(logits.log_softmax(-1), one.completion_ids)[0])
-        assert (alone[-1] - found.logps[row, : len(alone[-1])]).abs().max() < 1e-6
+        assert (alone[-1] - found.logps[row, : len(alone[-1])]).abs().max() < tolerance
     truth = gradients(policy, torch.cat(alone).sum())
     assert ours.keys() == truth.keys()
     scale = max(float(gradient.abs().max()) for gradient in truth.values())
     for name, gradient in truth.items():
-        assert (ours[name] - gradient).abs().max() < 1e-5 * scale, name
+        assert (ours[name] - gradient).abs().max() < 10 * tolerance * scale, name
     unreached = {name for name, p in policy.base.named_parameters() if p.requires_grad and name not in ours}
     assert unreached == set(policy.anatomy.unused)
 
