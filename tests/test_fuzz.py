@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, islice
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.kl import KL
 from grade_lightning.methods import IPO
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule
+from grade_lightning.modules.first_batch import check_first_batch
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.records import Prompts, Rollout
 from grade_lightning.rollouts import Sampler, TransformersEngine
@@ -242,9 +242,7 @@ def test_no_false_alarm_at_the_first_batch(count: int) -> None:
         steps = Steps(method, replace(case, double=False), KL(0.1), 1, rows)
         batch = replace(case, prompts=tuple(islice(cycle(case.prompts), steps.rows))).batch()
         experience = steps.module.collect(batch)
-        step = steps.module.loss(experience)
-        steps.module._trainer = SimpleNamespace(precision="32-true")  # type: ignore[assignment]
-        steps.module.check_first_batch(experience.rollout, step)
+        check_first_batch(steps.module.policy, steps.module.sampler, experience.rollout, started=True, reduced=False)
 
     check_all(count, check, methods, trained_cases, st.integers(1, 2))
 

@@ -33,7 +33,8 @@ from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 
 from .evaluation import EvaluationTable
-from .guards import check_context, check_first_batch
+from .first_batch import check_first_batch
+from .guards import check_context
 from .measuring import measure
 from .metrics import StepMeter
 from .trainable import Stage, TrainableModule
@@ -78,7 +79,7 @@ class AlignmentModule(TrainableModule, ABC):
             self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
         self.meter = StepMeter()
         self._table = EvaluationTable()
-        self._fresh = True
+        self._started, self._checked = True, False
         self._began: float | None = None
         self._tokens = 0
 
@@ -127,9 +128,8 @@ class AlignmentModule(TrainableModule, ABC):
     def configure_model(self) -> None:
         """Load policy and rewards; nothing happens the second time."""
         self.policy.load()
-        vocabulary = self.policy.base.config.get_text_config().vocab_size
         for reward in self.rewards:
-            reward.load(self.tokenizer, vocabulary)
+            reward.load(self.tokenizer, self.policy.anatomy.size)
 
     def prompt_room(self, text: int) -> int | None:
         """What a completion leaves of the context, whether it is sampled or of the data."""
@@ -160,7 +160,7 @@ class AlignmentModule(TrainableModule, ABC):
         """Check that the checkpoint fits; from here on the policy is not its reference."""
         super().on_load_checkpoint(checkpoint)
         self.meter.spent |= checkpoint["grade_lightning"].get("spent", {})
-        self._fresh = False
+        self._started = False
 
     def save_pretrained(self, folder: str, merge: bool = True) -> None:
         """Write the policy with its tokenizer, and settings with which `generate` samples as the sampler does."""
@@ -174,25 +174,26 @@ class AlignmentModule(TrainableModule, ABC):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Collect, and let the method make the loss."""
         self.seed("train", batch_idx)
-        experience = self.collect(batch)
+        experience = self.begin_step(batch)
         return self.finish_step(experience, self.loss(experience))
 
+    def begin_step(self, batch: dict[str, Any]) -> Experience:
+        """Collect; what is collected first is checked, also after a resume."""
+        experience = self.collect(batch)
+        if self._trainer is not None and not self._checked:
+            half = self.policy.dtype in (torch.bfloat16, torch.float16)
+            reduced = half or "16" in str(self.trainer.precision)
+            check_first_batch(self.policy, self.sampler, experience.rollout, self._started, reduced)
+            self._checked = True
+        return experience
+
     def finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
-        """Check the first batch, log the step, and hand its loss to Lightning."""
+        """Log the step, and hand its loss to Lightning."""
         # an infinite reward must not pass for a large one, or for the best
         step.loss = step.loss * torch.where(experience.scores.total.isinf().any(), torch.nan, 1.0)
         if self._trainer is not None:
-            if self._fresh:
-                self.check_first_batch(experience.rollout, step)
-                self._fresh = False
             self._log_step(experience, step)
         return step.loss
-
-    def check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
-        """The policy is its reference, and what was sampled is its own; with dropout neither is so."""
-        if not self.policy.dropout:
-            half = self.policy.dtype in (torch.bfloat16, torch.float16)
-            check_first_batch(rollout, step.stats, reduced=half or "16" in str(self.trainer.precision))
 
     def _log_step(self, experience: Experience, step: StepOutput) -> None:
         rollout, scores = experience.rollout, experience.scores

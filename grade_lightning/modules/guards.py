@@ -1,4 +1,4 @@
-"""Guards: what is refused before a run, checked at its first batch, and kept from the weights."""
+"""Guards: what is refused before a run, and kept from the weights."""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from grade_lightning.errors import InputError
-from grade_lightning.functional.sequences import masked_sum
 from grade_lightning.policies import Policy
-from grade_lightning.records import Batching, Rollout, TokenStats
+from grade_lightning.records import Batching
 from grade_lightning.strategies import FSDP2
 
 BAD_BATCHES = 3
@@ -106,34 +105,6 @@ def check_context(policy: Policy, prompt: int, completion: int, flag: str) -> No
         raise InputError(
             f"the model's context is {room} tokens, but prompts may have {prompt} (--data.max_prompt_tokens) and "
             f"completions {completion} ({flag}); lower one of them"
-        )
-
-
-def check_first_batch(rollout: Rollout, stats: TokenStats, reduced: bool) -> None:
-    """At step 0 the policy is its reference, and the learner's log-probabilities are the engine's.
-
-    Args:
-        rollout: the completions.
-        stats: of the training pass.
-        reduced: whether something is computed in 16 bits.
-
-    Raises:
-        RuntimeError: it is not, or they are not.
-    """
-    tolerance = 0.1 if reduced else 1e-3
-    kl = float(masked_sum(stats.kl, rollout.sampled).abs().max())
-    if kl > tolerance:
-        raise RuntimeError(
-            f"KL to the reference at step 0 is {kl:.3g} nats instead of 0: the reference is not the model that the "
-            "policy started as (was an adapter merged or loaded into one of them?)"
-        )
-    if rollout.engine_logps is None:
-        return
-    gap = float((stats.logps - rollout.engine_logps).abs()[rollout.sampled].mean())
-    if gap > tolerance:
-        raise RuntimeError(
-            f"log-probabilities of the training pass differ from the sampler's by {gap:.3g} on average: the "
-            "completions were not sampled from the policy that is trained"
         )
 
 

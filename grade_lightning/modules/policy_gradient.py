@@ -262,7 +262,7 @@ class PolicyGradientModule(AlignmentModule):
         if self._packed is not None:
             self._window, self._packed = Window.unpack(self._packed, self.tokenizer, self.device), None
         if step == 0 or self._window is None:
-            seen = self.collect(batch)
+            seen = self.begin_step(batch)
             plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups) if steps > 1 else []
             self._window = Window(seen, plan)
         window = self._window

@@ -1,6 +1,6 @@
 """The head: what stands between a network's final hidden states and its logits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,17 +10,24 @@ from torch.func import functional_call
 from grade_lightning.functional.vocabulary import Head, linear
 
 
-def head_of(model: Any) -> tuple[Head, list[Tensor], int]:
-    """What a transformers model makes of its final hidden states, by its own code: head, soft cap, scale.
+def head_of(model: Any, body: str | None, names: Sequence[str]) -> tuple[Head, list[Tensor]]:
+    """What a transformers model makes of its final hidden states, by its own code: layers, soft cap, scale.
 
-    The network below the head is put aside, and the model's own `forward` is run over given hidden states.
+    The body is put aside, and the model's own `forward` is run over given hidden states.
+
+    Args:
+        model: the model.
+        body: name of the module that makes the hidden states; None: these are the logits already.
+        names: of the head's parameters.
+
+    Returns:
+        The head, and its parameters.
     """
-    output = model.get_output_embeddings()
-    prefix = next(name for name, module in model.named_modules() if module is output)
-    names = [f"{prefix}.{name}" for name, _ in output.named_parameters()]
+    if body is None:
+        return _nothing, []
+    below, output = model.get_submodule(body), model.get_output_embeddings()
 
     def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
-        below = model.base_model
         state = dict(zip(names, parameters, strict=True))
         with ExitStack() as stack:
             stack.enter_context(_forward(below, lambda *args, **kwargs: _Below(hidden.unsqueeze(0))))
@@ -29,7 +36,11 @@ def head_of(model: Any) -> tuple[Head, list[Tensor], int]:
             logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
         return logits.squeeze(0)
 
-    return head, list(output.parameters()), output.weight.shape[0]
+    return head, [model.get_parameter(name) for name in names]
+
+
+def _nothing(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from grade_lightning.functional.sequences import position_ids
-from grade_lightning.functional.vocabulary import Vocabulary
+from grade_lightning.functional.vocabulary import Head, Vocabulary
 
+from .anatomy import Anatomy, run
 from .head import head_of
 from .loading import embedding_table
 
@@ -29,9 +30,15 @@ class Network(ABC):
         """The transformers model itself, without the wrapper of its adapters."""
 
     @property
+    @abstractmethod
+    def anatomy(self) -> Anatomy:
+        """Where it is cut into body and head."""
+
+    @property
     def body(self) -> Callable[..., Any]:
-        """The network below the head."""
-        below: Callable[..., Any] = self.base.base_model
+        """The network below the head; all of it where it cannot be cut."""
+        name = self.anatomy.body
+        below: Callable[..., Any] = self.base if name is None else self.base.get_submodule(name)
         return below
 
     def ready(self) -> AbstractContextManager[Any]:
@@ -61,10 +68,8 @@ class Network(ABC):
             (b, l, width).
         """
         with self.ready(), record_function(self.phase):
-            output = self.body(
-                inputs_embeds=inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False
-            )
-        states: Tensor = output.last_hidden_state
+            output = run(self.body, inputs, attention_mask, positions)
+        states: Tensor = output.logits if self.anatomy.body is None else output.last_hidden_state
         return states
 
     def hidden(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -77,10 +82,14 @@ class Network(ABC):
         """
         return self.states(inputs, attention_mask, position_ids(attention_mask))[:, -length:]
 
+    def head(self) -> tuple[Head, list[Tensor]]:
+        """What makes logits of hidden states, and its parameters."""
+        return head_of(self.base, self.anatomy.body, self.anatomy.head)
+
     def vocabulary(self, hidden: Tensor, elements: int | None = None) -> Vocabulary:
         """The logits of hidden states (n, width), so many `elements` at a time."""
-        head, parameters, size = head_of(self.base)
-        return Vocabulary(hidden, head, parameters, size, elements)
+        head, parameters = self.head()
+        return Vocabulary(hidden, head, parameters, self.anatomy.size, elements)
 
     def logits(self, inputs: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits of the last `length` positions, all at once, (b, length, vocabulary); arguments as :meth:`hidden`."""
@@ -94,13 +103,21 @@ class Frozen(Network):
 
     Args:
         base: the transformers model.
+        anatomy: where it is cut.
         ready: in which it is called, such as without its adapters.
     """
 
     phase = "reference"
 
-    def __init__(self, base: PreTrainedModel, ready: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._base, self._ready = base, ready
+    def __init__(
+        self, base: PreTrainedModel, anatomy: Anatomy, ready: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._base, self._anatomy, self._ready = base, anatomy, ready
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where it is cut."""
+        return self._anatomy
 
     @property
     def base(self) -> PreTrainedModel:
@@ -116,12 +133,12 @@ class Frozen(Network):
         """Input embeddings of `ids`, without a graph."""
         return super().embed(ids)
 
-    def vocabulary(self, hidden: Tensor, elements: int | None = None) -> Vocabulary:
-        """The logits of hidden states (n, width)."""
-        head, parameters, size = head_of(self.base)
+    def head(self) -> tuple[Head, list[Tensor]]:
+        """As that of any network, and without gradients for its parameters."""
+        head, parameters = super().head()
 
         def ready_head(*args: Tensor) -> Tensor:
             with self.ready():
                 return head(*args)
 
-        return Vocabulary(hidden, ready_head, [p.detach() for p in parameters], size, elements)
+        return ready_head, [p.detach() for p in parameters]

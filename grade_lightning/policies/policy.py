@@ -3,21 +3,25 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 
+from .anatomy import Anatomy, examine
+from .context import context_length
 from .endings import end_ids
 from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
 from .lora import LoRA, merged_state, with_adapters
+from .modes import evaluating
 from .network import Frozen, Network
 from .passes import Pass, WholePass
 from .saving import true_settings
@@ -70,6 +74,7 @@ class Policy(nn.Module, Network):
         self.training_pass = training_pass or WholePass()
         self._eos_ids: list[int] | None = None
         self._compiled: tuple[Callable[..., Any]] | None = None
+        self._anatomy: Anatomy | None = None
         self.model: Any = None
         self.reference: nn.Module | None = None
 
@@ -102,18 +107,34 @@ class Policy(nn.Module, Network):
         self._adopt(model.train(), reference)
 
     def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
-        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-        rows, logits = (end.weight.shape[0] for end in ends)
-        if rows != logits:
-            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
         if self.lora is None:
             if reference:
                 self.reference = copy.deepcopy(model).requires_grad_(False).eval()
             self.model = model
         else:
             self.model = with_adapters(model, self.lora)
+        with self.evaluating():
+            self._anatomy = examine(self.base, self.path)
+        embedding: Any = self.base.get_input_embeddings()
+        rows, logits = embedding.weight.shape[0], self.anatomy.size
+        if rows != logits:
+            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
+        self._warn()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _warn(self) -> None:
+        name, unused = type(self.base).__name__, self.anatomy.unused
+        if self.anatomy.body is None:
+            rank_zero_warn(
+                f"{self.path}: {name} cannot be cut into body and head; it is used whole, which is right and takes the "
+                "memory of all logits"
+            )
+        if unused:
+            rank_zero_warn(
+                f"{self.path}: no text reaches {len(unused)} of the trainable parameters of {name}, such as "
+                f"{unused[0]}; they stay as they are"
+            )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,15 +162,21 @@ class Policy(nn.Module, Network):
         return "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
 
     @property
+    def anatomy(self) -> Anatomy:
+        """Where the network is cut into body and head."""
+        if self._anatomy is None:
+            raise RuntimeError("Policy.load() was not called")
+        return self._anatomy
+
+    @property
     def width(self) -> int:
         """Width of the hidden states."""
-        width: int = self.base.config.get_text_config().hidden_size
-        return width
+        return self.anatomy.width
 
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model takes, where its configuration says so."""
-        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.base.config)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -180,7 +207,7 @@ class Policy(nn.Module, Network):
     def frozen(self) -> Frozen:
         """The reference as a network."""
         model: Any = self.base if self.reference is None else self.reference
-        return Frozen(model, self.as_reference)
+        return Frozen(model, self.anatomy, self.as_reference)
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -191,20 +218,9 @@ class Policy(nn.Module, Network):
             with self.evaluating(), self.model.disable_adapter():
                 yield self.model
 
-    @contextmanager
-    def evaluating(self) -> Iterator[PreTrainedModel]:
-        """The model as a sampler needs it: evaluation mode (no dropout, no checkpointing, the cache usable).
-
-        In training mode with gradient checkpointing transformers drops the key-value cache with only a warning, and
-        every token is sampled without its context.
-        """
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    def evaluating(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as a sampler needs it."""
+        return evaluating(self.model)
 
     def train(self, mode: bool = True) -> "Policy":
         """Set the mode of the policy; the reference stays in evaluation mode."""

@@ -34,5 +34,6 @@ class RelaxedRollout(Rollout):
         return soft_embeddings(self.weights, self.indices, table)
 
     def discrete(self) -> Rollout:
-        """The completion's hard tokens alone, without a graph."""
-        return Rollout(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rollout)})
+        """The completion's hard tokens alone. They were drawn after soft ones, so there are no `engine_logps`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Rollout)}
+        return Rollout(**fields | {"engine_logps": None})

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
+from grade_lightning.policies.anatomy import examine_backbone
 from grade_lightning.policies.loading import (
     config_without_dropout,
     embedding_table,
@@ -19,6 +20,7 @@ from grade_lightning.policies.loading import (
     resolve_model,
     torch_dtype,
 )
+from grade_lightning.policies.modes import evaluating
 
 from .differentiable import DifferentiableReward
 
@@ -40,7 +42,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.hidden = hidden
-        width = backbone.config.get_text_config().hidden_size
+        with evaluating(backbone):
+            width = examine_backbone(backbone, backbone.config.name_or_path or "reward")
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from grade_lightning.functional.sequences import position_ids
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, RelaxedRollout
 
+from .caches import keys_and_values
 from .distribution import Distribution
 
 
@@ -78,12 +79,12 @@ class RelaxedEngine:
             InputError: the policy keeps a recurrent state, not keys and values.
         """
         input_ids = prompts.ids
-        if policy.base._is_stateful:
+        if keys_and_values(policy) is None:
             raise InputError(
                 f"{policy.path}: keeps a recurrent state, and relaxed sampling needs keys and values; use GradeSTE"
             )
         longest = distribution.max_new_tokens
-        vocabulary = torch.arange(policy.base.config.get_text_config().vocab_size, device=input_ids.device)
+        vocabulary = torch.arange(policy.anatomy.size, device=input_ids.device)
         inputs, table = policy.embed(input_ids), policy.embed(vocabulary)
         mask, ended = prompts.mask, input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         blocks: list[_Steps] = []

@@ -2,23 +2,33 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from grade_lightning.errors import DivergenceError, check_range
+from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps
 from grade_lightning.policies import Policy
+from grade_lightning.policies.anatomy import some_tokens
 from grade_lightning.records import Prompts, Rollout
 
+from .caches import keys_and_values
 from .distribution import Distribution
 from .engine import Engine
+
+Caching = Literal["shared", "own", "static", "none"]
+"""Prompts in a row that are the same are read once; the model's own cache; one of fixed size; no cache."""
 
 
 class TransformersEngine(Engine):
     """Batched sampling over `generate` of transformers; prompts in a row that are the same are read once.
+
+    How a model can be cached is tried on a few tokens: the fastest way whose log-probabilities are those of the
+    training pass is taken.
 
     Args:
         block: tokens after which completions that have ended leave the batch.
@@ -30,14 +40,59 @@ class TransformersEngine(Engine):
         check_range("[1, inf)", "engine", block=block)
         self.block = block
         self.static_cache = static_cache
+        self._caching: tuple[int, Caching] | None = None
 
-    @torch.no_grad()
     def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Rollout:
         """Sample one completion for each prompt.
 
         Raises:
             DivergenceError: the policy's distribution is not a number.
+            InputError: whatever the cache, the model samples from another distribution than it is trained on.
         """
+        if self._caching is None or self._caching[0] != id(policy.base):
+            self._caching = id(policy.base), self._choose(policy)
+        return self._draw(policy, distribution, prompts, self._caching[1], self.block)
+
+    def _choose(self, policy: Policy) -> Caching:
+        """The first way of caching that passes a trial."""
+        name, reason = f"{policy.path}: {type(policy.base).__name__}", ""
+        ways: list[Caching] = ["static"] if self.static_cache else ["shared", "own", "none"]
+        if keys_and_values(policy) is None and not self.static_cache:
+            ways.remove("shared")
+        for way in ways:
+            try:
+                gap, allowed = self._trial(policy, way)
+            except DivergenceError:
+                raise
+            except Exception as error:  # the model's own code, in which anything may fail
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            if gap <= allowed:
+                if way == "none":
+                    rank_zero_warn(f"{name} samples rightly without a cache alone ({reason}), which is slow")
+                return way
+            reason = f"its log-probabilities differ (by {gap:.2g} nats a token)"
+        raise InputError(f"{name} cannot be sampled as it is trained: with every cache {reason}")
+
+    @torch.no_grad()
+    def _trial(self, policy: Policy, way: Caching) -> tuple[float, float]:
+        """How far log-probabilities are from the training pass's, and how far they may be."""
+        ids = some_tokens(policy.base, 2, 5)[[0, 0, 1]]
+        mask = torch.ones_like(ids)
+        mask[-1, :2] = 0
+        devices = [policy.base.device] if policy.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), policy.evaluating():
+            torch.manual_seed(0)
+            rollout = self._draw(policy, Distribution(max_new_tokens=3), Prompts(ids, mask), way, block=1)
+            inputs, length = policy.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
+            logits = policy.logits(inputs, rollout.mask[:, :-1], length)
+        found = token_logps(Distribution().log_distribution(logits), rollout.completion_ids)
+        assert rollout.engine_logps is not None
+        reduced = policy.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(ids.device.type)
+        return float((found - rollout.engine_logps).abs()[rollout.sampled].mean()), 0.1 if reduced else 1e-3
+
+    @torch.no_grad()
+    def _draw(self, policy: Policy, distribution: Distribution, prompts: Prompts, way: Caching, block: int) -> Rollout:
         input_ids, longest = prompts.ids, distribution.max_new_tokens
         eos_ids, pad_id, width = policy.eos_ids, policy.tokenizer.pad_token_id, input_ids.shape[1]
         completion = input_ids.new_full((len(input_ids), longest), pad_id)
@@ -45,14 +100,14 @@ class TransformersEngine(Engine):
         ids, mask, live = input_ids, prompts.mask, torch.arange(len(input_ids), device=input_ids.device)
         ends, done = torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device), 0
         with policy.evaluating() as model, _without_own_settings(policy.base):
-            cache = None if self.static_cache or policy.base._is_stateful else _shared_prefill(policy, ids, mask)
-            block = longest if cache is None else self.block
+            cache = _shared_prefill(policy, ids, mask) if way == "shared" else None
+            block = longest if cache is None else block
             while done < longest and len(live):
                 recorder = _Recorder(distribution, eos_ids, width)
                 ids = model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=mask,
-                    generation_config=self._settings(min(block, longest - done), eos_ids, pad_id),
+                    generation_config=_settings(min(block, longest - done), eos_ids, pad_id, way),
                     logits_processor=LogitsProcessorList([recorder]),
                     **({} if cache is None else {policy.cache_name: cache}),
                 )
@@ -77,18 +132,19 @@ class TransformersEngine(Engine):
             eos_ids=eos_ids,
         )
 
-    def _settings(self, length: int, eos_ids: list[int], pad_id: int) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=True,
-            max_new_tokens=length,
-            temperature=1.0,  # the recorder makes the distribution
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=eos_ids or None,
-            pad_token_id=pad_id,
-            use_cache=True,
-            cache_implementation="static" if self.static_cache else None,
-        )
+
+def _settings(length: int, eos_ids: list[int], pad_id: int, way: Caching) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True,
+        max_new_tokens=length,
+        temperature=1.0,  # the recorder makes the distribution
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        use_cache=way != "none",
+        cache_implementation="static" if way == "static" else None,
+    )
 
 
 @contextmanager
@@ -104,7 +160,8 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
 
 def _shared_prefill(policy: Policy, ids: Tensor, mask: Tensor) -> DynamicCache:
     """Keys and values of all tokens of the prompts but the last; of prompts that stand in a row they are made once."""
-    cache = DynamicCache(config=policy.base.config.get_text_config())
+    cache = keys_and_values(policy)
+    assert cache is not None
     if ids.shape[1] > 1:
         _, number = torch.stack([ids, mask.to(ids.dtype)], -1).unique_consecutive(return_inverse=True, dim=0)
         first = torch.cat([number.new_ones(1), number.diff()]).nonzero().squeeze(1)

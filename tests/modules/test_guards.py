@@ -88,7 +88,7 @@ def test_a_policy_that_collapsed_to_one_token(method: type[AlignmentModule]) -> 
     module = make_loaded(method, lr=1e-3)
     with torch.no_grad():
         module.policy.base.model.norm.weight.mul_(1e6)
-    module._fresh = False  # it is not its reference
+    module._started = False  # it is not its reference
     run = trainer(limit_val_batches=0)
     run.fit(module, batches(2 * module.batching.steps_per_batch))
     assert float(run.callback_metrics["train/entropy"]) == pytest.approx(0, abs=1e-3)

@@ -173,7 +173,7 @@ def move(module: PolicyGradientModule) -> None:
     with torch.no_grad():
         for parameter in module.policy.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    module._fresh = False
+    module._started = False
 
 
 def states(module: PolicyGradientModule) -> dict[str, dict[str, Any]]:

@@ -167,19 +167,23 @@ class Fed:
 
 
 def test_prompts_in_a_row_are_read_once() -> None:
-    policy = make_policy()
-    fed = Fed(policy)
+    policy, sampler = make_policy(), Sampler(max_new_tokens=2)
     prompts = Prompts.of(make_prompts()).repeat(torch.full((3,), 4))
-    Sampler(max_new_tokens=2)(policy, prompts)
+    sampler(policy, prompts)  # the first time a few tokens are tried before
+    fed = Fed(policy)
+    sampler(policy, prompts)
     rows, width = prompts.ids.shape
     assert fed.shapes == [(rows // 4, width - 1), (rows, 1), (rows, 1)]
 
 
 def test_ended_completions_leave_the_batch() -> None:
     """With blocks of one token each completion is fed as many tokens as it has, but the last."""
-    policy = make_policy()
+    policy, sampler = make_policy(), make_sampler(block=1, max_new_tokens=20)
+    prompts = Prompts.of(make_prompts()).repeat(torch.full((3,), 4))
+    sampler(policy, prompts)  # the first time a few tokens are tried before
     fed = Fed(policy)
-    rollout = roll(policy, block=1, max_new_tokens=20)
+    torch.manual_seed(0)
+    rollout = sampler(policy, prompts)
     lengths = rollout.lengths.tolist()
     assert len(set(lengths)) > 2
     assert [rows for rows, _ in fed.shapes[1:]] == [sum(length > t for length in lengths) for t in range(max(lengths))]

@@ -1,0 +1,78 @@
+"""How a model is cached while it is sampled: the fastest way that is right is found by trying."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from grade_lightning.errors import DivergenceError, InputError
+from grade_lightning.policies import Policy
+from grade_lightning.records import Prompts
+from grade_lightning.rollouts import Distribution, Sampler, TransformersEngine
+from grade_lightning.rollouts.caches import keys_and_values
+from grade_lightning.rollouts.relaxed import RelaxedEngine
+from tests.conftest import make_prompts, make_tokenizer
+from tests.policies.tiny import tiny_model
+
+
+def make(kind: str) -> Policy:
+    return Policy.from_model(tiny_model(kind), make_tokenizer(), reference=False)
+
+
+def draw(policy: Policy, engine: TransformersEngine) -> Any:
+    prompts = make_prompts()
+    repeated = {name: value.repeat_interleave(2, 0) for name, value in prompts.items()}
+    return Sampler(6, engine=engine)(policy, Prompts.of(repeated))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("llama", "shared"), ("gemma3_text", "shared"), ("lfm2", "own"), ("mamba", "own")]
+)
+def test_each_kind_has_its_way(kind: str, way: str) -> None:
+    """Prompts that repeat, of different lengths; log-probabilities are those of the training pass."""
+    policy, engine = make(kind), TransformersEngine(block=2)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    engine._choose(policy)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    rollout = draw(policy, engine)
+    assert engine._caching == (id(policy.base), way)
+    with policy.evaluating(), torch.no_grad():
+        length = rollout.completion_ids.shape[1]
+        logits = policy.logits(policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], length)
+    logps = logits.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
+    assert (logps - rollout.engine_logps)[rollout.sampled].abs().max() < 1e-3
+
+
+def test_a_cache_that_is_wrong_is_not_used(recwarn: pytest.WarningsRecorder) -> None:
+    """With a cache this model forgets what it has read."""
+    policy, engine = make("llama"), TransformersEngine()
+    plain = policy.base.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits + output.logits.flip(-1) * bool(kwargs.get("use_cache"))
+        return output
+
+    policy.base.forward = forward
+    rollout = draw(policy, engine)
+    assert engine._caching == (id(policy.base), "none")
+    assert any("without a cache alone" in str(warning.message) for warning in recwarn.list)
+    assert rollout.engine_logps.isfinite().all()
+    with pytest.raises(InputError, match=r"cannot be sampled as it is trained: with every cache its log-probabilities"):
+        draw(policy, TransformersEngine(static_cache=True))
+
+
+def test_a_policy_that_has_diverged_is_said_to_have() -> None:
+    policy = make("llama")
+    with torch.no_grad():
+        policy.base.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(DivergenceError):
+        draw(policy, TransformersEngine())
+
+
+def test_soft_tokens_need_keys_and_values() -> None:
+    policy = make("lfm2")
+    assert keys_and_values(policy) is None
+    with pytest.raises(InputError, match="relaxed sampling needs keys and values"):
+        RelaxedEngine().generate(policy, Distribution(4), Prompts.of(make_prompts()), tau=1.0)
