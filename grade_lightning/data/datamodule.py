@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.data.batches import encode
-from grade_lightning.data.loading import EpochSampler, ResumableLoader
+from grade_lightning.data.loading import EpochSampler, ResumableLoader, resume_epoch
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
 from grade_lightning.data.views import VIEWS, Limits, Split
@@ -173,7 +173,7 @@ class TextDataModule(LightningDataModule):
         _, batching = self._read()
         split, rows = VIEWS[batching.view].split, batching.rows(self.batch_size)
         processes = self.trainer.world_size if self.trainer is not None else 1
-        if 0 < len(self.splits[split]) <= (rows - 1) * processes:  # what is left over is given out twice
+        if 0 < len(self.splits[split]) < rows * processes:
             takes = f", which takes {rows} rows a batch" if rows != self.batch_size else ""
             takes += f" on each of {processes} devices" if processes > 1 else ""
             raise InputError(
@@ -207,16 +207,22 @@ class TextDataModule(LightningDataModule):
         if not len(rows):
             raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
         limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens)
-        return (partial(ResumableLoader, repeats=batching.steps_per_batch) if train else DataLoader)(
+        place = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        resumable = partial(ResumableLoader, repeats=batching.steps_per_batch, on_resume=self._resume)
+        return (resumable if train else DataLoader)(
             rows,
             batch_size=train_rows if train else self.eval_batch_size,
-            sampler=EpochSampler(rows, self.seed) if train else None,
+            sampler=EpochSampler(rows, self.seed, *place) if train else None,
             drop_last=train,
             collate_fn=view.collate(tokenizer, limits, train),
             num_workers=self.num_workers,
             # without one, each epoch would draw from the global generator, as a rollout's noise does
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _resume(self, loader: ResumableLoader, behind: int) -> None:
+        if self.trainer is not None:
+            resume_epoch(self.trainer, loader, behind)
 
 
 _OPTIONS: dict[str, str] = {
