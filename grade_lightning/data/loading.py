@@ -24,10 +24,10 @@ class EpochSampler(DistributedSampler[Any]):
     Example:
         >>> one, two = EpochSampler(range(6), 0), [EpochSampler(range(6), 0, 2, rank) for rank in range(2)]
         >>> [list(sampler) for sampler in (one, *two)]
-        [[2, 0, 1, 3, 5, 4], [2, 1, 5], [0, 3, 4]]
+        [[2, 5, 3, 0, 1, 4], [2, 3, 1], [5, 0, 4]]
         >>> two[0].start = 3
         >>> list(two[0])
-        [3]
+        [0]
     """
 
     def __init__(self, rows: Dataset[Any], seed: int, processes: int = 1, rank: int = 0) -> None:

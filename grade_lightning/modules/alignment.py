@@ -33,7 +33,7 @@ from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 
 from .evaluation import EvaluationTable
-from .guards import check_context, check_first_batch
+from .guards import check_context, check_first_batch, check_reward
 from .measuring import measure
 from .metrics import StepMeter
 from .trainable import Stage, TrainableModule
@@ -70,12 +70,12 @@ class AlignmentModule(TrainableModule, ABC):
         super().__init__(optimizer, lr_scheduler)
         check_range("[0, inf)", beta=beta)
         self.policy = policy or Policy()
+        self._gave_reward = reward is not None
         self.reward = reward or ClassifierReward()
         self.judges = nn.ModuleList(judges or [])
         self.sampler = sampler or Sampler()
         self.beta = beta
-        if self.backpropagates_reward and not self.reward.differentiable:
-            self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
+        check_reward(self.reward, self.backpropagates_reward)
         self.meter = StepMeter()
         self._table = EvaluationTable()
         self._fresh = True
@@ -126,18 +126,25 @@ class AlignmentModule(TrainableModule, ABC):
 
     def configure_model(self) -> None:
         """Load policy and rewards; nothing happens the second time."""
+        self._load()
+
+    def _load(self) -> None:
         self.policy.load()
         vocabulary = self.policy.base.config.get_text_config().vocab_size
         for reward in self.rewards:
             reward.load(self.tokenizer, vocabulary)
+        check_reward(self.reward, self.backpropagates_reward, None if self._gave_reward else self.policy.path)
 
     def check_lengths(self, prompt: int, text: int) -> None:
-        """Prompt and completion must fit into the context, whether it is sampled or of the data."""
+        """Prompt and completion must fit into the contexts of policy and rewards, be they sampled or of the data."""
         completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
         if self.batching.view == "pairs" and text > completion:
             completion, flag = text, "--data.max_text_tokens"
-        self.policy.load()
-        check_context(self.policy, prompt, completion, flag)
+        self._load()
+        parts = ("prompts", prompt, "--data.max_prompt_tokens"), ("completions", completion, flag)
+        check_context(self.policy.context_length, *parts)
+        for reward in self.rewards:
+            check_context(reward.context_length, *parts, model=f"reward {reward.name}")
 
     def frozen_modules(self) -> list[nn.Module]:
         """Reward, judges and the reference."""

@@ -229,8 +229,8 @@ class TrainableModule(LightningModule):
         if saved_by != now and self._trainer is not None and self.trainer.training:
             rank_zero_warn(
                 f"checkpoint: it is of {saved_by} processes and this run has {now}. Weights, optimizer, schedule and "
-                f"running statistics are resumed as they were, and the data at their next row; the noise is that of {now}, "
-                "and a window of completions that was begun is dropped"
+                "running statistics are resumed as they were, and the data at their next row; the noise is that of "
+                f"{now}, and a window of completions that was begun is dropped"
             )
 
 

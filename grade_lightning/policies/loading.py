@@ -102,6 +102,11 @@ def embedding_table(model: Any, rows: int | None = None) -> Tensor:
     return table
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model takes, where its configuration says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def config_without_dropout(path: str) -> PretrainedConfig:
     """Configuration of the model at `path` with every dropout probability set to zero."""
     config = load_pretrained(AutoConfig, path)

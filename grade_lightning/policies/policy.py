@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 
-from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
+from .loading import (
+    check_vocabulary,
+    config_without_dropout,
+    context_length,
+    load_pretrained,
+    resolve_model,
+    torch_dtype,
+)
 from .lora import LoRA, merged_state, with_adapters
 from .network import Frozen, Network
 from .passes import Pass, WholePass
@@ -146,7 +153,7 @@ class Policy(nn.Module, Network):
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model takes, where its configuration says so."""
-        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.base.config)
 
     @property
     def eos_ids(self) -> list[int]:

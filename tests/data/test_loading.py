@@ -157,8 +157,9 @@ def fit(
     """Two epochs, a checkpoint after each step."""
     module = Reader(batching)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    settings: dict[str, Any] = {"max_epochs": 2, "callbacks": save, "accelerator": "cpu", "devices": 1}
     trainer = Trainer(
-        **{"max_epochs": 2, "callbacks": save, "accelerator": "cpu", "devices": 1} | options,
+        **settings | options,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
