@@ -60,19 +60,37 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def remove_unstarted_run(trainer: Trainer) -> Iterator[None]:
-    """Remove the run's new folder when an error of input ends the run before its first step."""
+def remove_unstarted_run(trainer: Trainer, step: int = 0) -> Iterator[None]:
+    """Remove what this start wrote when it ends before its first step: the run's new folder, after an error of input.
+
+    Of a run that was there only the new configuration and the new curves are removed, after any error.
+
+    Args:
+        trainer: of the run.
+        step: at which it starts.
+    """
     folder = Path(trainer.log_dir) if trainer.logger is not None and trainer.log_dir else None
     existed = folder is None or folder.exists()
+    before = _written_at_start(folder)
     try:
         yield
-    except InputError:
-        if folder is not None and not existed and trainer.global_step == 0 and trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in list(folder.parents)[:2]:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+    except Exception as error:
+        if folder is not None and trainer.global_step in (0, step) and trainer.is_global_zero:
+            if existed:
+                for path in _written_at_start(folder) - before:
+                    path.unlink(missing_ok=True)
+            elif isinstance(error, InputError):
+                shutil.rmtree(folder, ignore_errors=True)
+                for parent in list(folder.parents)[:2]:
+                    if parent.is_dir() and not any(parent.iterdir()):
+                        parent.rmdir()
         raise
+
+
+def _written_at_start(folder: Path | None) -> set[Path]:
+    if folder is None:
+        return set()
+    return {*folder.glob("config-*.yaml"), *folder.glob("events.out.tfevents.*")}
 
 
 @contextmanager

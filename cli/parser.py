@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from grade_lightning.data import Source
+from grade_lightning.data import Source, TextDataModule
 from grade_lightning.estimators import TokenEstimator
+from grade_lightning.kl import KL
+from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Engine
+from grade_lightning.rollouts import Engine, Sampler
 from grade_lightning.schedules import Schedule
 from grade_lightning.selection import Selection
 
@@ -68,6 +71,9 @@ def explain(message: str, args: Sequence[str] = ()) -> str:
         files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
         reason = "no options by name in it" if message.startswith("Unexpected") else " ".join(message.split())
         return f"--config {' or '.join(files)}: {reason}"
+    refused = re.match(r"Option '(\S+)' is not accepted|unrecognized arguments: --([\w.]+)", message.strip())
+    if refused and (told := _elsewhere(refused[1] or refused[2], args)):
+        return told
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     where = _option(keys, args) if keys else ""
     wrong = re.search(r"Expected a dot import path string: (\S+)", message)
@@ -84,6 +90,26 @@ def explain(message: str, args: Sequence[str] = ()) -> str:
     if given and not any("Got value" in line for line in useful):
         useful.append(f"(given: {given[1]})")
     return f"{where}: {' '.join(useful)}" if where else " ".join(useful)
+
+
+PARTS: dict[str, type] = {
+    "model.optimizer": torch.optim.AdamW,
+    "model.sampler": Sampler,
+    "model.policy": Policy,
+    "model.policy.lora": LoRA,
+    "model.kl": KL,
+    "data": TextDataModule,
+    "trainer": Trainer,
+}
+"""Where options lie that are looked for elsewhere."""
+
+
+def _elsewhere(key: str, args: Sequence[str]) -> str:
+    """Of an option that is not there: where there is one of that name; nothing if there is none."""
+    name = key.rpartition(".")[2]
+    owners = [part for part, owner in PARTS.items() if name in inspect.signature(owner).parameters]
+    there = " or ".join(f"--{part}.{name}" for part in owners)
+    return f"{_option([key], args)}: no such option, did you mean {there}?" if owners else ""
 
 
 def _option(keys: list[str], args: Sequence[str]) -> str:
@@ -113,6 +139,20 @@ class Parser(LightningArgumentParser):
                 raise TypeError(f'Parser key "{action.dest}":\n  Expected options by name. Got value: {value}')
             if value is None and action.default not in (None, SUPPRESS):
                 self._check_value_key(action, value, action.dest, namespace)
+
+    def format_help(self, *args: Any) -> str:
+        """The help; that of a nested part names its options as the user has to write them."""
+        nested = re.match(r"Help for --(\S+)\.help=", self.description or "")
+        if nested:
+            short = nested[1]
+            full = _option([f"{short}.help"], self.given).removesuffix(".help")
+            for action in self._actions:
+                action.option_strings = [
+                    full + option.removeprefix(f"--{short}") if option.startswith(f"--{short}.") else option
+                    for option in action.option_strings
+                ]
+            self.description = str(self.description).replace(f"--{short}.help", f"{full}.help", 1)
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and leave with status 2."""

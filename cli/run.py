@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
 from grade_lightning.callbacks import Export, PredictionWriter
@@ -20,14 +21,27 @@ def train(cli: GradeCLI) -> None:
     """Measure, train, measure again."""
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    with remove_unstarted_run(trainer), all_end_together(trainer):
+    with remove_unstarted_run(trainer, cli.start.step), all_end_together(trainer):
         if measures and cli.start.checkpoint is None:
             trainer.validate(model, data, verbose=False)
         trainer.fit(model, data, ckpt_path=cli.start.checkpoint, weights_only=True)
         if measures and cli.summary.last_step != trainer.global_step:
-            # where a checkpoint left nothing to train Lightning is one short, and so would the curves be
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            _settle_counters(trainer.fit_loop, trained=trainer.global_step != cli.start.step)
             trainer.validate(model, data, verbose=False)
+
+
+def _settle_counters(loop: _FitLoop, trained: bool) -> None:
+    """Have a measurement after the training logged at the step and in the epoch in which the training ended.
+
+    Lightning counts an epoch that `max_steps` cut short as a whole one, and where a checkpoint left nothing to train it
+    is a step short, and an epoch that had just ended.
+    """
+    loop.epoch_loop._batches_that_stepped = loop.epoch_loop.global_step
+    epoch, ended = loop.epoch_progress.current, loop.epoch_loop.batch_progress.is_last_batch
+    if trained:
+        epoch.completed -= not ended
+    elif ended:
+        epoch.completed = epoch.ready
 
 
 def print_summary(cli: GradeCLI, seconds: float) -> None:

@@ -17,7 +17,7 @@ from ..guard import user_errors
 from ..parser import Parser
 from .comparison import Comparison
 from .options import option_pairs
-from .plan import plan
+from .plan import beside, plan
 from .progress import progress, state_of
 from .run import Run
 from .work import work
@@ -47,6 +47,8 @@ def compare(args: Sequence[str] | None = None) -> None:
         check_range("[1, inf)", jobs=o.jobs, threads=o.threads)
         named = parser.parse_args(given, defaults=False)
         told = {name: named[name] for name in inspect.signature(plan).parameters if name in named}
+        for file in o.config or []:
+            told = beside(told, Path(str(file)).parent)
         if shared:
             told["arguments"] = (told.get("arguments") or {}) | option_pairs(shared)
         if told and "methods" not in told:

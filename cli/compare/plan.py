@@ -17,6 +17,9 @@ _PLANNED = {"model", "seed_everything", "ckpt_path", "output"}
 _PLANNED |= {f"trainer.{name}" for name in ("default_root_dir", "max_steps", "val_check_interval", "devices")}
 """Arguments that the plan sets for each run."""
 
+_FILES = {"config", "path", "backbone", "train", "test"}
+"""Options, by the last part of their names, that name a file or a folder."""
+
 
 @dataclass
 class Plan:
@@ -97,6 +100,22 @@ def plan(
     if len(found.settings()) < math.prod(map(len, found.grid.values())):
         raise InputError("grid: two of its points have the same name, in which / is _; give other values")
     return found
+
+
+def beside(value: Any, folder: Path, key: str = "") -> Any:
+    """The same with the file names in it that lie in the plan's own folder made whole.
+
+    Args:
+        value: of a plan, or a part of it.
+        folder: of the plan's file.
+        key: the option whose value it is.
+    """
+    if isinstance(value, dict):
+        return {name: beside(part, folder, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [beside(part, folder, key) for part in value]
+    named = isinstance(value, str) and key.rpartition(".")[2] in _FILES and (folder / value).exists()
+    return str((folder / value).absolute()) if named else value
 
 
 def load(path: Path) -> Plan:

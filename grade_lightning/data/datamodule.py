@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.data.batches import Collate, CollatePrompts
 from grade_lightning.data.cuts import COUNTED, PromptLengths, share_cut, token_lengths
-from grade_lightning.data.loading import EpochSampler, ResumableLoader
+from grade_lightning.data.loading import EpochSampler, ResumableLoader, resume_epoch
 from grade_lightning.data.sizes import USUAL, split_to_fit
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
@@ -209,7 +209,7 @@ class TextDataModule(LightningDataModule):
         _, batching = self._read()
         split, rows = VIEWS[batching.view].split, batching.rows(self.batch_size)
         processes = self.trainer.world_size if self.trainer is not None else 1
-        if 0 < len(self.splits[split]) <= (rows - 1) * processes:  # what is left over is given out twice
+        if 0 < len(self.splits[split]) < rows * processes:
             takes = f", which takes {rows} rows a batch" if rows != self.batch_size else ""
             takes += f" on each of {processes} devices" if processes > 1 else ""
             raise InputError(
@@ -245,10 +245,12 @@ class TextDataModule(LightningDataModule):
         limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens, self._ends())
         collate = view.collate(tokenizer, limits, train)
         self._tell_cuts(split, collate)
-        return (partial(ResumableLoader, repeats=batching.steps_per_batch) if train else DataLoader)(
+        place = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        resumable = partial(ResumableLoader, repeats=batching.steps_per_batch, on_resume=self._resume)
+        return (resumable if train else DataLoader)(
             rows,
             batch_size=train_rows if train else self.eval_batch_size,
-            sampler=EpochSampler(rows, self.seed) if train else None,
+            sampler=EpochSampler(rows, self.seed, *place) if train else None,
             drop_last=train,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -259,6 +261,10 @@ class TextDataModule(LightningDataModule):
     def _ends(self) -> list[int]:
         module = self.trainer.lightning_module if self.trainer is not None else None
         return module.eos_ids if isinstance(module, TrainableModule) else []
+
+    def _resume(self, loader: ResumableLoader, behind: int) -> None:
+        if self.trainer is not None:
+            resume_epoch(self.trainer, loader, behind)
 
     @rank_zero_only
     def _tell_cuts(self, split: Split, collate: Collate) -> None:

@@ -11,6 +11,7 @@ from datasets import (
     load_dataset,
 )
 
+from grade_lightning.data.pairs import split_pair
 from grade_lightning.data.reviews import generate_reviews
 from grade_lightning.errors import InputError, check_range
 
@@ -188,10 +189,14 @@ def normalise(rows: Dataset, name: str) -> Dataset:
         >>> normalise(rows, "reviews.csv")[0]
         {'text': 'Dull.\nSlow.', 'label': 0}
     """
+    if {"chosen", "rejected"} <= set(rows.column_names) and not {"text", "prompt"} & set(rows.column_names):
+        pairs = zip(rows["chosen"], rows["rejected"], strict=True)
+        parts = [split_pair(*pair, f"{name}: row {i}") for i, pair in enumerate(pairs)]
+        others = rows.remove_columns(["chosen", "rejected"])[:]
+        made = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*parts, strict=True)), strict=False))
+        rows = Dataset.from_dict(others | made) if parts else rows
     columns = rows.column_names
     if not {"text", "prompt"} & set(columns):
-        if {"chosen", "rejected"} <= set(columns):
-            raise InputError(f"{name}: no column 'prompt'; move what 'chosen' and 'rejected' both begin with into it")
         raise InputError(f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}")
     if not len(rows):
         raise InputError(f"{name}: no rows; give a file with at least one")

@@ -7,13 +7,20 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
 from grade_lightning.modules import TrainableModule
+from grade_lightning.modules.guards import check_context
 from grade_lightning.policies import Policy
-from grade_lightning.policies.loading import check_vocabulary, resolve_model, torch_dtype
+from grade_lightning.policies.context import context_length
+from grade_lightning.policies.loading import (
+    check_vocabulary,
+    load_pretrained,
+    resolve_model,
+    torch_dtype,
+)
 from grade_lightning.records import Batching
 from grade_lightning.rewards import Classifier
 
@@ -78,6 +85,11 @@ class RewardModel(TrainableModule):
             check_vocabulary(self.source.path, self.classifier.backbone, self.tokenizer)
             self.classifier.train()
             self.classifier.backbone.requires_grad_(not self.freeze_backbone)
+
+    def check_lengths(self, prompt: int, text: int) -> None:
+        """Texts must fit into the backbone's context."""
+        config = load_pretrained(AutoConfig, resolve_model(self.source.path, "policy"))
+        check_context(context_length(config), ("texts", text, "--data.max_text_tokens"))
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Logits of "positive", (B,)."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.functional import sequences
 from grade_lightning.modules import TrainableModule
+from grade_lightning.modules.guards import check_context
 from grade_lightning.policies import Policy
 from grade_lightning.records import Batching
 
@@ -43,6 +44,11 @@ class SupervisedFineTuning(TrainableModule):
     def configure_model(self) -> None:
         """Load the policy; supervised training has no reference."""
         self.policy.load(reference=False)
+
+    def check_lengths(self, prompt: int, text: int) -> None:
+        """Texts must fit into the context."""
+        self.configure_model()
+        check_context(self.policy.context_length, ("texts", text, "--data.max_text_tokens"))
 
     @property
     def batching(self) -> Batching:

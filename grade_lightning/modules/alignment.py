@@ -34,7 +34,7 @@ from grade_lightning.terms import Graphs
 
 from .evaluation import EvaluationTable
 from .first_batch import check_first_batch
-from .guards import check_context
+from .guards import check_context, check_reward
 from .measuring import measure
 from .metrics import StepMeter
 from .trainable import Stage, TrainableModule
@@ -71,12 +71,12 @@ class AlignmentModule(TrainableModule, ABC):
         super().__init__(optimizer, lr_scheduler)
         check_range("[0, inf)", beta=beta)
         self.policy = policy or Policy()
+        self._gave_reward = reward is not None
         self.reward = reward or ClassifierReward()
         self.judges = nn.ModuleList(judges or [])
         self.sampler = sampler or Sampler()
         self.beta = beta
-        if self.backpropagates_reward and not self.reward.differentiable:
-            self.reward.pathwise(None)  # type: ignore[arg-type]  # says what to do instead
+        check_reward(self.reward, self.backpropagates_reward)
         self.meter = StepMeter()
         self._table = EvaluationTable()
         self._started, self._checked = True, False
@@ -127,9 +127,13 @@ class AlignmentModule(TrainableModule, ABC):
 
     def configure_model(self) -> None:
         """Load policy and rewards; nothing happens the second time."""
+        self._load()
+
+    def _load(self) -> None:
         self.policy.load()
         for reward in self.rewards:
             reward.load(self.tokenizer, self.policy.anatomy.size)
+        check_reward(self.reward, self.backpropagates_reward, None if self._gave_reward else self.policy.path)
 
     def prompt_room(self, text: int) -> int | None:
         """What a completion leaves of the context, whether it is sampled or of the data."""
@@ -139,12 +143,15 @@ class AlignmentModule(TrainableModule, ABC):
         return None if context is None else context - completion
 
     def check_lengths(self, prompt: int, text: int) -> None:
-        """Prompt and completion must fit into the context, whether it is sampled or of the data."""
+        """Prompt and completion must fit into the contexts of policy and rewards, be they sampled or of the data."""
         completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
         if self.batching.view == "pairs" and text > completion:
             completion, flag = text, "--data.max_text_tokens"
-        self.policy.load()
-        check_context(self.policy, prompt, completion, flag)
+        self._load()
+        parts = ("prompts", prompt, "--data.max_prompt_tokens"), ("completions", completion, flag)
+        check_context(self.policy.context_length, *parts)
+        for reward in self.rewards:
+            check_context(reward.context_length, *parts, model=f"reward {reward.name}")
 
     def frozen_modules(self) -> list[nn.Module]:
         """Reward, judges and the reference."""

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from grade_lightning.errors import InputError
-from grade_lightning.policies import Policy
 from grade_lightning.records import Batching
+from grade_lightning.rewards import ClassifierReward, Reward
 from grade_lightning.strategies import FSDP2
 
 BAD_BATCHES = 3
@@ -88,24 +88,49 @@ def check_windows(trainer: Trainer, batching: Batching) -> None:
         )
 
 
-def check_context(policy: Policy, prompt: int, completion: int, flag: str) -> None:
-    """Check that prompt and completion fit into the model's context.
+def check_context(room: int | None, *parts: tuple[str, int, str], model: str = "the model") -> None:
+    """Check that what a model reads fits into its context.
 
     Args:
-        policy: a policy that is loaded.
-        prompt: most tokens of a prompt.
-        completion: most tokens of a completion.
-        flag: the option that says how many these are.
+        room: the longest sequence that it takes; None where it does not say.
+        *parts: what the sequence is made of: its name, its most tokens, and the option that says how many these are.
+        model: what reads it.
 
     Raises:
-        InputError: they do not.
+        InputError: it does not fit.
+
+    Example:
+        >>> check_context(64, ("prompts", 32, "--data.max_prompt_tokens"), ("completions", 32, "--max_new_tokens"))
+        >>> check_context(64, ("texts", 128, "--data.max_text_tokens"))
+        Traceback (most recent call last):
+        ...
+        grade_lightning.errors.InputError: the model's context is 64 tokens, but texts may have 128 \
+(--data.max_text_tokens); lower it
     """
-    room = policy.context_length
-    if room is not None and prompt + completion > room:
+    if room is not None and sum(tokens for _, tokens, _ in parts) > room:
+        (name, tokens, flag), *others = parts
+        said = f"{name} may have {tokens} ({flag})" + "".join(f" and {n} {t} ({f})" for n, t, f in others)
+        raise InputError(f"{model}'s context is {room} tokens, but {said}; lower {'one of them' if others else 'it'}")
+
+
+def check_reward(reward: Reward, backpropagates: bool, default_for: str | None = None) -> None:
+    """Check that a method can be trained with its reward.
+
+    Args:
+        reward: what is maximised.
+        backpropagates: whether the method needs its gradient.
+        default_for: of which policy it is the reward, if nobody chose it; else None.
+
+    Raises:
+        InputError: it cannot; the reward itself says why it has no gradient.
+    """
+    if default_for is not None and isinstance(reward, ClassifierReward) and reward.foreign is not None:
         raise InputError(
-            f"the model's context is {room} tokens, but prompts may have {prompt} (--data.max_prompt_tokens) and "
-            f"completions {completion} ({flag}); lower one of them"
+            f"--model.reward: you gave none, and the bundled one has another vocabulary than {default_for}; give "
+            "ClassifierReward with --model.reward.path, or FunctionReward with --model.reward.function"
         )
+    if backpropagates and not reward.differentiable:
+        reward.pathwise(None)  # type: ignore[arg-type]
 
 
 def check_method(method: str | None, own: str) -> None:

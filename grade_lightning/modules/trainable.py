@@ -247,7 +247,8 @@ class TrainableModule(LightningModule):
         if saved_by != now and self._trainer is not None and self.trainer.training:
             rank_zero_warn(
                 f"checkpoint: it is of {saved_by} processes and this run has {now}. Weights, optimizer, schedule and "
-                f"running statistics are resumed as they were; which rows come next, and the noise, are those of {now}"
+                "running statistics are resumed as they were, and the data at their next row; the noise is that of "
+                f"{now}, and a window of completions that was begun is dropped"
             )
 
 

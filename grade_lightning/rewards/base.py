@@ -24,6 +24,11 @@ class Reward(nn.Module, ABC):
         """Under which it is logged, as `rewards/{name}`."""
         return type(self).__name__
 
+    @property
+    def context_length(self) -> int | None:
+        """The longest prompt + completion that it reads, in the policy's tokens; None: any."""
+        return None
+
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         """Read weights, with the policy's tokenizer and number of logits; called before each stage."""
 

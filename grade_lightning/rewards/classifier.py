@@ -13,6 +13,7 @@ from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
 from grade_lightning.policies.anatomy import examine_backbone
+from grade_lightning.policies.context import context_length
 from grade_lightning.policies.loading import (
     config_without_dropout,
     embedding_table,
@@ -21,8 +22,10 @@ from grade_lightning.policies.loading import (
     torch_dtype,
 )
 from grade_lightning.policies.modes import evaluating
+from grade_lightning.records import RelaxedRollout, Rollout, Scores
 
 from .differentiable import DifferentiableReward
+from .retokenize import retokenize
 
 HEAD_WEIGHTS, HEAD_CONFIG = "reward_head.safetensors", "reward_head.json"
 
@@ -110,7 +113,10 @@ class Classifier(nn.Module):
 
 
 class ClassifierReward(DifferentiableReward):
-    """P(positive), or its logit, by a classifier that shares the policy's vocabulary.
+    """P(positive), or its logit, by a classifier.
+
+    Differentiable if it shares the policy's vocabulary. Else the completion is decoded and read in the classifier's own
+    tokens, which gives the exact score and no gradient.
 
     Args:
         path: folder written by `RewardModel`, or `"bundled"`.
@@ -130,6 +136,8 @@ class ClassifierReward(DifferentiableReward):
         self.output = output
         self.classifier: Classifier | None = None
         self.vocabulary = 0
+        self.foreign: PreTrainedTokenizerBase | None = None
+        """The classifier's tokenizer, where it has another vocabulary than the policy's."""
 
     @classmethod
     def from_classifier(
@@ -146,25 +154,58 @@ class ClassifierReward(DifferentiableReward):
         return "classifier"
 
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-        """Read the classifier and check that it speaks the policy's vocabulary.
+        """Read the classifier, and see whether it shares the policy's vocabulary.
 
         Raises:
-            InputError: another vocabulary: the policy's token ids would mean other words to the classifier.
+            InputError: it cannot be read, or embeds fewer tokens than the policy has logits.
         """
         self.vocabulary = vocabulary
         if self.classifier is None:
             path = resolve_model(self.path, "reward")
             own = load_pretrained(AutoTokenizer, path)
             if own.get_vocab() != tokenizer.get_vocab():
-                raise InputError(
-                    f"reward {self.path}: its vocabulary ({len(own)} tokens) is not the policy's ({len(tokenizer)}); "
-                    "train a reward model on the policy's own backbone: grade-fit --model RewardModel "
-                    f"--model.backbone {tokenizer.name_or_path or 'POLICY'}"
-                )
+                self.foreign, self.differentiable, self._policy = own, False, tokenizer
             self.classifier = Classifier.from_pretrained(path, self.dtype).requires_grad_(False).eval()
         rows = self._network.backbone.config.get_text_config().vocab_size
-        if rows < vocabulary:
+        if rows < vocabulary and self.foreign is None:
             raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")
+
+    @property
+    def context_length(self) -> int | None:
+        """The backbone's; its own tokens are not the policy's, and are counted when they are made."""
+        return None if self.foreign is not None else context_length(self._network.backbone.config)
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Scores of the sampled tokens, or of the same text in the classifier's own tokens."""
+        if self.foreign is None:
+            return super().forward(rollout)
+        ids, mask = retokenize(rollout, self.foreign, context_length(self._network.backbone.config))
+        return self.score_embeddings(self._network.embed(ids), mask)
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """Scores with the gradient at the tokens.
+
+        Raises:
+            InputError: another vocabulary: the policy's tokens are none that the classifier could be differentiated in.
+        """
+        if self.foreign is not None:
+            raise InputError(
+                f"reward {self.path}: its vocabulary ({len(self.foreign)} tokens) is not the policy's "
+                f"({len(self._policy)}), and GRADE sends the reward's gradient through the tokens; use a method that "
+                "needs its score alone (RLOO, GRPO …), or train a reward model on the policy's own backbone: "
+                f"grade-fit --model RewardModel --model.backbone {self._policy.name_or_path or 'POLICY'}"
+            )
+        return super().pathwise(rollout)
+
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """Scores of the soft tokens, with their graph.
+
+        Raises:
+            InputError: another vocabulary.
+        """
+        if self.foreign is not None:
+            self.pathwise(rollout)  # says what to do instead
+        return super().relaxed(rollout)
 
     @property
     def _network(self) -> Classifier:

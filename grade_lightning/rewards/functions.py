@@ -2,10 +2,14 @@
 
 import asyncio
 import inspect
+import logging
 import math
+import sysconfig
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from functools import cache
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -71,8 +75,12 @@ class FunctionReward(Reward):
         try:
             values = answer.result()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"reward {self.name}: the function raised {type(error).__name__}: {reason}") from error
+            reason, (where, frames) = " ".join(str(error).split()), _raised_at(error)
+            _log.error("reward %s: raised %s, called from\n%s", self.name, type(error).__name__, frames)
+            raise InputError(
+                f"reward {self.name}: the function raised {type(error).__name__}: {reason} ({where}); its calls "
+                "are above"
+            ) from error
         values = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(values, Iterable) or isinstance(values, _NO_LISTS):
             raise InputError(f"reward {self.name}: must return a list of numbers or None, not {_short(values)}")
@@ -80,6 +88,18 @@ class FunctionReward(Reward):
         if len(scores) != len(rollout.completions):
             raise InputError(f"reward {self.name}: {len(scores)} values for {len(rollout.completions)} completions")
         return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids.device)
+
+
+_log = logging.getLogger(__name__)
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _raised_at(error: BaseException) -> tuple[str, str]:
+    """File and line of the user's code in which an error arose, and its calls from there on."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)] or frames
+    where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else "not in Python"
+    return where, "".join(traceback.format_list(frames)).rstrip()
 
 
 _NO_LISTS = (str, bytes, Mapping, Set)

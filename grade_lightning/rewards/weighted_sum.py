@@ -14,7 +14,7 @@ from .base import Reward
 class WeightedSum(Reward):
     """Several rewards, added with weights.
 
-    Where one of them abstains the others count alone. Differentiable when all of them are.
+    Where one of them abstains the others count alone; one of weight 0 is only logged. Differentiable when all are.
 
     Args:
         rewards: the rewards.
@@ -35,9 +35,15 @@ class WeightedSum(Reward):
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-        """Load every part."""
+        """Load every part; what it reads may tell whether it is differentiable."""
         for reward in self.parts:
             reward.load(tokenizer, vocabulary)
+        self.differentiable = all(reward.differentiable for reward in self.parts)
+
+    @property
+    def context_length(self) -> int | None:
+        """The shortest of the parts'."""
+        return min((n for reward in self.parts if (n := reward.context_length) is not None), default=None)
 
     @property
     def parts(self) -> list[Reward]:
@@ -64,7 +70,10 @@ class WeightedSum(Reward):
         return self._add(rollout, [reward.relaxed(rollout) for reward in self.parts])
 
     def _add(self, rollout: Rollout, scores: list[Scores]) -> Scores:
-        weighted = torch.stack([w * s.total for w, s in zip(self.weights, scores, strict=True)])
+        # 0 times an infinite reward is no number, and would pass for an abstention
+        counted = [(w, s) for w, s in zip(self.weights, scores, strict=True) if w != 0]
+        zeros = scores[0].total.new_zeros(1, len(scores[0].total))
+        weighted = torch.stack([w * s.total for w, s in counted]) if counted else zeros
         total = weighted.nansum(0)
         total = total.where(~total.isnan(), torch.inf)  # of +∞ and −∞: a mistake, and no abstention
         total = total.masked_fill(weighted.isnan().all(0), torch.nan)
@@ -72,13 +81,9 @@ class WeightedSum(Reward):
         for score in scores:
             for name, value in score.parts.items():
                 parts[unique_name(name, parts)] = value
-        adjoints = [
-            Adjoint(w * part.gradient, part.table)
-            for w, score in zip(self.weights, scores, strict=True)
-            for part in score.adjoints
-        ]
+        adjoints = [Adjoint(w * part.gradient, part.table) for w, score in counted for part in score.adjoints]
         per_token = None
-        if any(score.per_token is not None for score in scores):
-            spread = [w * score.at_tokens(rollout.sampled) for w, score in zip(self.weights, scores, strict=True)]
+        if any(score.per_token is not None for _, score in counted):
+            spread = [w * score.at_tokens(rollout.sampled) for w, score in counted]
             per_token = torch.stack(spread).sum(0)
         return Scores(total, parts, adjoints, per_token)

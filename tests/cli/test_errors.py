@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from tests.cli.conftest import WORDS, Run, Shelf, checkpoint, enter, new_shell, version
 from tests.conftest import make_model, make_tokenizer
@@ -300,6 +300,46 @@ def test_a_reward_of_another_vocabulary(refuse: Refuse, shelf: Shelf) -> None:
     line = refuse("fit", *shelf.all, "--model.reward.path=other")
     says(line, "reward other", "vocabulary (20 tokens) is not the policy's (19)", "grade-fit --model RewardModel")
     says(line, f"--model.backbone {shelf.policy}")
+
+
+def test_a_method_without_its_gradient_takes_a_reward_of_another_vocabulary(run: Run, shelf: Shelf) -> None:
+    shutil.copytree(shelf.reward, "other")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained("other")
+    run("fit", *shelf.all, "--model=RLOO", "--model.reward.path=other")
+
+
+@pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
+def test_no_reward_for_a_model_of_ones_own(method: str, refuse: Refuse, shelf: Shelf, tmp_path: Path) -> None:
+    """The bundled one, which has another vocabulary: nobody chose it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    folder = tmp_path / "cache" / "bundled-v1" / "reward"
+    shutil.copytree(shelf.reward, folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADE_LIGHTNING_CACHE", str(tmp_path / "cache"))
+        patch.setattr("grade_lightning.bundled.prepare", lambda: None)
+        line = refuse("fit", *shelf.grade, f"--model={method}")
+    says(line, "--model.reward: you gave none, and the bundled one has another vocabulary than", str(shelf.policy))
+
+
+@pytest.mark.parametrize(("model", "path"), [("SupervisedFineTuning", "policy.path"), ("RewardModel", "backbone")])
+def test_texts_longer_than_the_context(model: str, path: str, refuse: Refuse, shelf: Shelf) -> None:
+    rest = [arg for arg in shelf.grade if not arg.startswith("--model")]
+    line = refuse("fit", f"--model={model}", f"--model.{path}={shelf.policy}", *rest, "--data.max_text_tokens=65")
+    says(line, "the model's context is 64 tokens, but texts may have 65 (--data.max_text_tokens); lower it")
+
+
+def test_a_reward_with_a_shorter_context(refuse: Refuse, shelf: Shelf) -> None:
+    shutil.copytree(shelf.reward, "short")
+    config = Path("short/config.json")
+    config.write_text(config.read_text().replace('"n_positions": 64', '"n_positions": 16'))
+    model = AutoModel.from_config(AutoConfig.from_pretrained("short"))
+    model.save_pretrained("short")
+    line = refuse("fit", *shelf.all, "--model.reward.path=short")
+    says(line, "reward classifier's context is 16 tokens, but prompts may have 12", "completions 6")
 
 
 def test_a_reward_that_is_a_plain_model(refuse: Refuse, shelf: Shelf) -> None:

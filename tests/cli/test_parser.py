@@ -127,3 +127,17 @@ def test_choices_are_ours_and_can_be_made() -> None:
     assert choices(Reward) == ["ClassifierReward", "FunctionReward", "NoReward", "WeightedSum"]
     methods = [name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type)]
     assert choices(parser.BASES["model"]) == sorted(methods)
+
+
+@pytest.mark.parametrize(
+    ("message", "given", "expected"),
+    [
+        ("Option 'lr' is not accepted", "--model.lr=1", "--model.optimizer.lr"),
+        ("unrecognized arguments: --data.lr 2", "--data.lr", "--model.optimizer.lr"),
+        ("unrecognized arguments: --lorra.r=2", "--model.policy.lorra.r", "--model.policy.lora.r"),
+        ("Option 'batch_size' is not accepted", "--model.batch_size", "--data.batch_size"),
+    ],
+)
+def test_an_option_that_is_elsewhere(message: str, given: str, expected: str) -> None:
+    option = given.partition("=")[0]
+    assert explain(message, [given]) == f"{option}: no such option, did you mean {expected}?"

@@ -1,5 +1,6 @@
 """Resuming a run from the command line: after a kill, by SLURM, with other processes."""
 
+import json
 import os
 import shutil
 import signal
@@ -202,6 +203,51 @@ def test_a_run_of_another_method_is_not_touched(
     assert exit.value.code == 2
     assert "it is of GradeSTE, but --model is Reinforce" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_resume_that_fails_leaves_no_trace(
+    run: Run, shelf: Shelf, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other LoRA settings the checkpoint is refused, after logger and configuration were set up."""
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        run("fit", *shelf.all, *SIX, "--trainer.max_steps=8", "--model.policy.lora.r=2", f"--ckpt_path={whole}")
+    assert exit.value.code == 2
+    assert "its weights do not fit this model" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_the_epoch_at_the_end_is_the_one_that_was_reached(run: Run, shelf: Shelf) -> None:
+    """Of four steps an epoch: whole epochs are counted, in a run, in its resume, and where nothing is left to train."""
+
+    def last() -> tuple[int, float]:
+        return [(event.step, event.value) for event in events(version()).Scalars("epoch")][-1]
+
+    run("fit", *shelf.all, *SIX, "--trainer.max_steps=4")
+    assert last() == (4, 1)
+    run("fit", *shelf.all, *SIX, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert last() == (4, 1)
+    for steps in (5, 7):
+        run("fit", *shelf.all, *SIX, f"--trainer.max_steps={steps}", "--ckpt_path=last", f"--export.folder={steps}")
+        assert last() == (steps, 1)
+
+
+def test_other_batches_resume_at_the_next_row(
+    cut: Cut, run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of sixteen prompts eight are behind the checkpoint: the next step has the other eight, and one line says so."""
+    run("fit", *shelf.all, *SIX, "--trainer.max_steps=4", "--trainer.default_root_dir=plain")
+    cut("PowerCut@4", *shelf.all, *SIX)
+    with pytest.warns(UserWarning, match="of 4 of 16 rows a batch, .* this run is of 8 of 16 rows a batch"):
+        run("fit", *shelf.all, *SIX, "--trainer.max_steps=3", "--data.batch_size=8", "--ckpt_path=last")
+    before, after, plain = (
+        {step: rows for step, rows, *_ in map(json.loads, (folder / "rank0.jsonl").read_text().splitlines())}
+        for folder in (Path(), version(), Path("plain"))
+    )
+    assert list(after) == [3]
+    epoch = [*before[1], *before[2], *after[3]]
+    assert len(epoch) == 16
+    assert sorted(epoch) == sorted(row for rows in plain.values() for row in rows)
 
 
 def test_an_empty_folder_is_named(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:

@@ -515,21 +515,6 @@ def test_batches_are_given_out_several_times(workers: int) -> None:
     assert len(data.val_dataloader()) == 2
 
 
-@pytest.mark.parametrize("given", [0, 4, 6, 7, 14])
-def test_loader_continues_between_the_repeats(given: int) -> None:
-    loader = ResumableLoader(range(14), repeats=2, batch_size=2)
-    whole = [batch.tolist() for batch in loader]
-    batches = iter(loader)
-    for _ in range(given):
-        next(batches)
-    state = loader.state_dict() if given else {"given": 0}
-    assert state == {"given": given}
-    again = ResumableLoader(range(14), repeats=2, batch_size=2)
-    again.load_state_dict(state)
-    assert [batch.tolist() for batch in again] == whole[given % 14 :]
-    assert [batch.tolist() for batch in again] == whole
-
-
 @pytest.mark.parametrize("inside_trainer", [True, False])
 def test_repeats_survive_a_distributed_sampler(inside_trainer: bool) -> None:
     data = ready(Rows(labelled(100)))
@@ -669,14 +654,13 @@ def test_imdb(shared: Path) -> None:
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(15, 2), (16, 2), (8, 4), (9, 4), (30, 1)])
 def test_each_device_needs_a_batch_of_its_own(batch_size: int, processes: int) -> None:
-    """Else Lightning's sampler would leave each of them without a single one."""
+    """Else some of them would have none, or rows that others have, too."""
     data = TextDataModule(BundledReviews(80, 20), **SMALL | {"batch_size": batch_size})
     data.attach(letters(), Batching())
     data.setup()
     data.trainer = Trainer(accelerator="cpu", logger=False)
     data.trainer.strategy.world_size = processes  # type: ignore[attr-defined]
-    sampler: DistributedSampler[Any] = DistributedSampler(data.splits["prompts"], processes, rank=0)
-    if len(sampler) // batch_size:
+    if 30 // (batch_size * processes):
         assert len(data.train_dataloader())
     else:
         with pytest.raises(

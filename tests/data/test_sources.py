@@ -105,7 +105,10 @@ def test_columns_of_trl_are_kept() -> None:
     ("table", "message"),
     [
         ({"body": ["a"]}, r"mine: no column 'text' or 'prompt'; rename .*: body"),
-        ({"chosen": ["a"], "rejected": ["b"]}, r"mine: no column 'prompt'; move what 'chosen' and 'rejected' both"),
+        (
+            {"chosen": ["a"], "rejected": ["b"]},
+            r"mine: row 0: no column 'prompt', and 'chosen' and 'rejected' do not",
+        ),
         ({"text": []}, r"mine: no rows"),
         ({"text": ["a", " "]}, r"mine: row 1: 'text' is empty; fill it in or drop"),
         ({"text": ["a", None]}, r"mine: row 1: 'text' is None; write a text$"),

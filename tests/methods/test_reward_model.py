@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
+from grade_lightning.errors import InputError
 from grade_lightning.methods import RewardModel
 from grade_lightning.records import Rollout
 from grade_lightning.rewards import ClassifierReward
@@ -83,3 +85,11 @@ def test_stages_resume_where_they_stopped(folder: Path, tmp_path: Path) -> None:
     trainer(max_epochs=2).fit(resumed, labelled(3), ckpt_path=tmp_path / "a.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_texts_must_fit_into_the_context(folder: Path) -> None:
+    module = RewardModel(str(folder))
+    room = AutoConfig.from_pretrained(folder).max_position_embeddings
+    module.check_lengths(prompt=10 * room, text=room)
+    with pytest.raises(InputError, match=rf"{room} tokens, but texts may have {room + 1} \(--data"):
+        module.check_lengths(prompt=1, text=room + 1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RewardModel, SupervisedFineTuning
@@ -101,3 +102,11 @@ def test_the_number_of_micro_batches_must_stay() -> None:
     scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
     with pytest.raises(InputError, match=r"GradientAccumulationScheduler.*accumulate_grad_batches"):
         trainer(callbacks=[scheduler]).fit(SupervisedFineTuning(policy), text(1))
+
+
+def test_texts_must_fit_into_the_context(folder: Path) -> None:
+    module = SupervisedFineTuning(Policy(str(folder)))
+    room = AutoConfig.from_pretrained(folder).max_position_embeddings
+    module.check_lengths(prompt=10 * room, text=room)
+    with pytest.raises(InputError, match=rf"{room} tokens, but texts may have {room + 1} \(--data"):
+        module.check_lengths(prompt=1, text=room + 1)

@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -211,3 +213,23 @@ def test_an_asynchronous_function_that_fails_is_named() -> None:
 
     with pytest.raises(InputError, match="reward rule: the function raised ValueError: too many requests"):
         FunctionReward(rule).score(make_rollout())
+
+
+def test_an_exception_names_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Of the user's code, also where a library raised it; the calls are in the log, once."""
+    code = """import json
+
+def inner(text):
+    return json.loads(text)
+
+def score(completions, **columns):
+    return [inner(text) for text in completions]
+"""
+    (tmp_path / "mine_too.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    score = import_module("mine_too").score
+    with pytest.raises(InputError, match=r"reward score: .* JSONDecodeError: .* \(mine_too.py, line 4\)"):
+        FunctionReward(score)(make_rollout())
+    (record,) = caplog.records
+    assert "line 7, in score" in record.getMessage()
+    assert "line 4, in inner" in record.getMessage()

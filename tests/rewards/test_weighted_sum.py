@@ -114,3 +114,14 @@ def test_rewards_of_tokens_are_added_token_by_token(abstains: bool) -> None:
 
 def test_rewards_of_completions_are_not_spread() -> None:
     assert WeightedSum([constant(1, 2, 3), constant(1, 3, None)]).score(make_rollout()).per_token is None
+
+
+def test_a_part_of_weight_zero_is_only_logged() -> None:
+    """0 times an infinite reward is no abstention, and neither its value nor its gradient reaches the sum."""
+    odd = constant(math.inf, None, 3, name="odd")
+    scores = WeightedSum([constant(1, 2, None), odd], [2.0, 0.0]).score(make_rollout())
+    torch.testing.assert_close(scores.total, torch.tensor([2.0, 4.0, torch.nan]), equal_nan=True)
+    assert scores.parts["odd"].isinf().tolist() == [True, False, False]
+    assert WeightedSum([constant(1, 2, 3)], [0.0]).score(make_rollout()).total.tolist() == [0, 0, 0]
+    classifier = ClassifierReward.from_classifier(make_classifier())
+    assert WeightedSum([classifier, classifier], [0.0, 1.0]).pathwise(make_rollout()).adjoints[1:] == []

@@ -1,11 +1,15 @@
 """What may be compared, and what is refused."""
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grade_lightning.errors import InputError
 from tests.cli.compare.conftest import GRID, plan
+
+beside = import_module("grade_lightning_cli.compare.plan").beside
 
 
 def test_lists_with_commas() -> None:
@@ -42,3 +46,24 @@ def test_the_grid_is_all_with_all() -> None:
     assert list(found.settings()) == [f"lr={lr},temperature={t}" for lr in (0.001, 0.1) for t in (1.0, 0.7)]
     assert plan("RLOO").settings() == {"default": {}}
     assert list(plan("RLOO", grid={"model.policy.path": ["a/b"]}).settings()) == ["path=a_b"]
+
+
+def test_file_names_are_those_of_the_plans_folder(tmp_path: Path) -> None:
+    """Where there is such a file beside the plan; other values, and names that lie elsewhere, stay."""
+    for name in ("extra.yaml", "own.jsonl", "RLOO"):
+        (tmp_path / name).touch()
+    written = {
+        "methods": {"RLOO": {"config": "extra.yaml"}},
+        "arguments": {
+            "config": ["extra.yaml", "no.yaml"],
+            "data": {"train": "own.jsonl"},
+            "model.x": "RLOO",
+        },
+        "grid": {"model.policy.path": ["own.jsonl", "some/model"]},
+    }
+    extra, own = str(tmp_path / "extra.yaml"), str(tmp_path / "own.jsonl")
+    assert beside(written, tmp_path) == {
+        "methods": {"RLOO": {"config": extra}},
+        "arguments": {"config": [extra, "no.yaml"], "data": {"train": own}, "model.x": "RLOO"},
+        "grid": {"model.policy.path": [own, "some/model"]},
+    }
