@@ -21,10 +21,11 @@ from grade_lightning.functional.aggregation import sequence_mean, token_mean
 from grade_lightning.functional.gates import clipped, reinforce
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
+from grade_lightning.levels import token_level
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule
 from grade_lightning.modules.measuring import measure
 from grade_lightning.policies import Policy
-from grade_lightning.records import Experience, Prompts, RelaxedRollout, Rollout, Scores, StepOutput, TokenStats
+from grade_lightning.records import Experience, Prompts, RelaxedRollout, Rollout, Scores, TokenStats
 from grade_lightning.rewards import ClassifierReward
 from grade_lightning.rollouts import Distribution, Engine
 from grade_lightning.terms import Critic, Graphs, Term
@@ -114,7 +115,7 @@ class PublishedBaseline(PolicyGradientModule):
         values = None if self.critic is None else self.critic.values
         return measure(self.policy, whole, rollout, known, graphs, values)
 
-    def check_first_batch(self, rollout: Rollout, step: StepOutput) -> None:
+    def check_first_batch(self, rollout: Rollout) -> None:
         """It would find the fault."""
 
 
@@ -136,6 +137,7 @@ class PublishedReinforce(PublishedBaseline):
     def __init__(self, kl: KL = KL(0.01), **kwargs: Any) -> None:
         super().__init__(
             advantage=standardised_over_the_batch,
+            level=token_level,
             gate=by_advantage(reinforce),
             aggregate=sequence_mean,
             clips=False,
@@ -251,8 +253,10 @@ class PublishedPPO(PublishedBaseline):
         returns = partial(published_returns, gamma=gamma, lam=lam)
         super().__init__(
             advantage=partial(published_advantages, gamma=gamma, lam=lam),
+            level=token_level,
             gate=gate,
             aggregate=token_mean,
+            clips=True,
             critic=Critic(token_mean, returns, epsilon_value, vf_coef),
             terms=[EntropyBonus(entropy, entropy_coef)],
             epochs=epochs,

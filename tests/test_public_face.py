@@ -63,6 +63,7 @@ def test_every_method_is_public() -> None:
     assert all(issubclass(methods[name], TrainableModule) for name in found)
 
 
+@pytest.mark.slow
 def test_a_new_file_is_a_new_method(tmp_path: Path) -> None:
     """Without a line anywhere else: the command line and the contract test look into the package's namespace."""
     shutil.copytree(

@@ -188,11 +188,15 @@ class AlignmentModule(TrainableModule, ABC):
         """Collect; what is collected first is checked, also after a resume."""
         experience = self.collect(batch)
         if self._trainer is not None and not self._checked:
-            half = self.policy.dtype in (torch.bfloat16, torch.float16)
-            reduced = half or "16" in str(self.trainer.precision)
-            check_first_batch(self.policy, self.sampler, experience.rollout, self._started, reduced)
+            self.check_first_batch(experience.rollout)
             self._checked = True
         return experience
+
+    def check_first_batch(self, rollout: Rollout) -> None:
+        """What was sampled is the policy's own; where the run starts, the policy is its reference."""
+        half = self.policy.dtype in (torch.bfloat16, torch.float16)
+        reduced = half or "16" in str(self.trainer.precision)
+        check_first_batch(self.policy, self.sampler, rollout, self._started, reduced)
 
     def finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
         """Log the step, and hand its loss to Lightning."""

@@ -55,6 +55,9 @@ def examine(model: Any, path: str) -> Anatomy:
     """
     name = f"{path}: {type(model).__name__}"
     ids = some_tokens(model, 2, TOKENS)
+    if ids.is_meta:  # shapes alone, as for counting parameters: there is nothing to try
+        weight = model.get_output_embeddings().weight
+        return Anatomy(_candidates(model)[0], (), weight.shape[1], weight.shape[0])
     try:
         with _all_trained(model):
             own = model(input_ids=ids, use_cache=False).logits
@@ -133,9 +136,9 @@ def tolerance(values: Tensor) -> float:
 def some_tokens(model: Any, rows: int, length: int) -> Tensor:
     """Tokens to try a model on, (rows, length), always the same ones; none that its configuration knows by name."""
     named = _token_ids(model.config.to_dict())
-    every = torch.arange(model.get_input_embeddings().weight.shape[0])
-    ordinary = every[~torch.isin(every, torch.tensor(named, dtype=torch.long))]
-    chosen = torch.randint(len(ordinary), (rows, length), generator=torch.Generator().manual_seed(0))
+    every = torch.arange(model.get_input_embeddings().weight.shape[0], device="cpu")
+    ordinary = every[~torch.isin(every, torch.tensor(named, dtype=torch.long, device="cpu"))]
+    chosen = torch.randint(len(ordinary), (rows, length), generator=torch.Generator().manual_seed(0), device="cpu")
     return ordinary[chosen].to(model.device)
 
 

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.usefixtures("own_random_state")
 
 @pytest.mark.parametrize(
     ("count", "prompts", "draws", "accumulate"),
-    [(13, 6, 2, 1), (13, 6, 2, 3), (8, 9, 3, 1)],
+    [
+        (13, 6, 2, 1),
+        pytest.param(13, 6, 2, 3, marks=pytest.mark.slow),
+        pytest.param(8, 9, 3, 1, marks=pytest.mark.slow),
+    ],
     ids=["two rows in a block and one left", "three micro-batches", "fewer rows than blocks"],
 )
 def test_a_probe_of_a_known_covariance(count: int, prompts: int, draws: int, accumulate: int) -> None:

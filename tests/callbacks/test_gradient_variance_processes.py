@@ -40,7 +40,7 @@ from tests.methods.toy_task import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("own_random_state")
+pytestmark = [pytest.mark.usefixtures("own_random_state"), pytest.mark.slow]
 
 PARALLEL: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
 SEEDS: list[int] = []

@@ -80,6 +80,7 @@ class EveryVisit(Callback):
         probe(trainer, pl_module, batch, batch_idx, prompts=2, draws=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "minibatches", "accumulate"), [(4, 1, 1), (1, 2, 2)], ids=str)
 def test_so_it_is_in_the_middle_of_windows(epochs: int, minibatches: int, accumulate: int) -> None:
     visits, every = epochs * minibatches * accumulate, EveryVisit()

@@ -94,6 +94,7 @@ for room in range(0, 500_000, 50_000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(100_000)}, path)

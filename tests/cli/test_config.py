@@ -168,7 +168,9 @@ PARTS: dict[str, tuple[list[str], Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [part if part == "critic" else pytest.param(part, marks=pytest.mark.slow) for part in PARTS]
+)
 def test_a_part_of_a_policy_gradient_by_flag_and_by_file(part: str, run: Run, own: str, shelf: Shelf) -> None:
     """Both train alike, and otherwise than without it; here the groups are uniform, so the selection draws again."""
     flags, written, figure = PARTS[part]

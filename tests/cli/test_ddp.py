@@ -156,7 +156,7 @@ def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[
 
 
 def work(folder: Path, backbone: Path, cases: list[str]) -> None:
-    """What each of two processes does; of the methods, for these cases."""
+    """What each of two processes does: by DDP, for these cases of methods, and by FSDP2 if that is among them."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {}
     for name in CASES:
@@ -166,9 +166,10 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
     middle = folder / "values" / "step=3.ckpt"
     module, _, trainer = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
-    for strategy in ("ddp", "fsdp2"):
-        found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in cases}
-    found["sharded"] = sharded(folder, backbone, rank)
+    for strategy in ("ddp", "fsdp2") if "fsdp2" in cases else ("ddp",):
+        found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in cases if case != "fsdp2"}
+    if "fsdp2" in cases:
+        found["sharded"] = sharded(folder, backbone, rank)
     found["reduced"] = reduced(Reduce(trainer), rank)
     torch.save(found, folder / f"{rank}.pt")
 

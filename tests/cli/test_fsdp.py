@@ -60,6 +60,7 @@ def evaluation(rank: int | None) -> DataLoader[Any]:
     return DataLoader([batch | {"columns": {}}] * 2, batch_size=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @every_case
 def test_every_method_has_the_gradient_of_one_process(case: str, together: Together, backbone: Path) -> None:
     """In both of two steps, the second from gathered weights that were stepped on while they were spread."""
@@ -74,6 +75,7 @@ def test_every_method_has_the_gradient_of_one_process(case: str, together: Toget
     assert [rank["ddp"][case]["share"] for rank in together[1]] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKPOINTED)
 def test_a_resumed_run_is_the_run(case: str, together: Together, backbone: Path) -> None:
     """To the bit from a checkpoint of its own; from one of DDP, and on one process, but for rounding."""
@@ -85,6 +87,7 @@ def test_a_resumed_run_is_the_run(case: str, together: Together, backbone: Path)
     assert distance(alone, ranks[0]["sharded"][case]["whole"]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKPOINTED)
 def test_a_checkpoint_is_that_of_ddp(case: str, together: Together) -> None:
     one, two = (torch.load(together[0] / f"{case} {strategy}.ckpt", weights_only=True) for strategy in ("fsdp2", "ddp"))
@@ -102,6 +105,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKPOINTED)
 def test_the_saved_model_is_that_of_the_checkpoint(case: str, together: Together, backbone: Path) -> None:
     """Adapters merged, in a folder that one process wrote."""
@@ -117,6 +121,7 @@ def test_the_saved_model_is_that_of_the_checkpoint(case: str, together: Together
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_ddp(together: Together) -> None:
     """Before and after training, with completions of different lengths and as many prompts on each process."""
     for rank in together[1]:

@@ -164,6 +164,7 @@ def test_a_file_begins_a_run_of_its_own(run: Run, shelf: Shelf, whole: Path) -> 
     assert curves(whole) == before
 
 
+@pytest.mark.slow
 def test_last_is_the_run_that_was_last(cut: Cut, run: Run, shelf: Shelf) -> None:
     for number in range(2):
         cut("PowerCut@4", *shelf.all, *SIX)
@@ -265,6 +266,7 @@ def test_a_measurement_of_last_has_a_log_of_its_own(cut: Cut, run: Run, shelf: S
     assert scalar(version(1), "test/kl")[0] > 0
 
 
+@pytest.mark.slow
 def test_a_complete_run_stays_as_it_is(run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever wants more of it names another place for the model."""
     run("fit", *shelf.all, *SIX, "--trainer.max_steps=4")
@@ -289,6 +291,7 @@ def test_flags_of_the_checkpoint(run: Run, shelf: Shelf) -> None:
     assert found == {"step=2.ckpt", "step=4.ckpt", "step=6.ckpt", "last.ckpt"}
 
 
+@pytest.mark.slow
 def test_no_checkpoint_between_the_micro_batches_of_a_step(cut: Cut, run: Run, shelf: Shelf) -> None:
     """A validation after three of four micro-batches: the checkpoint waits for the fourth."""
     args = [*shelf.all, *SIX, "--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=null"]
@@ -319,6 +322,7 @@ def job(number: int = 4711) -> list[Path]:
     return sorted(Path("runs/GradeSTE").glob(f"job_{number}_*"))
 
 
+@pytest.mark.slow
 def test_a_job_that_is_requeued_goes_on(
     slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
 ) -> None:

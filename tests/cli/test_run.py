@@ -117,6 +117,7 @@ def test_another_seed(run: Run, finished: Finished, shelf: Shelf) -> None:
     assert any(not torch.equal(value, two[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_the_last_step_has_a_checkpoint(run: Run, shelf: Shelf) -> None:
     """Also where the run ends between two validations."""
     run("fit", *shelf.all, "--trainer.max_steps=3", "--trainer.val_check_interval=2")
@@ -160,6 +161,7 @@ def test_resuming_is_never_having_stopped(lora: list[str], run: Run, shelf: Shel
         assert_same(one[key], two[key])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_a_shorter_run(run: Run, shelf: Shelf) -> None:
     """With a constant learning rate; the default falls over the length of the run, which differs."""
     constant = ("--model.lr_scheduler=torch.optim.lr_scheduler.ConstantLR", "--model.lr_scheduler.factor=1")

@@ -91,6 +91,7 @@ def test_coverage_over_steps(steps: int, groups: int, bounded: float) -> None:
     assert_covers(intervals, WITHIN / NORM, bounded)
 
 
+@pytest.mark.slow
 def test_coverage_over_prompts() -> None:
     """The same with the variance of prompts, from the pseudo-values of an analysis of variance."""
     prompts, draws = 24, 2

@@ -172,6 +172,7 @@ def test_every_estimator_falls_off_with_hops(estimator: TokenEstimator) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_gumbel_rao_has_the_mean_of_single_draws_and_less_spread() -> None:
     """At a fixed rollout: many single draws and many 4-draw means agree within their noise."""
     method = make_method(hops=2)

@@ -217,7 +217,9 @@ def checkpointed(folder: Path, name: str, **kwargs: Any) -> tuple[PolicyGradient
     return module, fitted, watch
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [name if name == "PPO" else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
 def test_a_run_resumed_in_the_middle_of_a_window_is_the_run(name: str, tmp_path: Path) -> None:
     """With the real data, a fresh module and nothing but weights in the file: the same bits, and nothing sampled."""
     folder = tmp_path / "run"

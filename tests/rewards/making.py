@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from grade_lightning.records import Rollout, Scores
 from grade_lightning.rewards import Classifier, DifferentiableReward, FunctionReward
@@ -53,3 +55,14 @@ def constant(*values: float | None, name: str = "rule") -> FunctionReward:
 
     rule.__name__ = name
     return FunctionReward(rule)
+
+
+NAMES = ["<eos>", "<pad>", *(f"w{i}" for i in range(2, VOCABULARY))]
+
+
+def words_in(order: list[int]) -> PreTrainedTokenizerFast:
+    """The same words in another order, of which the first two stay."""
+    words = {NAMES[i]: place for place, i in enumerate(order)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")

@@ -1,18 +1,14 @@
 """The classifier, its folder, and the vocabulary that it shares with the policy."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from grade_lightning.errors import InputError
 from grade_lightning.rewards import Classifier, ClassifierReward, WeightedSum
-from grade_lightning.rewards.retokenize import retokenize
 from tests.conftest import CONFIGS, VOCABULARY, make_tokenizer
-from tests.rewards.making import make_classifier, make_rollout
+from tests.rewards.making import make_classifier, make_rollout, words_in
 
 
 @pytest.fixture
@@ -70,17 +66,6 @@ def test_a_table_has_the_rows_of_the_policy(folder: Path) -> None:
         ClassifierReward(str(folder)).load(make_tokenizer(), VOCABULARY + 1)
 
 
-NAMES = ["<eos>", "<pad>", *(f"w{i}" for i in range(2, VOCABULARY))]
-
-
-def words_in(order: list[int]) -> PreTrainedTokenizerFast:
-    """The same words in another order, of which the first two stay."""
-    words = {NAMES[i]: place for place, i in enumerate(order)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
-
-
 def test_another_vocabulary_has_no_gradient_and_both_sizes_are_said(folder: Path) -> None:
     reward = ClassifierReward(str(folder))
     reward.load(words_in([0, 1, 3, 2, 4]), 5)
@@ -90,34 +75,6 @@ def test_another_vocabulary_has_no_gradient_and_both_sizes_are_said(folder: Path
     both = WeightedSum([reward, ClassifierReward.from_classifier(make_classifier())])
     both.load(words_in([0, 1, 3, 2, 4]), 5)
     assert not both.differentiable
-
-
-def test_another_vocabulary_is_scored_by_its_own_tokens(folder: Path) -> None:
-    """The same text in the policy's tokens and in others: the same score, with the EOS where it ended by itself."""
-    order = [0, 1, *range(VOCABULARY - 1, 1, -1)]
-    place = torch.tensor(order).argsort()
-    same, rollout = ClassifierReward(str(folder)), make_rollout()
-    same.load(make_tokenizer(), VOCABULARY)
-    other = replace(
-        rollout,
-        prompt_ids=place[rollout.prompt_ids],
-        completion_ids=place[rollout.completion_ids],
-        tokenizer=words_in(order),
-    )
-    reward = ClassifierReward(str(folder))
-    reward.load(words_in(order), VOCABULARY)
-    assert rollout.ended.tolist() == [False, True, True]
-    assert not torch.equal(other.ids, rollout.ids)
-    torch.testing.assert_close(reward(other), same(rollout))
-
-
-def test_its_own_tokens_beyond_the_context_are_cut_and_said() -> None:
-    rollout = make_rollout()
-    ids, mask = retokenize(rollout, make_tokenizer())
-    with pytest.warns(UserWarning, match="of 3 texts are longer than its context of 4 tokens"):
-        short, kept = retokenize(rollout, make_tokenizer(), room=4)
-    assert torch.equal(short, ids[:, :4])
-    assert torch.equal(kept, mask[:, :4])
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def test_a_timeout_that_the_function_raises_itself_is_not_ours() -> None:
         FunctionReward(lambda **_: list(raising(TimeoutError("the server"))), timeout=60).score(make_rollout())
 
 
+@pytest.mark.slow
 def test_a_run_whose_function_never_returns_ends() -> None:
     """With status 1 here, where nobody turns the error into 2; the thread does not keep the process alive."""
     code = """

@@ -112,6 +112,7 @@ def test_the_token_does_not_depend_on_tau(tau: float) -> None:
     assert (one.weights[:, 0].amax(-1).mean() > two.weights[:, 0].amax(-1).mean()) == (tau > 1)
 
 
+@pytest.mark.slow
 def test_tokens_follow_the_distribution() -> None:
     """Frequencies of the first two tokens over 12,000 samples, by a χ² of all pairs that are expected often enough."""
     policy, size = make_policy(), 4_000
@@ -341,6 +342,7 @@ def measure(block: int, length: int) -> tuple[int, int]:
     return alive, memory.peak
 
 
+@pytest.mark.slow
 def test_blocks_bound_the_memory() -> None:
     alive, peak = zip(*(measure(block, 24) for block in (2, 6, 24)), strict=True)
     assert list(peak) == sorted(peak)

@@ -9,6 +9,7 @@ import pytest
 from tests.cli.compare.conftest import Comparison, finish, plan
 
 
+@pytest.mark.slow
 def test_one_process_at_a_run(tmp_path: Path) -> None:
     (run,) = Comparison(tmp_path / "out", plan("A", seeds=[1])).runs()
     with run.claimed() as one:

@@ -96,6 +96,7 @@ def test_a_run_that_ends_early_is_not_finished(shelf: Shelf, tmp_path: Path) -> 
     assert run.result is None
 
 
+@pytest.mark.slow
 def test_what_diverged_is_not_chosen_and_not_tried_again(shelf: Shelf, tmp_path: Path) -> None:
     grid = {"model.optimizer.lr": [0.001, 1e30]}
     comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf), grid, seeds=[1]))

@@ -14,6 +14,7 @@ from tests.cli.preflight.conftest import Look
 inventory = import_module("grade_lightning_cli.preflight.inventory")
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit(refuse: Any, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "room", lambda *_: 2_000_000)
     line = refuse(*shelf.all, "--data.batch_size=24", "--data.prompt_size=24")

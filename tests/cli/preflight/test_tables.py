@@ -8,11 +8,12 @@ import pytest
 from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Run, Shelf, checkpoint, version
 from tests.cli.preflight.conftest import METHODS, Look, arguments, cell
+from tests.methods.toy_task import QUICK
 
 inventory = import_module("grade_lightning_cli.preflight.inventory")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     out, memory = look(*arguments(shelf, method))
     assert cell(out, "method") == method

@@ -149,6 +149,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_again_gives_the_same_bytes_and_leaves_other_files(study: Path) -> None:
     before = digests(study / "report")
     assert sorted(before) == sorted(
@@ -187,6 +188,7 @@ def test_a_comparison_of_which_nothing_is_finished(tmp_path: Path) -> None:
     assert "methods: <b>" in seen.text
 
 
+@pytest.mark.slow
 def test_one_seed_is_said_plainly(make: Make, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere" / "deep"
     text = Page(main.report([make(seeds=1)], out, reach=[0.5, 2.0]).read_text()).text
@@ -207,6 +209,7 @@ def test_what_was_interrupted_and_what_differs_is_on_the_page(make: Make) -> Non
     assert "Not the same task: the methods differ in data.batch_size (4, 8)." in text
 
 
+@pytest.mark.slow
 def test_an_objective_of_several_betas_is_not_shown(make: Make, tmp_path: Path) -> None:
     folder = make(("GradeSTE",), seeds=1)
     other = write_study(tmp_path / "other", ("RLOO",), 1)
