@@ -16,6 +16,7 @@ from grade_lightning.methods import (
     GRPO,
     GSPO,
     IPO,
+    NGRPO,
     PPO,
     RLOO,
     SAPO,
@@ -40,7 +41,7 @@ from grade_lightning.rewards import (
 )
 from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
-from grade_lightning.selection import DynamicSampling, Selection
+from grade_lightning.selection import DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
 from grade_lightning.terms import Critic, Term
@@ -57,6 +58,7 @@ __all__ = [
     "GSPO",
     "IPO",
     "KL",
+    "NGRPO",
     "PPO",
     "RLOO",
     "SAPO",
@@ -73,6 +75,7 @@ __all__ = [
     "Distribution",
     "DivergenceError",
     "DrGRPO",
+    "DropSolved",
     "DynamicSampling",
     "Engine",
     "Environment",

@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages
+from grade_lightning.functional.virtual import virtual_best
 from grade_lightning.records import Experience
 from grade_lightning.stateful import Stateful
 
@@ -55,6 +57,36 @@ leave_one_out = grouped(advantages.leave_one_out)
 def batch_standardised(seen: Experience, reduce: Reduce) -> Tensor:
     """(R − the group's mean) / std over the batch."""
     return grouped(partial(advantages.batch_standardised, total=reduce.sum))(seen, reduce)
+
+
+class VirtualBest(Stateful):
+    """(R − mean) / std of each group with virtual completions of the best reward; it warns of rewards above that.
+
+    Args:
+        best: the largest reward that there can be.
+        copies: virtual completions of each group.
+    """
+
+    def __init__(self, best: float = 1.0, copies: int = 1) -> None:
+        check_range("(-inf, inf)", best=best)
+        check_range("[0, inf)", copies=copies)
+        self.best = best
+        self.copies = copies
+        self._warned = False
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """The same for all tokens of a completion."""
+        return grouped(partial(virtual_best, best=self.best, copies=self.copies))(seen, reduce)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Warn, once, of rewards beyond the best."""
+        above = int(reduce.sum((seen.scores.total > self.best).sum()))
+        if above and self.copies and not self._warned:
+            rank_zero_warn(
+                f"best = {self.best}: {above} rewards of a batch are above it, so the virtual completion is not the "
+                "best one; set best to the reward's maximum"
+            )
+            self._warned = True
 
 
 class Baseline(Stateful):

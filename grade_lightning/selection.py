@@ -83,3 +83,28 @@ class DynamicSampling(Selection):
 
     def _informative(self, seen: Experience) -> Tensor:
         return has_spread(seen.rollout.layout.table(seen.scores.total)).cpu()
+
+
+class DropSolved(Selection):
+    """Leaves out groups whose rewards are all the best: their advantage is 0, and their tokens count in no mean.
+
+    Args:
+        best: the largest reward that there can be.
+
+    References:
+        | NGRPO: Negative-enhanced Group Relative Policy Optimization (Nan et al., 2025),
+          https://arxiv.org/abs/2509.18851
+    """
+
+    def __init__(self, best: float = 1.0) -> None:
+        check_range("(-inf, inf)", best=best)
+        self.best = best
+
+    def tokens(self, seen: Experience) -> Tensor:
+        """All tokens of the other groups."""
+        layout = seen.rollout.layout
+        table = layout.table(seen.scores.total)
+        told = (table < self.best) | table.isinf()  # an infinite reward is an error, and must be noticed as one
+        below = told.any(-1) | table.isnan().all(-1)
+        kept = layout.rows(below.float().unsqueeze(1).expand(layout.shape)) > 0
+        return kept.unsqueeze(1).expand_as(seen.rollout.sampled)

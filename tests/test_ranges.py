@@ -22,6 +22,7 @@ from grade_lightning.methods import (
     GRPO,
     GSPO,
     IPO,
+    NGRPO,
     PPO,
     RLOO,
     SAPO,
@@ -37,7 +38,7 @@ from grade_lightning.policies import LoRA
 from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
 from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
-from grade_lightning.selection import DynamicSampling
+from grade_lightning.selection import DropSolved, DynamicSampling
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -100,6 +101,8 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     },
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
+    NGRPO: {"best": [math.inf], "virtual": [-1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
+    DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
 }

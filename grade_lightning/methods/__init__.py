@@ -18,6 +18,7 @@ from .grade_ste import GradeSTE as GradeSTE
 from .grpo import GRPO as GRPO
 from .gspo import GSPO as GSPO
 from .ipo import IPO as IPO
+from .ngrpo import NGRPO as NGRPO
 from .ppo import PPO as PPO
 from .reinforce import Reinforce as Reinforce
 from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus
