@@ -11,6 +11,7 @@ from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
     DAPO,
+    DCPO,
     DPO,
     GPPO,
     GRPO,
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CISPO",
     "DAPO",
+    "DCPO",
     "DPO",
     "FSDP2",
     "GPPO",

@@ -17,6 +17,7 @@ from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
     DAPO,
+    DCPO,
     DPO,
     GPPO,
     GRPO,
@@ -101,6 +102,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     },
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
+    DCPO: {"epsilon_low": [-0.1], "epsilon_high": [-0.1], "dual": [0.9], "memory": [-1]},
     NGRPO: {"best": [math.inf], "virtual": [-1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},

@@ -10,6 +10,7 @@ from grade_lightning.modules import TrainableModule as _TrainableModule
 
 from .cispo import CISPO as CISPO
 from .dapo import DAPO as DAPO
+from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO
 from .gppo import GPPO as GPPO

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
-from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
+from grade_lightning.methods import DAPO, DCPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
@@ -116,6 +116,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "whitened": (ReinforcePlusPlus, {"epochs": 2}, 1),
     "one process without rewards": (Reinforce, {"reward": Short(), "num_generations": 1}, 1),
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
+    "prompt memory": (DCPO, {"epochs": 2}, 1),
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
     "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
@@ -204,7 +205,8 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "rows of its own", "turns"))
+    stateful = "values", "one process without rewards", "prompt memory", "seams", "rows of its own", "turns"
+    assert bool(remembered) is (name in stateful)
     assert_same(one["weights"], two["weights"])
 
 
