@@ -1,6 +1,7 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
 from grade_lightning.advantages import grouped
+from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
@@ -24,6 +25,7 @@ from grade_lightning.methods import (
     DrGRPO,
     Grade,
     GradeSTE,
+    KnapsackRL,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -91,6 +93,8 @@ __all__ = [
     "Gumbel",
     "HubDataset",
     "InputError",
+    "KnapsackBudget",
+    "KnapsackRL",
     "Linear",
     "LoRA",
     "LocalFiles",

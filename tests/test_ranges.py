@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import grade_lightning.methods
+from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Completions, GradientVariance
 from grade_lightning.data import BundledReviews, TextDataModule
 from grade_lightning.errors import InputError
@@ -30,6 +31,7 @@ from grade_lightning.methods import (
     DrGRPO,
     Grade,
     GradeSTE,
+    KnapsackRL,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -104,6 +106,10 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
     DCPO: {"epsilon_low": [-0.1], "epsilon_high": [-0.1], "dual": [0.9], "memory": [-1]},
     NGRPO: {"best": [math.inf], "virtual": [-1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
+    KnapsackRL: {"min_rollouts": [0], "max_rollouts": [1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]}
+    | {"threshold": [math.inf], "bound": [0], "dual": [0.9]},
+    KnapsackBudget: {"threshold": [math.inf], "least": [0], "most": [1], "known_after": [0], "newest": [0]}
+    | {"capacity": [0]},
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},

@@ -19,6 +19,7 @@ from .grade_ste import GradeSTE as GradeSTE
 from .grpo import GRPO as GRPO
 from .gspo import GSPO as GSPO
 from .ipo import IPO as IPO
+from .knapsack_rl import KnapsackRL as KnapsackRL
 from .ngrpo import NGRPO as NGRPO
 from .ppo import PPO as PPO
 from .reinforce import Reinforce as Reinforce

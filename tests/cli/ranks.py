@@ -74,6 +74,7 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
     options = {"max_retries": 0, "hops": "exact"}
+    options |= {"min_rollouts": 4, "max_rollouts": 4}  # KnapsackRL: each process has a budget of its own
     settings |= {name: value for name, value in options.items() if name in inspect.signature(method).parameters}
     module = method(**settings | kwargs)
     return module
