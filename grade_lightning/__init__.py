@@ -11,6 +11,7 @@ from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
+    D3S,
     DAPO,
     DCPO,
     DPO,
@@ -44,7 +45,7 @@ from grade_lightning.rewards import (
 )
 from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
-from grade_lightning.selection import DropSolved, DynamicSampling, Selection
+from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
 from grade_lightning.terms import Critic, Term
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CISPO",
+    "D3S",
     "DAPO",
     "DCPO",
     "DPO",
@@ -78,6 +80,7 @@ __all__ = [
     "DifferentiableReward",
     "Distribution",
     "DivergenceError",
+    "Downsampling",
     "DrGRPO",
     "DropSolved",
     "DynamicSampling",

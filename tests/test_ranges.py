@@ -17,6 +17,7 @@ from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
+    D3S,
     DAPO,
     DCPO,
     DPO,
@@ -110,6 +111,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     | {"threshold": [math.inf], "bound": [0], "dual": [0.9]},
     KnapsackBudget: {"threshold": [math.inf], "least": [0], "most": [1], "known_after": [0], "newest": [0]}
     | {"capacity": [0]},
+    D3S: {"epsilon": [-0.1]},
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},

@@ -9,6 +9,7 @@ import pkgutil
 from grade_lightning.modules import TrainableModule as _TrainableModule
 
 from .cispo import CISPO as CISPO
+from .d3s import D3S as D3S
 from .dapo import DAPO as DAPO
 from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
