@@ -1,6 +1,7 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
 from grade_lightning.advantages import grouped
+from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
@@ -10,18 +11,22 @@ from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
+    D3S,
     DAPO,
+    DCPO,
     DPO,
     GPPO,
     GRPO,
     GSPO,
     IPO,
+    NGRPO,
     PPO,
     RLOO,
     SAPO,
     DrGRPO,
     Grade,
     GradeSTE,
+    KnapsackRL,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -40,7 +45,7 @@ from grade_lightning.rewards import (
 )
 from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
-from grade_lightning.selection import DynamicSampling, Selection
+from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
 from grade_lightning.terms import Critic, Term
@@ -49,7 +54,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CISPO",
+    "D3S",
     "DAPO",
+    "DCPO",
     "DPO",
     "FSDP2",
     "GPPO",
@@ -57,6 +64,7 @@ __all__ = [
     "GSPO",
     "IPO",
     "KL",
+    "NGRPO",
     "PPO",
     "RLOO",
     "SAPO",
@@ -72,7 +80,9 @@ __all__ = [
     "DifferentiableReward",
     "Distribution",
     "DivergenceError",
+    "Downsampling",
     "DrGRPO",
+    "DropSolved",
     "DynamicSampling",
     "Engine",
     "Environment",
@@ -86,6 +96,8 @@ __all__ = [
     "Gumbel",
     "HubDataset",
     "InputError",
+    "KnapsackBudget",
+    "KnapsackRL",
     "Linear",
     "LoRA",
     "LocalFiles",

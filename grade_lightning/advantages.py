@@ -5,11 +5,14 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
-from grade_lightning.functional import advantages
+from grade_lightning.functional import advantages, smoothing
+from grade_lightning.functional.virtual import virtual_best
+from grade_lightning.memory import PromptMemory
 from grade_lightning.records import Experience
 from grade_lightning.stateful import Stateful
 
@@ -55,6 +58,81 @@ leave_one_out = grouped(advantages.leave_one_out)
 def batch_standardised(seen: Experience, reduce: Reduce) -> Tensor:
     """(R − the group's mean) / std over the batch."""
     return grouped(partial(advantages.batch_standardised, total=reduce.sum))(seen, reduce)
+
+
+class VirtualBest(Stateful):
+    """(R − mean) / std of each group with virtual completions of the best reward; it warns of rewards above that.
+
+    Args:
+        best: the largest reward that there can be.
+        copies: virtual completions of each group.
+    """
+
+    def __init__(self, best: float = 1.0, copies: int = 1) -> None:
+        check_range("(-inf, inf)", best=best)
+        check_range("[0, inf)", copies=copies)
+        self.best = best
+        self.copies = copies
+        self._warned = False
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """The same for all tokens of a completion."""
+        return grouped(partial(virtual_best, best=self.best, copies=self.copies))(seen, reduce)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Warn, once, of rewards beyond the best."""
+        above = int(reduce.sum((seen.scores.total > self.best).sum()))
+        if above and self.copies and not self._warned:
+            rank_zero_warn(
+                f"best = {self.best}: {above} rewards of a batch are above it, so the virtual completion is not the "
+                "best one; set best to the reward's maximum"
+            )
+            self._warned = True
+
+
+class Smoothed(Stateful):
+    """(R − mean) / std of the group, blended with that over all visits of the prompt, which it remembers.
+
+    Args:
+        capacity: prompts that are remembered.
+
+    References:
+        | DCPO: Dynamic Clipping Policy Optimization (Yang et al., 2025), https://arxiv.org/abs/2509.02333
+    """
+
+    def __init__(self, capacity: int = 1_000_000) -> None:
+        self.memory = PromptMemory(capacity)
+        """Of each prompt the number of visits, and mean and variance of the rewards."""
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """The same for all tokens of a completion."""
+        known = [self.memory.get(key) for key in seen.rollout.group_keys]
+        rows = torch.stack([torch.zeros(3, dtype=torch.float64) if row is None else row for row in known])
+        visits, mean, variance = rows.to(seen.rewards.device, seen.rewards.dtype).unbind(-1)
+        return grouped(partial(smoothing.smoothed, visits=visits, mean=mean, variance=variance))(seen, reduce)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """A visit of each prompt that has a reward."""
+        mean, variance = smoothing.group_moments(seen.rollout.layout.table(seen.rewards.double()))
+        answered = (~mean.isnan()).cpu()
+        keys = [key for key, told in zip(seen.rollout.group_keys, answered.tolist(), strict=True) if told]
+        visits = torch.stack([torch.ones_like(mean), mean, variance], dim=1).cpu()
+        self.memory.update(keys, visits[answered], _merged_visits, reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory."""
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.memory.load_state_dict(state)
+
+
+def _merged_visits(known: Tensor | None, new: Tensor) -> Tensor:
+    if known is None:
+        return new
+    mean, variance = smoothing.merged_moments(known[0], (known[1], known[2]), (new[1], new[2]))
+    return torch.stack([known[0] + 1, mean, variance])
 
 
 class Baseline(Stateful):

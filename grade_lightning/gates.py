@@ -5,6 +5,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from grade_lightning.functional.gates import clipped
+from grade_lightning.functional.probability_bounds import probability_bounds
 from grade_lightning.records import Experience
 
 Gate: TypeAlias = Callable[[Tensor, Experience], Tensor]
@@ -23,3 +25,19 @@ def by_advantage(gate: Callable[..., Tensor], **settings: Any) -> Gate:
         >>> gate = by_advantage(clipped, low=0.8, high=1.2)
     """
     return lambda ratio, seen: gate(ratio, seen.advantages, **settings)
+
+
+def by_probability(epsilon_low: float, epsilon_high: float, dual: float | None = None) -> Gate:
+    """A clip whose bounds depend on the token's probability when it was sampled.
+
+    Args:
+        epsilon_low: ε of :func:`~grade_lightning.functional.probability_bounds.probability_bounds` below.
+        epsilon_high: ε above.
+        dual: also 0 where A < 0 and the ratio exceeds this.
+    """
+
+    def gate(ratio: Tensor, seen: Experience) -> Tensor:
+        low, high = probability_bounds(seen.old.logps, epsilon_low, epsilon_high)
+        return clipped(ratio, seen.advantages, low, high, dual)
+
+    return gate

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from grade_lightning.errors import check_range
 from grade_lightning.functional.advantages import has_spread
+from grade_lightning.functional.downsampling import kept_count, max_variance_subset, top_share
 from grade_lightning.records import Experience, Prompts
+from grade_lightning.schedules import Linear, Schedule
 from grade_lightning.stateful import Stateful
 
 
@@ -83,3 +85,59 @@ class DynamicSampling(Selection):
 
     def _informative(self, seen: Experience) -> Tensor:
         return has_spread(seen.rollout.layout.table(seen.scores.total)).cpu()
+
+
+class DropSolved(Selection):
+    """Leaves out groups whose rewards are all the best: their advantage is 0, and their tokens count in no mean.
+
+    Args:
+        best: the largest reward that there can be.
+
+    References:
+        | NGRPO: Negative-enhanced Group Relative Policy Optimization (Nan et al., 2025),
+          https://arxiv.org/abs/2509.18851
+    """
+
+    def __init__(self, best: float = 1.0) -> None:
+        check_range("(-inf, inf)", best=best)
+        self.best = best
+
+    def tokens(self, seen: Experience) -> Tensor:
+        """All tokens of the other groups."""
+        layout = seen.rollout.layout
+        table = layout.table(seen.scores.total)
+        told = (table < self.best) | table.isinf()  # an infinite reward is an error, and must be noticed as one
+        below = told.any(-1) | table.isnan().all(-1)
+        kept = layout.rows(below.float().unsqueeze(1).expand(layout.shape)) > 0
+        return kept.unsqueeze(1).expand_as(seen.rollout.sampled)
+
+
+class Downsampling(Selection):
+    """The completions whose advantages have the largest variance, and in them the tokens with the largest |A| · H.
+
+    A completion's advantage is that of its first token. Advantages are not taken anew over what is kept, and means are
+    over the kept tokens. Each process chooses among its own completions of a window.
+
+    Args:
+        rows: which share of the completions is trained on, a schedule over the run; 0.25 to 0.75 by default.
+        tokens: which share of their tokens; 0.2 to 0.6 by default.
+
+    References:
+        | D3S: dynamic dual-level down-sampling (2025), https://arxiv.org/abs/2509.22115
+    """
+
+    def __init__(self, rows: Schedule | None = None, tokens: Schedule | None = None) -> None:
+        self.row_share = rows or Linear(0.25, 0.75)
+        self.token_share = tokens or Linear(0.2, 0.6)
+        for name, share in (("row_share", self.row_share), ("token_share", self.token_share)):
+            check_range("(0, 1]", name, start=share.start, end=share.end)
+
+    def tokens(self, seen: Experience) -> Tensor | None:
+        """Those tokens; without completions that have no reward."""
+        rows, tokens = (share(seen.step, seen.run_steps) for share in (self.row_share, self.token_share))
+        if rows == tokens == 1:
+            return None
+        mask, first = seen.mask, seen.rollout.sampled.int().argmax(-1, keepdim=True)
+        advantages = seen.advantages.gather(1, first).squeeze(1)
+        chosen = max_variance_subset(advantages, kept_count(len(mask), rows), mask.any(-1))
+        return top_share(seen.advantages.abs() * seen.old.entropy, tokens, mask & chosen.unsqueeze(1))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import grade_lightning.methods
+from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Completions, GradientVariance
 from grade_lightning.data import BundledReviews, TextDataModule
 from grade_lightning.errors import InputError
@@ -16,18 +17,22 @@ from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
     CISPO,
+    D3S,
     DAPO,
+    DCPO,
     DPO,
     GPPO,
     GRPO,
     GSPO,
     IPO,
+    NGRPO,
     PPO,
     RLOO,
     SAPO,
     DrGRPO,
     Grade,
     GradeSTE,
+    KnapsackRL,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -37,7 +42,7 @@ from grade_lightning.policies import LoRA
 from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
 from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
-from grade_lightning.selection import DynamicSampling
+from grade_lightning.selection import DropSolved, DynamicSampling
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -100,6 +105,14 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     },
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
+    DCPO: {"epsilon_low": [-0.1], "epsilon_high": [-0.1], "dual": [0.9], "memory": [-1]},
+    NGRPO: {"best": [math.inf], "virtual": [-1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
+    KnapsackRL: {"min_rollouts": [0], "max_rollouts": [1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]}
+    | {"threshold": [math.inf], "bound": [0], "dual": [0.9]},
+    KnapsackBudget: {"threshold": [math.inf], "least": [0], "most": [1], "known_after": [0], "newest": [0]}
+    | {"capacity": [0]},
+    D3S: {"epsilon": [-0.1]},
+    DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
 }

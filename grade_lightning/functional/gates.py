@@ -28,8 +28,8 @@ def importance(ratio: Float[Tensor, "b t"], advantages: Float[Tensor, "b t"]) ->
 def clipped(
     ratio: Float[Tensor, "b t"],
     advantages: Float[Tensor, "b t"],
-    low: float,
-    high: float,
+    low: float | Tensor,
+    high: float | Tensor,
     dual: float | None = None,
 ) -> Float[Tensor, "b t"]:
     """The ratio; 0 once it has gone beyond the bound to which the advantage pushes it.
@@ -37,8 +37,8 @@ def clipped(
     Args:
         ratio: π / π_old.
         advantages: A.
-        low: bound of the ratio where A < 0, such as 0.8.
-        high: bound of the ratio where A > 0, such as 1.2.
+        low: bound of the ratio where A < 0, such as 0.8; or one of each token, (B, T).
+        high: bound of the ratio where A > 0, such as 1.2; or one of each token, (B, T).
         dual: also 0 where A < 0 and the ratio exceeds this (dual clip).
 
     References:

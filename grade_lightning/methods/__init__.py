@@ -9,7 +9,9 @@ import pkgutil
 from grade_lightning.modules import TrainableModule as _TrainableModule
 
 from .cispo import CISPO as CISPO
+from .d3s import D3S as D3S
 from .dapo import DAPO as DAPO
+from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO
 from .gppo import GPPO as GPPO
@@ -18,6 +20,8 @@ from .grade_ste import GradeSTE as GradeSTE
 from .grpo import GRPO as GRPO
 from .gspo import GSPO as GSPO
 from .ipo import IPO as IPO
+from .knapsack_rl import KnapsackRL as KnapsackRL
+from .ngrpo import NGRPO as NGRPO
 from .ppo import PPO as PPO
 from .reinforce import Reinforce as Reinforce
 from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus

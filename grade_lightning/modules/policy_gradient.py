@@ -163,7 +163,8 @@ class PolicyGradientModule(AlignmentModule):
             used += len(taken)
             seen = Experience.join(parts)
             further = self.selection.resample(seen, wanted)
-        return self._finished(replace(self._kept(seen, wanted), beta=self.beta))
+        kept, step, run_steps = self._kept(seen, wanted), self.global_step, self.total_steps()
+        return self._finished(replace(kept, beta=self.beta, step=step, run_steps=run_steps))
 
     def _kept(self, seen: Experience, wanted: int) -> Experience:
         """The rows that the selection keeps; every process learns of one that keeps none."""

@@ -26,6 +26,10 @@ class Experience:
     scores: Scores
     beta: float = 0.0
     """Coefficient of the KL while this is trained on, reward per nat."""
+    step: int = 0
+    """The optimizer step at which it was drawn."""
+    run_steps: int = 0
+    """Optimizer steps of the whole run; 0: unknown."""
     old: TokenStats = _LATER
     """Statistics of the policy that sampled; known from the stage *measure* on."""
     rewards: Tensor = _LATER
@@ -87,6 +91,7 @@ class Experience:
         metrics = {name: value.cpu() for name, value in self.metrics.items()}
         old = None if self.old is None else self.old.pack()
         whole = {"rollout": self.rollout.pack(), "scores": self.scores.pack(), "beta": self.beta}
+        whole |= {"step": self.step, "run_steps": self.run_steps}
         return own | whole | {"old": old, "metrics": metrics}
 
     @classmethod

@@ -88,6 +88,13 @@ class Rollout:
         """A number for each completion's prompt, the same in every batch: :func:`.prompts.prompt_keys`."""
         return prompt_keys(self.prompt_ids, self.prompt_mask)
 
+    @property
+    def group_keys(self) -> list[int]:
+        """The same for each group, in the order of :attr:`layout`."""
+        first = (self.layout.column == 0).nonzero().squeeze(1)
+        rows = first[self.layout.row[first].argsort()].to(self.prompt_ids.device)
+        return prompt_keys(self.prompt_ids[rows], self.prompt_mask[rows])
+
     # ---- sampled positions, one after another -------------------------------------------------------------------
 
     @cached_property

@@ -21,6 +21,7 @@ from grade_lightning.methods import RewardModel, SupervisedFineTuning
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
+from grade_lightning.schedules import Constant
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 from tests.methods.toy_task import METHODS, Toy
 from tests.modules.toys import Prescribed, constant, loader, prompts
@@ -73,7 +74,9 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
         settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
-    options = {"max_retries": 0, "hops": "exact"}
+    options: dict[str, Any] = {"max_retries": 0, "hops": "exact"}
+    options |= {"min_rollouts": 4, "max_rollouts": 4}  # KnapsackRL: each process has a budget of its own
+    options |= {"row_share": Constant(1.0), "token_share": Constant(1.0)}  # D3S: each chooses among its own rows
     settings |= {name: value for name, value in options.items() if name in inspect.signature(method).parameters}
     module = method(**settings | kwargs)
     return module

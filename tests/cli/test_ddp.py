@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
-from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
+from grade_lightning.methods import DAPO, DCPO, GRPO, PPO, RLOO, KnapsackRL, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
@@ -116,6 +116,8 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "whitened": (ReinforcePlusPlus, {"epochs": 2}, 1),
     "one process without rewards": (Reinforce, {"reward": Short(), "num_generations": 1}, 1),
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
+    "prompt memory": (DCPO, {"epochs": 2}, 1),
+    "success rates": (KnapsackRL, {"min_rollouts": 4, "max_rollouts": 4}, 1),
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
     "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
@@ -123,6 +125,15 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
 }
 
 
+STATEFUL = (
+    "values",
+    "one process without rewards",
+    "prompt memory",
+    "success rates",
+    "seams",
+    "rows of its own",
+    "turns",
+)
 PARALLEL = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FIGURES = """train/loss train/reward train/reward_std train/objective train/kl train/kl_per_token train/kl_k2
 train/entropy train/response_length train/eos_rate"""
@@ -205,7 +216,7 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "rows of its own", "turns"))
+    assert bool(remembered) is (name in STATEFUL)
     assert_same(one["weights"], two["weights"])
 
 

@@ -79,8 +79,9 @@ def make(
     parameters = inspect.signature(method).parameters
     if "kl" in parameters:
         settings["kl"] = replace(parameters["kl"].default, beta=0.1 * parameters["kl"].default.beta)  # a tiny reward
-    if "tau" in parameters:
-        settings["tau"] = Constant(1.0)  # a schedule over the run would see that a resumed run is a longer one
+    schedules = {"tau": 1.0, "row_share": 0.5, "token_share": 0.5}
+    for name in schedules.keys() & set(parameters):  # over the run, it would see that a resumed run is a longer one
+        settings[name] = Constant(schedules[name])
     return method(policy=policy, reward=Toy(), **settings | kwargs)
 
 
