@@ -23,11 +23,10 @@ class DRPO(PolicyGradientModule):
         threshold: a reward of this or more is right.
         length_temperature: of the weights of right completions; infinite: all the same, whatever their length.
         failure_temperature: of the weights of wrong completions; infinite: all the same.
-        drift_penalty: coefficient of the squared excess of KL(π_old‖π); 0: none.
+        drift_penalty: of the squared excess of KL(π_old‖π), which is 0 in the first step of a window; 0: none.
         slack: how large that KL may be, in nats per token.
         terms: further terms of the loss.
         num_generations: completions for each prompt, a group.
-        epochs: how often the completions of a window are used.
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
@@ -46,7 +45,6 @@ class DRPO(PolicyGradientModule):
         slack: float = 1e-4,
         terms: list[Term] | None = None,
         num_generations: int = 8,
-        epochs: int = 2,
         **kwargs: Any,
     ) -> None:
         check_range("(-inf, inf)", threshold=threshold)
@@ -72,6 +70,5 @@ class DRPO(PolicyGradientModule):
             terms=[*([DriftPenalty(drift_penalty, slack)] if drift_penalty else []), *(terms or [])],
             whole_groups=True,
             num_generations=num_generations,
-            epochs=epochs,
             **kwargs,
         )
