@@ -15,6 +15,7 @@ from grade_lightning.methods import (
     DAPO,
     DCPO,
     DPO,
+    DRPO,
     GPPO,
     GRPO,
     GSPO,
@@ -48,7 +49,7 @@ from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Sch
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
-from grade_lightning.terms import Critic, Term
+from grade_lightning.terms import Critic, DriftPenalty, Term
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "DAPO",
     "DCPO",
     "DPO",
+    "DRPO",
     "FSDP2",
     "GPPO",
     "GRPO",
@@ -82,6 +84,7 @@ __all__ = [
     "DivergenceError",
     "Downsampling",
     "DrGRPO",
+    "DriftPenalty",
     "DropSolved",
     "DynamicSampling",
     "Engine",

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+from grade_lightning.functional.decoupled import hardness
 from grade_lightning.functional.gates import clipped
 from grade_lightning.functional.probability_bounds import probability_bounds
 from grade_lightning.records import Experience
@@ -39,5 +41,27 @@ def by_probability(epsilon_low: float, epsilon_high: float, dual: float | None =
     def gate(ratio: Tensor, seen: Experience) -> Tensor:
         low, high = probability_bounds(seen.old.logps, epsilon_low, epsilon_high)
         return clipped(ratio, seen.advantages, low, high, dual)
+
+    return gate
+
+
+def by_hardness(threshold: float, temperature: float) -> Gate:
+    """Of completions whose reward is below the threshold, their softmax weight among those of the prompt; of others 1.
+
+    The weight is that of the policy as it is, by the mean log-probability of a completion's tokens, so all completions
+    of a prompt must be in the same step (`whole_groups`). There is no importance weight.
+
+    Args:
+        threshold: a reward of this or more is right.
+        temperature: of the softmax.
+    """
+
+    def gate(ratio: Tensor, seen: Experience) -> Tensor:
+        mask, layout = seen.rollout.sampled, seen.rollout.layout
+        now = seen.old.logps + ratio.clamp(min=torch.finfo(ratio.dtype).tiny).log()
+        means = now.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+        wrong = layout.table(seen.scores.total) < threshold
+        weights = layout.rows(hardness(layout.table(means), wrong, temperature))
+        return weights.unsqueeze(1).expand_as(ratio)
 
     return gate

@@ -155,3 +155,31 @@ class Critic(nn.Module, Term):
 
 def _rewards_to_go(seen: Experience, reduce: Reduce) -> Tensor:
     return advantages.discounted_returns(seen.token_rewards(), seen.mask)
+
+
+class DriftPenalty(Term):
+    """½ coefficient · max(0, KL(π_old‖π) − slack)², the KL as the mean of log π_old − log π over sampled tokens.
+
+    It acts from the second step of a window on. The KL is that of all processes; with gradient accumulation it is each
+    micro-batch's own.
+
+    Args:
+        coefficient: of the squared excess.
+        slack: how large the KL may be, nats per token.
+
+    References:
+        | DRPO: Efficient Reasoning via Decoupled Reward Policy Optimization (Li et al., 2025),
+          https://arxiv.org/abs/2510.04474
+    """
+
+    def __init__(self, coefficient: float = 1e3, slack: float = 1e-4) -> None:
+        check_range("[0, inf)", coefficient=coefficient, slack=slack)
+        self.coefficient = coefficient
+        self.slack = slack
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """The excess, as far as its gradient goes, and the KL."""
+        weights = token_mean(seen.mask, seen.normalizers)
+        drift = (weights * (seen.old.logps - now.logps)).masked_fill(~seen.mask, 0).sum()
+        mean = reduce.mean(drift.detach())
+        return self.coefficient * (mean - self.slack).clamp(min=0) * drift, {"drift": mean}

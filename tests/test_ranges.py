@@ -21,6 +21,7 @@ from grade_lightning.methods import (
     DAPO,
     DCPO,
     DPO,
+    DRPO,
     GPPO,
     GRPO,
     GSPO,
@@ -43,6 +44,7 @@ from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, W
 from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DropSolved, DynamicSampling
+from grade_lightning.terms import DriftPenalty
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -112,6 +114,9 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     KnapsackBudget: {"threshold": [math.inf], "least": [0], "most": [1], "known_after": [0], "newest": [0]}
     | {"capacity": [0]},
     D3S: {"epsilon": [-0.1]},
+    DRPO: {"threshold": [math.inf], "length_temperature": [0], "failure_temperature": [0], "slack": [-1e-4]}
+    | {"drift_penalty": [-1]},
+    DriftPenalty: {"coefficient": [-1], "slack": [-1e-4]},
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},

@@ -53,3 +53,19 @@ def constant(mask: Bool[Tensor, "b t"], normalizers: Normalizers, length: int) -
 def sequence_sum(mask: Bool[Tensor, "b t"], normalizers: Normalizers) -> Float[Tensor, "b t"]:
     """Token sum, mean over sequences, 1 / sequences: the gradient of the expected reward itself."""
     return mask.float() / normalizers.sequences
+
+
+def group_sum(mask: Bool[Tensor, "b t"], normalizers: Normalizers, size: int) -> Float[Tensor, "b t"]:
+    """Mean over the tokens of each sequence, sum over the `size` sequences of a prompt, mean over prompts.
+
+    References:
+        | DRPO: Efficient Reasoning via Decoupled Reward Policy Optimization (Li et al., 2025),
+          https://arxiv.org/abs/2510.04474
+
+    Example:
+        >>> import torch
+        >>> group_sum(torch.tensor([[True, True], [True, False]]), Normalizers(tokens=3, sequences=2), size=2)
+        tensor([[0.5000, 0.5000],
+                [1.0000, 0.0000]])
+    """
+    return size * sequence_mean(mask, normalizers)

@@ -14,6 +14,7 @@ from .dapo import DAPO as DAPO
 from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO
+from .drpo import DRPO as DRPO
 from .gppo import GPPO as GPPO
 from .grade import Grade as Grade
 from .grade_ste import GradeSTE as GradeSTE
