@@ -36,6 +36,7 @@ from grade_lightning.rewards import (
     FunctionReward,
     OverlongPenalty,
     Reward,
+    SequenceClassifierReward,
     WeightedSum,
 )
 from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
@@ -107,6 +108,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Selection",
+    "SequenceClassifierReward",
     "Source",
     "Stateful",
     "StepOutput",

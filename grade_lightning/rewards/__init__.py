@@ -7,4 +7,6 @@ from .differentiable import DifferentiableReward as DifferentiableReward
 from .functions import FunctionReward as FunctionReward
 from .length import OverlongPenalty as OverlongPenalty
 from .no_reward import NoReward as NoReward
+from .sequence_classifier import SequenceClassifier as SequenceClassifier
+from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward
 from .weighted_sum import WeightedSum as WeightedSum

@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
+from tests.rewards.sequences import words, write_classifier
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -309,6 +310,14 @@ def test_a_reward_model_is_trained_and_used(run: Run, shelf: Shelf) -> None:
     assert 0 < scalar(version(), "val/reward")[-1] < 1
     trained = checkpoint(version(method="RewardModel"))
     run("test", *stage(shelf, "RewardModel", f"--model.backbone={shelf.policy}", f"--ckpt_path={trained}"))
+
+
+@pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
+def test_a_reward_model_as_the_hub_has_them(method: str, run: Run, shelf: Shelf, tmp_path: Path) -> None:
+    own = write_classifier(tmp_path / "own", "llama", words(), num_labels=2)
+    options = [f"--model.reward.path={own}", "--model.reward.label=1", "--model.reward.scale=0.5"]
+    run("fit", *shelf.grade, f"--model={method}", "--model.reward=SequenceClassifierReward", *options)
+    assert len(scalar(version(method=method), "val/rewards/classifier")) > 0
 
 
 def test_supervised_fine_tuning_makes_a_policy(run: Run, shelf: Shelf) -> None:
