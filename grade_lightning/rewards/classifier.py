@@ -67,6 +67,11 @@ class Classifier(nn.Module):
         logits: Tensor = self.head((states * keep).sum(1) / keep.sum(1)).squeeze(-1)
         return logits
 
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The logit, (B,), of ids and mask (B, L)."""
+        logits: Tensor = self(self.embed(ids), mask)
+        return logits
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the backbone as a Hugging Face folder, with the head beside it; by all processes, as a policy's."""
         folder = Path(folder)
@@ -92,8 +97,9 @@ class Classifier(nn.Module):
         folder = Path(path)
         if not (folder / HEAD_CONFIG).is_file():
             raise InputError(
-                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model of ours; "
-                "train one with grade-fit --model RewardModel and name its folder"
+                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model with a mean-pooled head; train one with "
+                "grade-fit --model RewardModel and name its folder, or read a classifier of transformers by "
+                "SequenceClassifierReward"
             )
         try:
             settings: dict[str, Any] = json.loads((folder / HEAD_CONFIG).read_text())

@@ -79,12 +79,39 @@ class SequenceClassifier(nn.Module):
         """
         return _logits(self.model, embeddings, mask, self.pools_last)
 
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The logit of the first label, (B,), of ids and mask (B, L)."""
+        logits: Tensor = self(self.embed(ids), self.readable(ids, mask))
+        return logits[:, 0]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification` reads; by all processes, as a policy's."""
         weights = gather_full_state(self.model.state_dict())
         if is_first_process():
             self.model.config.get_text_config().pad_token_id = self.padding
             self.model.save_pretrained(folder, state_dict=weights)
+
+    @classmethod
+    def from_backbone(cls, path: str, padding: int | None, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":
+        """A new head of one label on the body of the model at `path`; dropout is off.
+
+        Args:
+            path: of a language model.
+            padding: the tokenizer's padding token, written to the configuration.
+            dtype: of all weights.
+        """
+        config = config_without_dropout(path)
+        config.num_labels = 1
+        config.get_text_config().pad_token_id = padding
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns that the head is new
+        try:
+            model = load_pretrained(
+                AutoModelForSequenceClassification, path, config=config, dtype=dtype, use_safetensors=True
+            )
+        finally:
+            logging.set_verbosity(level)
+        return cls(model)
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":

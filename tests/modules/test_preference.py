@@ -1,6 +1,7 @@
 """DPO and IPO: which pairs are made of rollouts, pairs of the data through the DataModule, and the loss by hand."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,32 @@ def test_the_first_batch_of_data_is_checked_for_what_can_be_checked(tmp_path: Pa
             parameter.add_(0.2)
     with pytest.raises(RuntimeError, match="reference is not the model that the policy started as"):
         trainer(max_steps=1).fit(moved, datamodule=data(path))
+
+
+@both_methods
+def test_held_out_pairs_are_measured(method: type[PreferenceModule], tmp_path: Path) -> None:
+    """Loss, accuracy and margin of the validation's pairs against plain transformers; no figure is NaN."""
+    rows = preferences(40)
+    module = make(method, reward=None, beta=0.3, pairs="data", optimizer=lambda p: torch.optim.Adam(p, lr=0.02))
+    source = data(write(tmp_path / "pairs.jsonl", rows), eval_batch_size=3)
+    fitted = trainer(max_steps=2)
+    fitted.fit(module, datamodule=source)
+    (found,) = trainer().validate(module, datamodule=source, verbose=False)
+    assert not [name for name, value in found.items() if math.isnan(value)]
+    assert "val/reward" not in found
+    held_out, tokenizer = source.splits["validation"], make_tokenizer()
+    pairs = [
+        ([0, *tokenizer.encode(row["prompt"])], [*tokenizer.encode(row[side]), 0])
+        for side in ("chosen", "rejected")
+        for row in held_out
+    ]
+    state = {name: value.detach() for name, value in module.state_dict().items()}
+    _, ratios = log_ratios(state, pairs, temperature=1.0)
+    margins = [float(c.sum() - r.sum()) for c, r in zip(ratios[:4], ratios[4:], strict=True)]
+    assert max(map(abs, margins)) > 0.01
+    assert found["val/loss"] == pytest.approx(float(loss_by_hand(method, ratios, 0.3)), rel=1e-5)
+    assert found["val/margin"] == pytest.approx(sum(margins) / 4, rel=1e-4)
+    assert found["val/accuracy"] == sum(margin > 0 for margin in margins) / 4
 
 
 def test_completions_of_the_data_must_fit_into_the_context(tmp_path: Path) -> None:
