@@ -382,5 +382,5 @@ def test_pairs_from_data_need_no_reward() -> None:
     trainer().fit(module, loader(batch | pairs | {"columns": {}}))
     assert not torch.equal(flat({n: p.detach() for n, p in module.named_parameters() if p.requires_grad}), before)
     (found,) = trainer().validate(module, loader(batch | {"columns": {}}), verbose=False)
-    assert torch.tensor(found["val/reward"]).isnan()
+    assert not [name for name in found if name.startswith("val/reward")]
     assert found["val/kl"] > 0
