@@ -338,6 +338,28 @@ def test_a_reward_model_of_preferences_is_trained_and_used(run: Run, shelf: Shel
     assert len(scalar(version(), "val/reward")) > 0
 
 
+def test_verifiers_that_are_normalised_by_group(run: Run, shelf: Shelf) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "answer": "w3"}) + "\n" for row in PAIRS)
+    )
+    match = {"class_path": "ExactMatch", "init_args": {"pattern": r"w\d+"}}
+    form = {"class_path": "FormatReward", "init_args": {"pattern": "w3"}}
+    parts = [
+        f"--model.reward.rewards={json.dumps([match, form])}",
+        "--model.reward.weights=[1,0.5]",
+        "--model.num_generations=4",
+    ]
+    rows = ["--data.source=LocalFiles", "--data.source.train=rows.jsonl", "--data.test_size=4"]
+    run(
+        "fit",
+        *stage(
+            shelf, "GRPO", f"--model.policy.path={shelf.policy}", *rows, "--model.reward=GroupNormalizedSum", *parts
+        ),
+    )
+    assert len(scalar(version(method="GRPO"), "val/rewards/FormatReward")) > 0
+    assert abs(scalar(version(method="GRPO"), "train/reward")[-1]) < 1e-3
+
+
 @pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
 def test_a_reward_model_as_the_hub_has_them(method: str, run: Run, shelf: Shelf, tmp_path: Path) -> None:
     own = write_classifier(tmp_path / "own", "llama", words(), num_labels=2)
