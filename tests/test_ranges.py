@@ -88,7 +88,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     a_function: {"timeout": [0]},
     GradeSTE: {"beta": [-0.1], "hops": [-1], "tolerance": [-0.1]},
     Grade: {"beta": [-0.1], "top_k": [0], "block": [0]},
-    RewardModel: {"hidden": [0]},
+    RewardModel: {"hidden": [0], "centring": [-0.1]},
     Reinforce: {"decay": [-0.1, 1.1]},
     ReinforcePlusPlus: {"epsilon": [-0.1], "gamma": [-0.1, 1.1]},
     PPO: {"epsilon": [-0.1], "epsilon_value": [-0.1], "vf_coef": [-0.1]}

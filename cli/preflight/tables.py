@@ -47,7 +47,7 @@ def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule, ba
         "end of turn": tokens(end_of_turn(tokenizer)),
     }
     first = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
-    kind = "text" if module.batching.view in ("text", "labelled") else "prompt"
+    kind = "text" if module.batching.view in ("text", "labelled", "preferences") else "prompt"
     rows[f"a {kind} begins with"] = tokens(first[:BEGINNING])
     if isinstance(module, AlignmentModule):
         rows["reward"] = f"{type(module.reward).__name__}: {module.reward.name}"

@@ -19,7 +19,7 @@ from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.policies.loading import BUNDLED
 from grade_lightning.records import unique_name
-from grade_lightning.rewards import Reward, WeightedSum
+from grade_lightning.rewards import Reward, SequenceClassifier, WeightedSum
 
 from .summary import Summary
 
@@ -142,7 +142,7 @@ class Export(Callback):
         path = policy.path if policy is not None else ""
         base, source = _public(path), getattr(data, "source", None)
         dataset = getattr(source, "name", None)
-        adapters, labelled = not self.merge, module.batching.view == "labelled"
+        adapters, labelled = not self.merge, module.batching.view in ("labelled", "preferences")
         about = ModelCardData(
             library_name="peft" if adapters else "transformers",
             pipeline_tag="text-classification" if labelled else "text-generation",
@@ -175,7 +175,7 @@ class Export(Callback):
             _table(("", ""), [fact for fact in facts.items() if fact[1]]),
             *_figures(trainer),
             "## Loading",
-            _loading(name, base, labelled, adapters),
+            _loading(name, base, getattr(module, "classifier", None) if labelled else None, adapters),
         ]
         return ModelCard(f"---\n{about}\n---\n\n" + "\n\n".join(lines) + "\n")
 
@@ -237,11 +237,18 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(name: str, base: str, labelled: bool, adapters: bool) -> str:
-    if labelled:
+def _loading(name: str, base: str, classifier: Any, adapters: bool) -> str:
+    if classifier is not None:
+        standard = isinstance(classifier, SequenceClassifier)
+        kind = "SequenceClassifierReward" if standard else "ClassifierReward"
+        what = (
+            "`AutoModelForSequenceClassification.from_pretrained` reads it, and the logit is the score"
+            if standard
+            else "The backbone is a transformers model, and `reward_head.safetensors` its head"
+        )
         return (
-            "The backbone is a transformers model, and `reward_head.safetensors` its head. As a reward:\n\n"
-            f"```bash\ngrade-fit --model GradeSTE --model.policy.path {base} --model.reward ClassifierReward \\\n"
+            f"{what}. As a reward:\n\n"
+            f"```bash\ngrade-fit --model GradeSTE --model.policy.path {base} --model.reward {kind} \\\n"
             f"          --model.reward.path {name}\n```"
         )
     load = [f'model = AutoModelForCausalLM.from_pretrained("{base if adapters else name}")']

@@ -2,6 +2,7 @@
 
 from grade_lightning.data.batches import LabelledBatch as LabelledBatch
 from grade_lightning.data.batches import PairBatch as PairBatch
+from grade_lightning.data.batches import PreferenceBatch as PreferenceBatch
 from grade_lightning.data.batches import PromptBatch as PromptBatch
 from grade_lightning.data.batches import TextBatch as TextBatch
 from grade_lightning.data.datamodule import TextDataModule as TextDataModule

@@ -13,6 +13,7 @@ from grade_lightning.data.encoding import encode as encode
 from grade_lightning.data.encoding import encode_all, encode_completions, encode_texts
 from grade_lightning.data.texts import prompt_of, text_of
 from grade_lightning.errors import InputError
+from grade_lightning.rewards.conversations import answered
 
 Row = dict[str, Any]
 
@@ -53,6 +54,16 @@ class PairBatch(TypedDict):
     rejected_ids: Tensor
     rejected_mask: Tensor
     columns: dict[str, list[Any]]
+
+
+class PreferenceBatch(TypedDict):
+    """The chosen texts, whole and padded on the right (`[B, T]`), the rejected ones (`[B, R]`), and margins (`[B]`)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    margins: Tensor
 
 
 def _pad(ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -202,4 +213,67 @@ class CollatePairs:
         return {name: [len(ids) for ids in found] for name, found in self._encode(rows)[1].items()}
 
 
-Collate = CollatePrompts | CollateTexts | CollateLabelled | CollatePairs
+@dataclass
+class CollatePreferences:
+    """Make a `PreferenceBatch`: prompt and completion as one text, cut to `max_tokens`, with an end where it fits.
+
+    Conversations are written by the chat template, as a reward that reads messages would write them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    ends: Sequence[int] = ()
+    cut: Cut = field(default_factory=Cut)
+
+    def __call__(self, rows: Sequence[Row]) -> PreferenceBatch:
+        """Tokenise and pad."""
+        (chosen, chosen_mask), (rejected, rejected_mask) = (
+            _pad(self.cut(_whole(name), self._encode(rows, name), self.max_tokens), self.tokenizer) for name in _SIDES
+        )
+        margins = torch.tensor([float(row.get("margin") or 0) for row in rows], dtype=torch.float32)
+        return {
+            "input_ids": chosen,
+            "attention_mask": chosen_mask,
+            "rejected_ids": rejected,
+            "rejected_mask": rejected_mask,
+            "margins": margins,
+        }
+
+    def _encode(self, rows: Sequence[Row], name: str) -> list[list[int]]:
+        prompts, completions = [row["prompt"] for row in rows], [row[name] for row in rows]
+        ids = encode_all(self.tokenizer, prompts)
+        answers = encode_completions(self.tokenizer, prompts, ids, completions, self.ends)
+        found = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if not isinstance(prompt, str):
+                text = answered(self.tokenizer, prompt, completion)
+                found[number] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return found
+
+    def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Tokens of each text before anything is cut, by column."""
+        return {_whole(name): [len(ids) for ids in self._encode(rows, name)] for name in _SIDES}
+
+
+_SIDES = "chosen", "rejected"
+
+
+def _whole(name: str) -> str:
+    return f"prompt + {name}"
+
+
+@dataclass
+class CollateHeldOutPairs(CollatePrompts):
+    """Make a `PromptBatch` to draw completions for; a `PairBatch` where all rows have both completions."""
+
+    pairs: CollatePairs | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> PromptBatch | PairBatch:
+        """Tokenise and pad."""
+        prompts = super().__call__(rows)
+        if self.pairs is None or not all(isinstance(row.get(name), str) for row in rows for name in _SIDES):
+            return prompts
+        return {**self.pairs(rows), "columns": prompts["columns"]}
+
+
+Collate = CollatePrompts | CollateTexts | CollateLabelled | CollatePairs | CollatePreferences

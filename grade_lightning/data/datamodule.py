@@ -33,7 +33,8 @@ class TextDataModule(LightningDataModule):
     How the rows are read is said by the module's :class:`~grade_lightning.records.Batching`: its `view` "prompts" gives
     `PromptBatch`es and trains on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives
     `TextBatch`es and trains on `prompts`; "pairs" trains on `PairBatch`es of `prompts` and otherwise gives
-    `PromptBatch`es. All validate on `validation` and test on `test`.
+    `PairBatch`es or, without completions, `PromptBatch`es; "preferences" gives `PreferenceBatch`es and trains on
+    `reward`. All validate on `validation` and test on `test`.
 
     Args:
         source: Where the rows come from; `None` for the bundled reviews.
@@ -41,7 +42,7 @@ class TextDataModule(LightningDataModule):
             each prompt draws fewer prompts.
         eval_batch_size: Rows in a batch to validate, test or predict.
         reward_size: Rows in the split `reward`; `None` for 5,000, or fewer where the table is smaller. It is 0 where
-            rows have no label.
+            rows have no label, unless a reward model is trained on them as pairs.
         prompt_size: Rows in the split `prompts`; `None` for 10,000, or fewer.
         val_size: Rows in the split `validation`; `None` for 2,000, or fewer.
         test_size: Rows in the split `test`; `None` for all test rows, or `val_size` if the source has none.
@@ -143,9 +144,7 @@ class TextDataModule(LightningDataModule):
 
     def _split(self, data: DatasetDict) -> None:
         train, test = data["train"], data.get("test")
-        labelled = "label" in train.column_names
-        given = {"validation": self.val_size, "prompts": self.prompt_size}
-        given["reward"] = self.reward_size if labelled else 0
+        given = {"validation": self.val_size, "prompts": self.prompt_size, "reward": self._reward_size(train)}
         if test is None:
             given = {"test": self.val_size if self.test_size is None else self.test_size} | given
         sizes = {name: USUAL[name] if size is None else size for name, size in given.items()}
@@ -175,6 +174,11 @@ class TextDataModule(LightningDataModule):
         if asked != sizes:
             taken = ", ".join(f"{size} of {sizes[name]} for data.{_OPTIONS[name]}" for name, size in asked.items())
             rank_zero_info(f"The {len(train)} train rows are fewer than the usual splits take, which shrink: {taken}")
+
+    def _reward_size(self, train: Dataset) -> int | None:
+        """As given where the rows have labels, or are read as pairs to train a reward model on; else 0."""
+        pairs = self._reading is not None and self._reading[1].view == "preferences"
+        return self.reward_size if "label" in train.column_names or pairs else 0
 
     def _reasons(self) -> str:
         return (

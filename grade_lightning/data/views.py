@@ -1,5 +1,6 @@
 """Views: how the rows of the data are read, by name."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,15 @@ from typing import Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.batches import Collate, CollateLabelled, CollatePairs, CollatePrompts, CollateTexts
+from grade_lightning.data.batches import (
+    Collate,
+    CollateHeldOutPairs,
+    CollateLabelled,
+    CollatePairs,
+    CollatePreferences,
+    CollatePrompts,
+    CollateTexts,
+)
 from grade_lightning.errors import InputError
 from grade_lightning.records import batching
 
@@ -61,30 +70,54 @@ class PromptView(View):
 
 
 class PairView(View):
-    """Prompts with a chosen and a rejected completion to train on, and prompts to evaluate."""
+    """Prompts with a chosen and a rejected completion, of which evaluation may have prompts alone."""
 
     reads_prompts = True
 
     def check(self, rows: Dataset, numbers: Sequence[int]) -> None:
         """All three columns are there, and the completions are texts."""
-        if missing := [name for name in ("prompt", "chosen", "rejected") if name not in rows.column_names]:
-            raise InputError(
-                f"data.source: no column {' or '.join(map(repr, missing))} to train on preferences; add a text "
-                "'prompt' and two completions of it, 'chosen' and 'rejected'"
-            )
-        for name in ("chosen", "rejected"):
-            for number, value in zip(numbers, rows[name], strict=True):
-                if not isinstance(value, str):
-                    raise InputError(
-                        f"column '{name}', row {number} (split 'prompts'): {value!r:.60} is no text; write the "
-                        "completion as text or drop the row"
-                    )
+        _check_pairs(rows, numbers, self.split)
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
-        """`PairBatch` to train on, `PromptBatch` to evaluate."""
+        """`PairBatch`; to evaluate, `PromptBatch` where there are no completions."""
+        pairs = CollatePairs(tokenizer, limits.max_text_tokens, limits.ends)
         if train:
-            return CollatePairs(tokenizer, limits.max_text_tokens, limits.ends)
-        return CollatePrompts(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens)
+            return pairs
+        return CollateHeldOutPairs(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens, pairs=pairs)
+
+
+class PreferenceView(View):
+    """Whole texts in pairs, of which one is preferred."""
+
+    split = "reward"
+
+    def check(self, rows: Dataset, numbers: Sequence[int]) -> None:
+        """All three columns are there, the completions are texts, and margins are numbers."""
+        _check_pairs(rows, numbers, self.split)
+        for number, value in zip(numbers, rows["margin"] if "margin" in rows.column_names else (), strict=False):
+            if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value)):
+                raise InputError(
+                    f"column 'margin', row {number}: {value!r:.60} is no number; write one, or drop the row"
+                )
+
+    def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
+        """`PreferenceBatch`."""
+        return CollatePreferences(tokenizer, limits.max_text_tokens, limits.ends)
+
+
+def _check_pairs(rows: Dataset, numbers: Sequence[int], split: str) -> None:
+    if missing := [name for name in ("prompt", "chosen", "rejected") if name not in rows.column_names]:
+        raise InputError(
+            f"data.source: no column {' or '.join(map(repr, missing))} to train on preferences; add a text "
+            "'prompt' and two completions of it, 'chosen' and 'rejected'"
+        )
+    for name in ("chosen", "rejected"):
+        for number, value in zip(numbers, rows[name], strict=True):
+            if not isinstance(value, str):
+                raise InputError(
+                    f"column '{name}', row {number} (split '{split}'): {value!r:.60} is no text; write the "
+                    "completion as text or drop the row"
+                )
 
 
 class TextView(View):
@@ -115,4 +148,5 @@ VIEWS: dict[batching.View, View] = {
     "pairs": PairView(),
     "text": TextView(),
     "labelled": LabelledView(),
+    "preferences": PreferenceView(),
 }

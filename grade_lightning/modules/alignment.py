@@ -28,7 +28,7 @@ from grade_lightning.records import (
     TokenStats,
     unique_name,
 )
-from grade_lightning.rewards import ClassifierReward, Reward
+from grade_lightning.rewards import ClassifierReward, NoReward, Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 
@@ -289,6 +289,8 @@ class AlignmentModule(TrainableModule, ABC):
 
     def _finish_evaluation(self, stage: Stage) -> None:
         figures = self._table.finish(self._gather)
+        if isinstance(self.reward, NoReward):  # nobody is to read a table of NaN
+            figures = {name: value for name, value in figures.items() if name.split("_")[0] != "reward"}
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grade_lightning.errors import check_range
+from grade_lightning.numerics import wide_numbers
 from grade_lightning.policies import Policy
-from grade_lightning.records import Batching, Experience, Prompts, Rollout, StepOutput, TokenStats
+from grade_lightning.records import Batching, Evaluation, Experience, Prompts, Rollout, StepOutput, TokenStats
 from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Sampler
 
 from .alignment import AlignmentModule
+from .trainable import Stage
 
 Side: TypeAlias = tuple[TokenStats, Tensor]
 """Statistics of the tokens of b completions, 0 outside of the mask, and the mask; each (b, T)."""
@@ -101,17 +103,11 @@ class PreferenceModule(AlignmentModule):
         """Mean loss over the pairs; 0 for those of which neither completion is better."""
         rollout = experience.rollout
         now = self.measure(rollout)
-        pairs = len(rollout.ids) // 2
-        chosen, rejected = (
-            (now.map(lambda x: x[:pairs]), rollout.sampled[:pairs]),
-            (now.map(lambda x: x[pairs:]), rollout.sampled[pairs:]),
-        )
-        losses = self.pair_loss(chosen, rejected)
+        losses, margin = self._compare(rollout, now)
         decided = torch.ones_like(losses, dtype=torch.bool)
         if self.pairs == "rollouts":
             better, worse = experience.scores.total.chunk(2)
             decided = (better > worse) | better.isinf()  # infinite ones must reach the loss, which leaves the step out
-        margin = (chosen[0].log_ratio.sum(-1) - rejected[0].log_ratio.sum(-1)).detach()
         count = decided.sum().clamp(min=1)
         metrics = {
             "accuracy": ((margin > 0) & decided).sum() / count,
@@ -119,6 +115,34 @@ class PreferenceModule(AlignmentModule):
             "undecided": 1 - decided.float().mean(),
         }
         return StepOutput(losses.masked_fill(~decided, 0).mean(), now.detach(), metrics)
+
+    def _compare(self, rollout: Rollout, now: TokenStats) -> tuple[Tensor, Tensor]:
+        """Loss and margin of each pair, (b,) both; the margin without a graph."""
+        pairs = len(rollout.ids) // 2
+        chosen, rejected = (
+            (now.map(lambda x: x[:pairs]), rollout.sampled[:pairs]),
+            (now.map(lambda x: x[pairs:]), rollout.sampled[pairs:]),
+        )
+        margin = (chosen[0].log_ratio.sum(-1) - rejected[0].log_ratio.sum(-1)).detach()
+        return self.pair_loss(chosen, rejected), margin
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    @wide_numbers()
+    def measure_pairs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Loss, accuracy and margin of held-out pairs, means over them."""
+        rollout = pairs_rollout(batch, self.policy)
+        with self.policy.evaluating():
+            losses, margin = self._compare(rollout, self.measure(rollout))
+        return {"loss": losses.mean(), "accuracy": (margin > 0).float().mean(), "margin": margin.mean()}
+
+    def _evaluation_step(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> Evaluation:
+        """Completions as for every method, and the pairs, where the batch has any."""
+        if "chosen_ids" in batch:
+            figures = {f"{stage}/{name}": value for name, value in self.measure_pairs(batch).items()}
+            self.log_dict(figures, batch_size=len(batch["input_ids"]), sync_dist=True)
+        return super()._evaluation_step(batch, stage, batch_idx)
 
 
 def pairs_rollout(batch: dict[str, Any], policy: Policy) -> Rollout:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from grade_lightning.errors import InputError
 
-View = Literal["prompts", "labelled", "text", "pairs"]
+View = Literal["prompts", "labelled", "text", "pairs", "preferences"]
 
 
 @dataclass(frozen=True)

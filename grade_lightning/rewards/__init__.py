@@ -5,6 +5,15 @@ from .classifier import Classifier as Classifier
 from .classifier import ClassifierReward as ClassifierReward
 from .differentiable import DifferentiableReward as DifferentiableReward
 from .functions import FunctionReward as FunctionReward
+from .group_normalized import GroupNormalizedSum as GroupNormalizedSum
 from .length import OverlongPenalty as OverlongPenalty
 from .no_reward import NoReward as NoReward
+from .sequence_classifier import SequenceClassifier as SequenceClassifier
+from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward
+from .verifiers import ExactMatch as ExactMatch
+from .verifiers import FormatReward as FormatReward
+from .verifiers import JSONSchema as JSONSchema
+from .verifiers import MathAnswer as MathAnswer
+from .verifiers import NumericMatch as NumericMatch
+from .verifiers import Verifier as Verifier
 from .weighted_sum import WeightedSum as WeightedSum

@@ -58,5 +58,6 @@ class Reward(nn.Module, ABC):
         """
         raise InputError(
             f"reward {self.name}: not differentiable, and GRADE sends the reward's gradient through the tokens; use a "
-            "ClassifierReward of the policy's vocabulary (grade-fit --model RewardModel trains one)"
+            "ClassifierReward or SequenceClassifierReward of the policy's vocabulary (grade-fit --model RewardModel "
+            "trains one)"
         )

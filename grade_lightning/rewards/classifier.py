@@ -7,25 +7,20 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
+from grade_lightning.numerics import widened
 from grade_lightning.policies.anatomy import examine_backbone
-from grade_lightning.policies.context import context_length
 from grade_lightning.policies.loading import (
     config_without_dropout,
-    embedding_table,
     load_pretrained,
-    resolve_model,
-    torch_dtype,
 )
 from grade_lightning.policies.modes import evaluating
-from grade_lightning.records import RelaxedRollout, Rollout, Scores
 
-from .differentiable import DifferentiableReward
-from .retokenize import retokenize
+from .network import NetworkReward
 
 HEAD_WEIGHTS, HEAD_CONFIG = "reward_head.safetensors", "reward_head.json"
 
@@ -72,6 +67,11 @@ class Classifier(nn.Module):
         logits: Tensor = self.head((states * keep).sum(1) / keep.sum(1)).squeeze(-1)
         return logits
 
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The logit, (B,), of ids and mask (B, L)."""
+        logits: Tensor = self(self.embed(ids), mask)
+        return logits
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the backbone as a Hugging Face folder, with the head beside it; by all processes, as a policy's."""
         folder = Path(folder)
@@ -97,8 +97,9 @@ class Classifier(nn.Module):
         folder = Path(path)
         if not (folder / HEAD_CONFIG).is_file():
             raise InputError(
-                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model of ours; "
-                "train one with grade-fit --model RewardModel and name its folder"
+                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model with a mean-pooled head; train one with "
+                "grade-fit --model RewardModel and name its folder, or read a classifier of transformers by "
+                "SequenceClassifierReward"
             )
         try:
             settings: dict[str, Any] = json.loads((folder / HEAD_CONFIG).read_text())
@@ -112,7 +113,7 @@ class Classifier(nn.Module):
         return classifier
 
 
-class ClassifierReward(DifferentiableReward):
+class ClassifierReward(NetworkReward):
     """P(positive), or its logit, by a classifier.
 
     Differentiable if it shares the policy's vocabulary. Else the completion is decoded and read in the classifier's own
@@ -130,14 +131,9 @@ class ClassifierReward(DifferentiableReward):
         output: Literal["probability", "logit"] = "probability",
         dtype: str = "float32",
     ) -> None:
-        super().__init__()
-        self.dtype = torch_dtype(dtype)
-        self.path = path
+        super().__init__(path, dtype)
         self.output = output
         self.classifier: Classifier | None = None
-        self.vocabulary = 0
-        self.foreign: PreTrainedTokenizerBase | None = None
-        """The classifier's tokenizer, where it has another vocabulary than the policy's."""
 
     @classmethod
     def from_classifier(
@@ -148,81 +144,17 @@ class ClassifierReward(DifferentiableReward):
         reward.classifier = classifier.requires_grad_(False).eval()
         return reward
 
-    @property
-    def name(self) -> str:
-        """`classifier`."""
-        return "classifier"
-
-    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-        """Read the classifier, and see whether it shares the policy's vocabulary.
-
-        Raises:
-            InputError: it cannot be read, or embeds fewer tokens than the policy has logits.
-        """
-        self.vocabulary = vocabulary
-        if self.classifier is None:
-            path = resolve_model(self.path, "reward")
-            own = load_pretrained(AutoTokenizer, path)
-            if own.get_vocab() != tokenizer.get_vocab():
-                self.foreign, self.differentiable, self._policy = own, False, tokenizer
-            self.classifier = Classifier.from_pretrained(path, self.dtype).requires_grad_(False).eval()
-        rows = self._network.backbone.config.get_text_config().vocab_size
-        if rows < vocabulary and self.foreign is None:
-            raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")
+    def read(self, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read the classifier."""
+        self.classifier = Classifier.from_pretrained(path, self.dtype)
 
     @property
-    def context_length(self) -> int | None:
-        """The backbone's; its own tokens are not the policy's, and are counted when they are made."""
-        return None if self.foreign is not None else context_length(self._network.backbone.config)
-
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Scores of the sampled tokens, or of the same text in the classifier's own tokens."""
-        if self.foreign is None:
-            return super().forward(rollout)
-        ids, mask = retokenize(rollout, self.foreign, context_length(self._network.backbone.config))
-        return self.score_embeddings(self._network.embed(ids), mask)
-
-    def pathwise(self, rollout: Rollout) -> Scores:
-        """Scores with the gradient at the tokens.
-
-        Raises:
-            InputError: another vocabulary: the policy's tokens are none that the classifier could be differentiated in.
-        """
-        if self.foreign is not None:
-            raise InputError(
-                f"reward {self.path}: its vocabulary ({len(self.foreign)} tokens) is not the policy's "
-                f"({len(self._policy)}), and GRADE sends the reward's gradient through the tokens; use a method that "
-                "needs its score alone (RLOO, GRPO …), or train a reward model on the policy's own backbone: "
-                f"grade-fit --model RewardModel --model.backbone {self._policy.name_or_path or 'POLICY'}"
-            )
-        return super().pathwise(rollout)
-
-    def relaxed(self, rollout: RelaxedRollout) -> Scores:
-        """Scores of the soft tokens, with their graph.
-
-        Raises:
-            InputError: another vocabulary.
-        """
-        if self.foreign is not None:
-            self.pathwise(rollout)  # says what to do instead
-        return super().relaxed(rollout)
-
-    @property
-    def _network(self) -> Classifier:
-        if self.classifier is None:
-            raise RuntimeError("ClassifierReward.load() was not called")
-        return self.classifier
-
-    def train(self, mode: bool = True) -> "ClassifierReward":
-        """The classifier is frozen and stays in evaluation mode."""
-        return super().train(False)
-
-    def table(self) -> Tensor:
-        """Embedding table of the classifier, (vocabulary, width)."""
-        return embedding_table(self._network.backbone, self.vocabulary or None)
+    def network(self) -> PreTrainedModel | None:
+        """The classifier's body."""
+        return None if self.classifier is None else self.classifier.backbone
 
     def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """P(positive) or the logit, (B,), in float32 or better."""
-        logits: Tensor = self._network(embeddings, mask)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        assert self.classifier is not None
+        logits: Tensor = widened(self.classifier(embeddings, mask))
         return logits.sigmoid() if self.output == "probability" else logits

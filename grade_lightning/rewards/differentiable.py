@@ -24,16 +24,20 @@ class DifferentiableReward(Reward):
     def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Scores, (B,), of embeddings (B, L, width) with attention mask (B, L); differentiable."""
 
+    def place(self, rollout: Rollout, completion: Tensor) -> tuple[Tensor, Tensor]:
+        """What is scored: embeddings and attention mask, with the completion's embeddings (B, T, width) where it is."""
+        return torch.cat([self.table()[rollout.prompt_ids], completion], dim=1), rollout.mask
+
     def forward(self, rollout: Rollout) -> Tensor:
         """Scores of the sampled tokens."""
-        return self.score_embeddings(self.table()[rollout.ids], rollout.mask)
+        return self.score_embeddings(*self.place(rollout, self.table()[rollout.completion_ids]))
 
     def pathwise(self, rollout: Rollout) -> Scores:
         """One forward pass and one backward pass with respect to the completion's embeddings."""
         table = self.table()
         with torch.enable_grad():
-            prompt, completion = table[rollout.prompt_ids], table[rollout.completion_ids].requires_grad_()
-            total = self.score_embeddings(torch.cat([prompt, completion], dim=1), rollout.mask)
+            completion = table[rollout.completion_ids].requires_grad_()
+            total = self.score_embeddings(*self.place(rollout, completion))
             (gradient,) = torch.autograd.grad(total.sum(), completion)
         total = total.detach()
         gradient = gradient.masked_fill(total.isnan().view(-1, 1, 1), 0)  # a reward that abstains has no gradient
@@ -41,7 +45,5 @@ class DifferentiableReward(Reward):
 
     def relaxed(self, rollout: RelaxedRollout) -> Scores:
         """Scores of the prompt's tokens and the completion's soft ones."""
-        table = self.table()
-        embeddings = torch.cat([table[rollout.prompt_ids], rollout.embed(table)], dim=1)
-        total = self.score_embeddings(embeddings, rollout.mask)
+        total = self.score_embeddings(*self.place(rollout, rollout.embed(self.table())))
         return Scores(total, {self.name: total})

@@ -124,7 +124,11 @@ def test_choices_are_ours_and_can_be_made() -> None:
 
     assert choices(Schedule) == ["Constant", "Cosine", "Exponential", "Linear"]
     assert choices(Source) == ["BundledReviews", "HubDataset", "LocalFiles"]
-    assert choices(Reward) == ["ClassifierReward", "FunctionReward", "NoReward", "WeightedSum"]
+    assert choices(Reward) == [
+        *("ClassifierReward", "ExactMatch", "FormatReward", "FunctionReward"),
+        *("GroupNormalizedSum", "JSONSchema", "MathAnswer", "NoReward"),
+        *("NumericMatch", "SequenceClassifierReward", "WeightedSum"),
+    ]
     methods = [name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type)]
     assert choices(parser.BASES["model"]) == sorted(methods)
 

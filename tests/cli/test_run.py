@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
+from tests.rewards.sequences import words, write_classifier
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -311,6 +312,62 @@ def test_a_reward_model_is_trained_and_used(run: Run, shelf: Shelf) -> None:
     assert 0 < scalar(version(), "val/reward")[-1] < 1
     trained = checkpoint(version(method="RewardModel"))
     run("test", *stage(shelf, "RewardModel", f"--model.backbone={shelf.policy}", f"--ckpt_path={trained}"))
+
+
+PAIRS = [
+    {
+        "prompt": f"w{2 + i % 17} w{2 + i // 17}",
+        "chosen": f" w3 w{4 + i % 9}",
+        "rejected": f" w{5 + i % 11}",
+        "margin": i / 60,
+    }
+    for i in range(60)
+]
+
+
+def test_a_reward_model_of_preferences_is_trained_and_used(run: Run, shelf: Shelf) -> None:
+    """By the folder that transformers reads; as many rows as for labels, none of which a policy is trained on."""
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    rows = ["--data.source=LocalFiles", "--data.source.train=pairs.jsonl", "--data.test_size=4"]
+    options = [f"--model.backbone={shelf.policy}", "--model.learns_from=pairs", "--export.folder=reward"]
+    run("fit", *stage(shelf, "RewardModel", *options, *rows))
+    tags = events(version(method="RewardModel")).Tags()["scalars"]
+    found = {f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "accuracy", "margin")}
+    assert found | {"val/calibration_error"} <= set(tags)
+    assert "SequenceClassifierReward" in Path("reward/README.md").read_text()
+    AutoModelForSequenceClassification.from_pretrained("reward")
+    run("fit", *shelf.grade, "--model.reward=SequenceClassifierReward", "--model.reward.path=reward")
+    assert len(scalar(version(), "val/reward")) > 0
+
+
+def test_verifiers_that_are_normalised_by_group(run: Run, shelf: Shelf) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "answer": "w3"}) + "\n" for row in PAIRS)
+    )
+    match = {"class_path": "ExactMatch", "init_args": {"pattern": r"w\d+"}}
+    form = {"class_path": "FormatReward", "init_args": {"pattern": "w3"}}
+    parts = [
+        f"--model.reward.rewards={json.dumps([match, form])}",
+        "--model.reward.weights=[1,0.5]",
+        "--model.num_generations=4",
+    ]
+    rows = ["--data.source=LocalFiles", "--data.source.train=rows.jsonl", "--data.test_size=4"]
+    run(
+        "fit",
+        *stage(
+            shelf, "GRPO", f"--model.policy.path={shelf.policy}", *rows, "--model.reward=GroupNormalizedSum", *parts
+        ),
+    )
+    assert len(scalar(version(method="GRPO"), "val/rewards/FormatReward")) > 0
+    assert abs(scalar(version(method="GRPO"), "train/reward")[-1]) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
+def test_a_reward_model_as_the_hub_has_them(method: str, run: Run, shelf: Shelf, tmp_path: Path) -> None:
+    own = write_classifier(tmp_path / "own", "llama", words(), num_labels=2)
+    options = [f"--model.reward.path={own}", "--model.reward.label=1", "--model.reward.scale=0.5"]
+    run("fit", *shelf.grade, f"--model={method}", "--model.reward=SequenceClassifierReward", *options)
+    assert len(scalar(version(method=method), "val/rewards/classifier")) > 0
 
 
 def test_supervised_fine_tuning_makes_a_policy(run: Run, shelf: Shelf) -> None:

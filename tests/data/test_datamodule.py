@@ -178,6 +178,25 @@ def test_too_few_rows(source: Source, options: dict[str, Any], message: str) -> 
         ready(source, **options)
 
 
+def test_pairs_are_split_for_a_reward_model_where_one_is_trained() -> None:
+    """Its rows are none that a policy is trained on with the same sizes, and those of a policy stay the same."""
+    table = preferences(60) | {"margin": [float(i) for i in range(60)]}
+    policy, reward = (ready(Rows(table), view, test_size=10, prompt_size=20) for view in ("pairs", "preferences"))
+    assert len(policy.splits["reward"]) == 0
+    assert len(reward.splits["reward"]) == 20
+    assert reward.splits["prompts"]["prompt"] == policy.splits["prompts"]["prompt"]
+    assert not {*reward.splits["reward"]["prompt"]} & {*policy.splits["prompts"]["prompt"]}
+    batch = next(iter(reward.train_dataloader()))
+    assert len(batch["input_ids"]) == len(batch["rejected_ids"]) == len(batch["margins"])
+
+
+def test_margins_are_numbers() -> None:
+    table = preferences(60) | {"margin": ["much"] * 60}
+    data = ready(Rows(table), "preferences", test_size=10, prompt_size=20)
+    with pytest.raises(InputError, match=r"column 'margin', row \d+: 'much' is no number"):
+        data.train_dataloader()
+
+
 def test_without_labels_the_reward_split_is_empty() -> None:
     data = ready(Rows({"text": texts(50)}, {"text": texts(5, 50)}), "labelled")
     assert [len(rows) for rows in data.splits.values()] == [5, 10, 30, 0]
@@ -417,11 +436,14 @@ def test_pairs_of_conversations() -> None:
     assert letters().decode(real(batch, "chosen_ids", "chosen_mask")[0]) == table["chosen"][star] + "<eos>"
 
 
-def test_pairs_are_evaluated_as_prompts() -> None:
+def test_pairs_are_evaluated_as_prompts_with_their_completions() -> None:
     data = ready(Rows(preferences(80)), "pairs")
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
-        batch: PromptBatch = next(iter(loader))
-        assert set(batch) == {"input_ids", "attention_mask", "columns"}
+        batch: PairBatch = next(iter(loader))
+        sides = {f"{side}_{part}" for side in ("chosen", "rejected") for part in ("ids", "mask")}
+        assert set(batch) == {"input_ids", "attention_mask", "columns"} | sides
+        chosen = zip(batch["chosen_ids"], batch["chosen_mask"].bool(), strict=True)
+        assert [letters().decode(ids[mask][:-1]) for ids, mask in chosen] == batch["columns"]["chosen"]
         assert set(batch["columns"]) == {"prompt", "chosen", "rejected", "stars"}  # as in the view "prompts"
         assert [letters().decode(row[1:]) for row in real(batch)] == batch["columns"]["prompt"]
 

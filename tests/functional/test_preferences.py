@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grade_lightning.functional.preferences import dpo, ipo
+from grade_lightning.functional.preferences import bradley_terry, centring, dpo, ipo
 from grade_lightning.methods import DPO, IPO
 from grade_lightning.records import TokenStats
 
@@ -67,6 +67,25 @@ def test_ipo_is_a_square_around_a_finite_margin(margin: float) -> None:
     up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
     assert up.item() == pytest.approx(2 * (margin - 2.0), abs=1e-12)
     assert down.item() == -up.item()
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_bradley_terry_is_a_cross_entropy_beyond_the_margin(margin: float) -> None:
+    chosen, rejected = pair(margin)
+    wanted = torch.tensor([0.5], dtype=torch.float64)
+    loss = bradley_terry(chosen, rejected, wanted)
+    p = 1 / (1 + math.exp(0.5 - margin))
+    assert loss.item() == pytest.approx(-math.log(p), abs=1e-12)
+    up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    assert up.item() == pytest.approx(p - 1, abs=1e-12)
+    assert down.item() == -up.item()
+
+
+def test_centring_pulls_the_middle_of_a_pair_to_zero() -> None:
+    chosen, rejected = pair(2.0)
+    up, down = torch.autograd.grad(centring(chosen, rejected).sum(), [chosen, rejected])
+    assert up.item() == down.item() == pytest.approx(2 * (2.7 + 0.7))
+    assert not centring(chosen, -chosen).any()
 
 
 def test_the_methods_sum_or_average_over_tokens() -> None:

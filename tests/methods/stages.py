@@ -54,6 +54,20 @@ def labelled(count: int) -> DataLoader[Any]:
     return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
 
+def pairs(count: int) -> DataLoader[Any]:
+    """Random words of two lengths, padded on the right; w3 is among those of the preferred text alone."""
+    rows = []
+    for batch in labelled(count):
+        ids, other = batch["input_ids"][1::2], batch["input_ids"][::2, :5]
+        mask = torch.ones_like(ids)
+        mask[0, 5:] = 0
+        ids = ids.where(mask.bool(), 1)
+        ids[0, 0] = 3
+        row = {"input_ids": ids, "attention_mask": mask, "rejected_ids": other, "rejected_mask": torch.ones_like(other)}
+        rows.append(row | {"margins": torch.zeros(len(ids))})
+    return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+
+
 def saved_keys(run: Trainer, path: Path) -> set[str]:
     run.save_checkpoint(path)
     return set(torch.load(path, weights_only=False)["state_dict"])

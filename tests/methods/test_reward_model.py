@@ -1,6 +1,8 @@
 """Reward modelling, on toy text."""
 
+import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from transformers import AutoConfig
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RewardModel
 from grade_lightning.records import Rollout
-from grade_lightning.rewards import ClassifierReward
+from grade_lightning.rewards import ClassifierReward, SequenceClassifierReward
 from tests.conftest import VOCABULARY, make_tokenizer
-from tests.methods.stages import adam, constant, labelled, saved_keys, trained_keys, trainer
+from tests.methods.stages import adam, constant, labelled, pairs, saved_keys, trained_keys, trainer
+from tests.rewards.sequences import said_by_pipeline
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "head"])
@@ -68,6 +71,80 @@ def test_reward_metrics_are_those_of_the_whole_epoch(folder: Path) -> None:
     pairs = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative)
     assert found["val/auroc"] == pytest.approx(float(pairs.mean()), abs=1e-5)
     assert found["val/accuracy"] == pytest.approx(float(((probs > 0.5) == labels.bool()).double().mean()), abs=1e-5)
+
+
+def scored(batch: dict[str, Tensor], folder: Path) -> Tensor:
+    """The preferred texts, by what a folder holds."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    rollout = Rollout(
+        prompt_ids=ids[:, :3],
+        prompt_mask=mask[:, :3],
+        completion_ids=ids[:, 3:],
+        completion_mask=mask[:, 3:].bool(),
+        engine_logps=None,
+        tokenizer=make_tokenizer(),
+    )
+    mean = (folder / "reward_head.json").exists()
+    reward = ClassifierReward(str(folder), "logit") if mean else SequenceClassifierReward(str(folder))
+    reward.load(make_tokenizer(), VOCABULARY)
+    return reward.score(rollout).total
+
+
+@pytest.mark.parametrize("head", ["mean", "last_token"])
+@pytest.mark.parametrize("learns_from", ["labels", "pairs"])
+def test_what_was_learnt_is_the_reward_and_what_transformers_says(
+    learns_from: Literal["labels", "pairs"], head: Literal["mean", "last_token"], folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = RewardModel(str(folder), learns_from=learns_from, head=head, hidden=32, optimizer=adam)
+    loader = labelled if learns_from == "labels" else pairs
+    trainer().fit(module, loader(60))
+    (found,) = trainer().test(module, loader(4), verbose=False)
+    own = "auroc" if learns_from == "labels" else "margin"
+    assert set(found) == {f"test/{name}" for name in ("loss", "accuracy", "calibration_error", own)}
+    assert found["test/accuracy"] > 0.9
+    module.save_pretrained(str(tmp_path))
+    batch = next(iter(pairs(1)))
+    module.learns_from = "pairs"
+    with torch.no_grad():
+        truth, _ = module(batch).chunk(2)
+    torch.testing.assert_close(scored(batch, tmp_path), truth, rtol=1e-4, atol=1e-4)
+    if head == "last_token":
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        texts = [str(make_tokenizer().decode(ids[mask.bool()])) for ids, mask in rows]
+        torch.testing.assert_close(said_by_pipeline(tmp_path, texts), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_backbone_stays_as_it_is(folder: Path) -> None:
+    module = RewardModel(str(folder), learns_from="pairs", freeze_backbone=True, optimizer=adam)
+    module.configure_model()
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["classifier.model.score.weight"]
+
+
+def test_pairs_by_hand(folder: Path) -> None:
+    """Bradley-Terry with margins and centring, accuracy, margin, and calibration of both orders of each pair."""
+    torch.manual_seed(0)
+    module = RewardModel(str(folder), learns_from="pairs", centring=0.3, optimizer=adam)
+    trainer(max_steps=3).fit(module, pairs(3))
+    loader = pairs(2)
+    for batch in loader:
+        batch["margins"] += torch.linspace(0, 1, len(batch["margins"]))
+    (found,) = trainer().validate(module, loader, verbose=False)
+    losses, wins, p = [], [], []
+    for batch in loader:
+        with torch.no_grad():
+            chosen, rejected = module(batch).chunk(2)
+        for c, r, m in zip(chosen.tolist(), rejected.tolist(), batch["margins"].tolist(), strict=True):
+            losses.append(math.log1p(math.exp(-(c - r - m))) + 0.3 * (c + r) ** 2)
+            wins.append(c - r)
+            p.append(1 / (1 + math.exp(r - c)))
+    assert found["val/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["val/margin"] == pytest.approx(sum(wins) / len(wins), rel=1e-4)
+    assert found["val/accuracy"] == pytest.approx(sum(w > 0 for w in wins) / len(wins))
+    both = [(x, 1.0) for x in p] + [(1 - x, 0.0) for x in p]
+    bins = [[(x, y) for x, y in both if k / 15 < x <= (k + 1) / 15] for k in range(15)]
+    error = sum(abs(sum(x - y for x, y in b)) for b in bins) / len(both)
+    assert found["val/calibration_error"] == pytest.approx(error, abs=1e-5)
 
 
 def test_stages_resume_where_they_stopped(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Conversations as a reward's own chat template writes them."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.records import Rollout
+
+Messages = list[dict[str, Any]]
+
+_ANSWER = "Fine thanks"
+
+
+def conversations(rollout: Rollout) -> list[Messages | None]:
+    """Of each row the messages of its prompt; None where the prompt is a text."""
+    prompts = rollout.columns.get("prompt", [None] * len(rollout.ids))
+    return [prompt if isinstance(prompt, list) else None for prompt in prompts]
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, messages: Messages, completion: str) -> str:
+    """A conversation with the assistant's answer, as the chat template writes it.
+
+    Where the last message is the assistant's, the completion continues it.
+
+    Raises:
+        InputError: the template does not take it.
+    """
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        messages, begun = messages[:-1], str(messages[-1]["content"] or "")
+    whole = [*messages, {"role": "assistant", "content": begun + completion}]
+    try:
+        return str(tokenizer.apply_chat_template(whole, tokenize=False))
+    except Exception as error:  # a template is a program: anything may fail
+        if not isinstance(error, (TemplateError, ValueError, TypeError, KeyError, AttributeError)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"reward {tokenizer.name_or_path}: its chat template does not take {whole!r:.100} ({reason}); mend it, or "
+            "remove it from the folder to have conversations scored as plain text"
+        ) from error
+
+
+def around(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, str]:
+    r"""What the chat template writes before the words of the answer, and after them.
+
+    Raises:
+        InputError: the template does not take the conversation, or leaves out the answer.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        >>> around(tokenizer, [{"role": "user", "content": "Hi."}])
+        ('user: Hi.\nassistant: ', '\n')
+    """
+    text = answered(tokenizer, messages, _ANSWER)
+    before, found, after = text.rpartition(_ANSWER)
+    if not found:
+        raise InputError(
+            f"reward {tokenizer.name_or_path}: its chat template leaves out what the assistant says; mend it, or "
+            "remove it from the folder to have conversations scored as plain text"
+        )
+    return before, after

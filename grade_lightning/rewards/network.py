@@ -1,0 +1,127 @@
+"""Rewards that are networks with a tokenizer of their own, which may have the policy's vocabulary or another."""
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grade_lightning.errors import InputError
+from grade_lightning.policies.context import context_length
+from grade_lightning.policies.loading import embedding_table, load_pretrained, resolve_model, torch_dtype
+from grade_lightning.records import RelaxedRollout, Rollout, Scores
+
+from .differentiable import DifferentiableReward
+from .retokenize import retokenize
+
+
+class NetworkReward(DifferentiableReward):
+    """A reward that is a frozen network, read from a folder with its tokenizer.
+
+    Differentiable if it shares the policy's vocabulary. Else the text is decoded and read in the reward's own tokens,
+    which gives the exact score and no gradient.
+
+    Args:
+        path: a folder or a name on the Hub.
+        dtype: of the weights.
+    """
+
+    def __init__(self, path: str, dtype: str) -> None:
+        super().__init__()
+        self.path = path
+        self.dtype = torch_dtype(dtype)
+        self.vocabulary = 0
+        self.foreign: PreTrainedTokenizerBase | None = None
+        """The reward's tokenizer, where it has another vocabulary than the policy's."""
+
+    @abstractmethod
+    def read(self, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read the network of a folder; its tokenizer is given."""
+
+    @property
+    @abstractmethod
+    def network(self) -> PreTrainedModel | None:
+        """What has the table of embeddings; None before it is read."""
+
+    @property
+    def name(self) -> str:
+        """`classifier`."""
+        return "classifier"
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Read the network, and see whether it shares the policy's vocabulary.
+
+        Raises:
+            InputError: it cannot be read, or embeds fewer tokens than the policy has logits.
+        """
+        self.vocabulary = vocabulary
+        if self.network is None:
+            path = resolve_model(self.path, "reward")
+            own = load_pretrained(AutoTokenizer, path)
+            if own.get_vocab() != tokenizer.get_vocab():
+                self.foreign, self.differentiable, self._policy = own, False, tokenizer
+            self.read(path, own)
+            self.requires_grad_(False).eval()
+        rows = self._loaded.config.get_text_config().vocab_size
+        if rows < vocabulary and self.foreign is None:
+            raise InputError(f"reward {self.path}: embeds {rows} tokens but the policy has {vocabulary} logits")
+
+    @property
+    def _loaded(self) -> Any:
+        if self.network is None:
+            raise RuntimeError(f"{type(self).__name__}.load() was not called")
+        return self.network
+
+    @property
+    def context_length(self) -> int | None:
+        """The network's; its own tokens are not the policy's, and are counted when they are made."""
+        return None if self.foreign is not None else self.room
+
+    @property
+    def room(self) -> int | None:
+        """The longest text that the network reads, in its own tokens."""
+        return context_length(self._loaded.config)
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Scores of the sampled tokens, or of the same text in the reward's own tokens."""
+        if self.foreign is None:
+            return super().forward(rollout)
+        ids, mask = self.translate(rollout, self.foreign)
+        return self.score_embeddings(self._loaded.get_input_embeddings()(ids), mask)
+
+    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the same text in the reward's own tokens, (B, L), padded on the right."""
+        return retokenize(rollout, tokenizer, self.room)
+
+    def pathwise(self, rollout: Rollout) -> Scores:
+        """Scores with the gradient at the tokens.
+
+        Raises:
+            InputError: another vocabulary: the policy's tokens are none that the network could be differentiated in.
+        """
+        if self.foreign is not None:
+            raise InputError(
+                f"reward {self.path}: its vocabulary ({len(self.foreign)} tokens) is not the policy's "
+                f"({len(self._policy)}), and GRADE sends the reward's gradient through the tokens; use a method that "
+                "needs its score alone (RLOO, GRPO …), or train a reward model on the policy's own backbone: "
+                f"grade-fit --model RewardModel --model.backbone {self._policy.name_or_path or 'POLICY'}"
+            )
+        return super().pathwise(rollout)
+
+    def relaxed(self, rollout: RelaxedRollout) -> Scores:
+        """Scores of the soft tokens, with their graph.
+
+        Raises:
+            InputError: another vocabulary.
+        """
+        if self.foreign is not None:
+            self.pathwise(rollout)  # says what to do instead
+        return super().relaxed(rollout)
+
+    def train(self, mode: bool = True) -> "NetworkReward":
+        """The network is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    def table(self) -> Tensor:
+        """Embedding table of the network, (vocabulary, width)."""
+        return embedding_table(self._loaded, self.vocabulary or None)
