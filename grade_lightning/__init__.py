@@ -1,7 +1,9 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
-from grade_lightning.advantages import grouped
+from grade_lightning.advantages import OptimalTokenBaseline, grouped
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
+from grade_lightning.columns import Columns
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
@@ -43,7 +45,7 @@ from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Sch
 from grade_lightning.selection import DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
-from grade_lightning.terms import Critic, Term
+from grade_lightning.terms import Critic, EntropyBonus, Proximal, Term, TokenTerm
 
 __version__ = "0.1.0"
 
@@ -65,6 +67,7 @@ __all__ = [
     "BundledReviews",
     "Checkpoint",
     "ClassifierReward",
+    "Columns",
     "Completions",
     "Constant",
     "Cosine",
@@ -75,6 +78,8 @@ __all__ = [
     "DrGRPO",
     "DynamicSampling",
     "Engine",
+    "EngineCorrection",
+    "EntropyBonus",
     "Environment",
     "Experience",
     "Exponential",
@@ -89,6 +94,7 @@ __all__ = [
     "Linear",
     "LoRA",
     "LocalFiles",
+    "OptimalTokenBaseline",
     "OverlongPenalty",
     "Pass",
     "Policy",
@@ -97,6 +103,7 @@ __all__ = [
     "PreferenceModule",
     "PromptMemory",
     "Prompts",
+    "Proximal",
     "ReinMax",
     "Reinforce",
     "ReinforcePlusPlus",
@@ -117,6 +124,7 @@ __all__ = [
     "TextDataModule",
     "TokenEstimator",
     "TokenStats",
+    "TokenTerm",
     "TrainableModule",
     "TransformersEngine",
     "Turns",

@@ -1,15 +1,18 @@
 """Advantages of tokens, as functions of the experience: the stage between measuring and the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from grade_lightning.columns import Columns
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages
+from grade_lightning.functional.scores import score_norm
+from grade_lightning.functional.token_baseline import optimal_token_baseline
 from grade_lightning.records import Experience
 from grade_lightning.stateful import Stateful
 
@@ -55,6 +58,31 @@ leave_one_out = grouped(advantages.leave_one_out)
 def batch_standardised(seen: Experience, reduce: Reduce) -> Tensor:
     """(R − the group's mean) / std over the batch."""
     return grouped(partial(advantages.batch_standardised, total=reduce.sum))(seen, reduce)
+
+
+class OptimalTokenBaseline(Columns):
+    """R − a baseline of each position, in which the other completions of the prompt count by their noise so far.
+
+    Unbiased, as the mean of the others is. Known exactly it has less variance than the mean reward; estimated from the
+    few others of a small group it may have more.
+
+    References:
+        | The Optimal Token Baseline (2026), https://arxiv.org/abs/2602.07078
+    """
+
+    names = ("score_norm",)
+
+    def columns(self, logps: Tensor, tokens: Tensor, hidden: Tensor) -> Iterable[Tensor]:
+        """|e_x − π|² of each token."""
+        yield score_norm(logps, tokens)
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """Reward less baseline; 0 without a reward, or where no other completion has one."""
+        rollout = seen.rollout
+        norms = seen.old.columns["score_norm"]
+        baseline = optimal_token_baseline(seen.rewards, norms, rollout.sampled, rollout.layout)
+        surplus = (seen.rewards.unsqueeze(1) - baseline).nan_to_num(nan=0.0)
+        return surplus + of_completions(torch.zeros_like(seen.rewards), seen)
 
 
 class Baseline(Stateful):

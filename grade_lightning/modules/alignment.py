@@ -190,9 +190,13 @@ class AlignmentModule(TrainableModule, ABC):
         if self._trainer is not None and not self._checked:
             half = self.policy.dtype in (torch.bfloat16, torch.float16)
             reduced = half or "16" in str(self.trainer.precision)
-            check_first_batch(self.policy, self.sampler, experience.rollout, self._started, reduced)
+            check_first_batch(self.policy, self.sampler, self.checked(experience), self._started, reduced)
             self._checked = True
         return experience
+
+    def checked(self, experience: Experience) -> Rollout:
+        """What the first batch's check looks at."""
+        return experience.rollout
 
     def finish_step(self, experience: Experience, step: StepOutput) -> Tensor:
         """Log the step, and hand its loss to Lightning."""
