@@ -11,7 +11,9 @@ from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    CAPO,
     CISPO,
+    COPO,
     DAPO,
     DPO,
     GPPO,
@@ -50,7 +52,9 @@ from grade_lightning.terms import Critic, EntropyBonus, Proximal, Term, TokenTer
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAPO",
     "CISPO",
+    "COPO",
     "DAPO",
     "DPO",
     "FSDP2",

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -80,6 +81,18 @@ class PolicyLoss(Term):
         ratio = ratios.importance_ratio(now.logps, old, mask, level)
         gated = (self.gate(ratio, seen) != ratio) & mask & (seen.advantages != 0)
         return loss, {"clip_fraction": gated.sum() / mask.sum().clamp(min=1)}
+
+
+class SecondLine(PolicyLoss):
+    """The same line for advantages of another kind, which a method leaves in `seen.extra["advantages"]`.
+
+    A gate looks at the sign of an advantage alone, so a weight between the two lines is a factor of their advantages.
+    """
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """The line; what is clipped is of the first."""
+        loss, _ = super().__call__(replace(seen, advantages=seen.extra["advantages"]), now, reduce)
+        return loss, {}
 
 
 class KLLoss(Term):

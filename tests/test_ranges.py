@@ -9,13 +9,16 @@ import pytest
 
 import grade_lightning.methods
 from grade_lightning.callbacks import Completions, GradientVariance
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.data import BundledReviews, TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    CAPO,
     CISPO,
+    COPO,
     DAPO,
     DPO,
     GPPO,
@@ -38,6 +41,7 @@ from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, W
 from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DynamicSampling
+from grade_lightning.terms import EntropyBonus, Proximal
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -98,6 +102,11 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
         "high_scale": [-0.1],
         "dual": [0.9],
     },
+    Proximal: {"eta": [0]},
+    EntropyBonus: {"coefficient": [-0.1], "target": [-0.1], "step": [-0.1]},
+    EngineCorrection: {"cap": [0.9]},
+    CAPO: {"max_objective_change": [0], "max_policy_change": [0], "epsilon": [-0.1]},
+    COPO: {"sharpness": [0], "threshold": [], "epsilon": [-0.1], "dual": [0.9]},
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
     DPO: {"label_smoothing": [-0.1, 0.6]},

@@ -8,7 +8,9 @@ import pkgutil
 
 from grade_lightning.modules import TrainableModule as _TrainableModule
 
+from .capo import CAPO as CAPO
 from .cispo import CISPO as CISPO
+from .copo import COPO as COPO
 from .dapo import DAPO as DAPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO

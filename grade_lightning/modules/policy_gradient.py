@@ -241,6 +241,7 @@ class PolicyGradientModule(AlignmentModule):
             seen = replace(seen, kept=kept, advantages=seen.advantages.masked_fill(~kept, 0))
             tokens = self.reduce.mean(seen.sampled.sum().float())
             seen.normalizers = seen.normalizers._replace(tokens=tokens)
+            seen.metrics = seen.metrics | {"kept_tokens": seen.sampled.sum() / seen.rollout.sampled.sum()}
         return seen
 
     # ---- terms --------------------------------------------------------------------------------------------------
