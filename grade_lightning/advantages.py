@@ -11,6 +11,7 @@ from grade_lightning.columns import Columns
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages
+from grade_lightning.functional.entropy_balance import entropy_weight
 from grade_lightning.functional.scores import score_norm
 from grade_lightning.functional.token_baseline import optimal_token_baseline
 from grade_lightning.records import Experience
@@ -58,6 +59,21 @@ leave_one_out = grouped(advantages.leave_one_out)
 def batch_standardised(seen: Experience, reduce: Reduce) -> Tensor:
     """(R − the group's mean) / std over the batch."""
     return grouped(partial(advantages.batch_standardised, total=reduce.sum))(seen, reduce)
+
+
+def entropy_balanced(advantage: Advantage, scale: float) -> Advantage:
+    """An advantage times 1 + a z, z the entropy of its token, standardised over the batch; not below 0 times.
+
+    Args:
+        advantage: of which.
+        scale: a.
+    """
+
+    def balanced(seen: Experience, reduce: Reduce) -> Tensor:
+        surprise = advantages.whiten(seen.old.entropy, seen.mask, reduce.sum)
+        return advantage(seen, reduce) * entropy_weight(surprise, scale)
+
+    return balanced
 
 
 class OptimalTokenBaseline(Columns):

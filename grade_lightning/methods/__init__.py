@@ -8,6 +8,7 @@ import pkgutil
 
 from grade_lightning.modules import TrainableModule as _TrainableModule
 
+from .agentic_aepo import AgenticAEPO as AgenticAEPO
 from .capo import CAPO as CAPO
 from .cispo import CISPO as CISPO
 from .copo import COPO as COPO
