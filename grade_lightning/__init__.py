@@ -11,6 +11,7 @@ from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    AEPO,
     CAPO,
     CISPO,
     COPO,
@@ -23,6 +24,7 @@ from grade_lightning.methods import (
     PPO,
     RLOO,
     SAPO,
+    STPPO,
     AgenticAEPO,
     DrGRPO,
     Grade,
@@ -31,6 +33,7 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
     RewardModel,
     SupervisedFineTuning,
+    TurnPPO,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Pass, Policy
@@ -53,6 +56,7 @@ from grade_lightning.terms import Critic, EntropyBonus, Proximal, Term, TokenTer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AEPO",
     "CAPO",
     "CISPO",
     "COPO",
@@ -67,6 +71,7 @@ __all__ = [
     "PPO",
     "RLOO",
     "SAPO",
+    "STPPO",
     "AgenticAEPO",
     "AlignmentModule",
     "Batching",
@@ -133,6 +138,7 @@ __all__ = [
     "TokenTerm",
     "TrainableModule",
     "TransformersEngine",
+    "TurnPPO",
     "Turns",
     "WeightedSum",
     "by_advantage",

@@ -23,3 +23,12 @@ def by_advantage(gate: Callable[..., Tensor], **settings: Any) -> Gate:
         >>> gate = by_advantage(clipped, low=0.8, high=1.2)
     """
     return lambda ratio, seen: gate(ratio, seen.advantages, **settings)
+
+
+def complement(gate: Gate) -> Gate:
+    """The ratio where a gate is 0, and 0 elsewhere: with a gate that clips, both lines together have no clip.
+
+    Args:
+        gate: the ratio, or 0.
+    """
+    return lambda ratio, seen: ratio.masked_fill(gate(ratio, seen) != 0, 0)

@@ -218,9 +218,9 @@ class EntropyBonus(TokenTerm, Stateful):
             self.coefficient, self.below = state["coefficient"], state["below"]
 
 
-def mean_entropy(seen: Experience, reduce: Reduce) -> float:
-    """Nats per token of the policy that sampled, over the tokens of all processes that are trained on."""
-    mask = seen.sampled
+def mean_entropy(seen: Experience, reduce: Reduce, mask: Tensor | None = None) -> float:
+    """Nats per token of the policy that sampled, over the tokens of all processes that are trained on, or of a mask."""
+    mask = seen.sampled if mask is None else mask
     total = masked_sum(seen.old.entropy, mask).sum()
     total, count = reduce.sum(torch.stack([total, mask.sum().to(total.dtype)]))
     return float(total / count.clamp(min=1))

@@ -16,6 +16,7 @@ from grade_lightning.estimators import Gumbel
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    AEPO,
     CAPO,
     CISPO,
     COPO,
@@ -28,6 +29,7 @@ from grade_lightning.methods import (
     PPO,
     RLOO,
     SAPO,
+    STPPO,
     AgenticAEPO,
     DrGRPO,
     Grade,
@@ -35,6 +37,7 @@ from grade_lightning.methods import (
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
+    TurnPPO,
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
@@ -108,6 +111,14 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     EngineCorrection: {"cap": [0.9]},
     CAPO: {"max_objective_change": [0], "max_policy_change": [0], "epsilon": [-0.1]},
     AgenticAEPO: {"entropy_scale": [-0.1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
+    **{
+        method: {key: [-0.1] for key in ("epsilon", "epsilon_value", "vf_coef")}
+        | {key: [-0.1, 1.1] for key in ("gamma", "lam", "decay")}
+        for method in (TurnPPO, STPPO)
+    },
+    AEPO: {key: [0] for key in ("temperature_high", "temperature_low")}
+    | {key: [-0.1] for key in ("target_entropy", "weight", "most", "epsilon")}
+    | {"correct": []},
     COPO: {"sharpness": [0], "threshold": [], "epsilon": [-0.1], "dual": [0.9]},
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},

@@ -172,6 +172,29 @@ class PolicyGradientModule(AlignmentModule):
             further = self.selection.resample(seen, wanted)
         return self._finished(replace(self._kept(seen, wanted), beta=self.beta))
 
+    def with_tempered(self, seen: Experience, prompts: Prompts, temperature: float) -> Experience:
+        """With completions of some prompts that are drawn at another temperature, marked in `extra["tempered"]`.
+
+        They have the policy's own log-probabilities, as if they had been drawn at the sampler's temperature.
+
+        Args:
+            seen: the completions so far.
+            prompts: of which to draw; G of each.
+            temperature: times the sampler's.
+        """
+        own = self.sampler.distribution
+        groups = torch.arange(len(prompts)).repeat_interleave(self.num_generations)
+        given = prompts.repeat(torch.full((len(prompts),), self.num_generations))
+        distribution = replace(own, temperature=own.temperature * temperature)
+        rollout = replace(self.sampler.engine.generate(self.policy, distribution, given), groups=groups)
+        rollout = rollout.select(torch.arange(len(rollout.ids)))
+        with torch.no_grad(), self.policy.evaluating():
+            rollout = replace(rollout, engine_logps=self.measure(rollout).logps)
+        other = self._finished(Experience(rollout, self.score(rollout)))
+        joined = Experience.join([seen, other])
+        marks = torch.arange(len(joined.rollout.ids), device=seen.scores.total.device) >= len(seen.rollout.ids)
+        return replace(joined, beta=seen.beta, metrics=seen.metrics, extra={"tempered": marks.to(seen.scores.total)})
+
     def _kept(self, seen: Experience, wanted: int) -> Experience:
         """The rows that the selection keeps; every process learns of one that keeps none."""
         rows = self.selection.keep(seen, wanted)
