@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
-from grade_lightning.methods import DAPO, GRPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
+from grade_lightning.methods import COPO, DAPO, GRPO, PPO, RLOO, STPPO, AgenticAEPO, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
@@ -119,6 +119,9 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
     "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
+    "prompts of all processes": (COPO, {"epochs": 2}, 1),
+    "entropies of all processes": (AgenticAEPO, {"epochs": 2}, 1),
+    "what is cut off": (STPPO, {"epochs": 2, "num_generations": 1}, 2),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 
@@ -204,7 +207,9 @@ def test_two_processes_have_the_gradient_of_one(name: str, together: Together, t
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in ("values", "one process without rewards", "seams", "rows of its own", "turns"))
+    assert bool(remembered) is (
+        name in ("values", "one process without rewards", "seams", "rows of its own", "turns", "what is cut off")
+    )
     assert_same(one["weights"], two["weights"])
 
 
