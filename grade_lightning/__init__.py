@@ -1,8 +1,10 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
-from grade_lightning.advantages import grouped
+from grade_lightning.advantages import OptimalTokenBaseline, grouped
 from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
+from grade_lightning.columns import Columns
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
@@ -10,7 +12,10 @@ from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    AEPO,
+    CAPO,
     CISPO,
+    COPO,
     D3S,
     DAPO,
     DCPO,
@@ -24,6 +29,8 @@ from grade_lightning.methods import (
     PPO,
     RLOO,
     SAPO,
+    STPPO,
+    AgenticAEPO,
     DrGRPO,
     Grade,
     GradeSTE,
@@ -32,6 +39,7 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
     RewardModel,
     SupervisedFineTuning,
+    TurnPPO,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Pass, Policy
@@ -57,12 +65,15 @@ from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Sch
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
-from grade_lightning.terms import Critic, DriftPenalty, Term
+from grade_lightning.terms import Critic, DriftPenalty, EntropyBonus, Proximal, Term, TokenTerm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AEPO",
+    "CAPO",
     "CISPO",
+    "COPO",
     "D3S",
     "DAPO",
     "DCPO",
@@ -78,11 +89,14 @@ __all__ = [
     "PPO",
     "RLOO",
     "SAPO",
+    "STPPO",
+    "AgenticAEPO",
     "AlignmentModule",
     "Batching",
     "BundledReviews",
     "Checkpoint",
     "ClassifierReward",
+    "Columns",
     "Completions",
     "Constant",
     "Cosine",
@@ -96,6 +110,8 @@ __all__ = [
     "DropSolved",
     "DynamicSampling",
     "Engine",
+    "EngineCorrection",
+    "EntropyBonus",
     "Environment",
     "ExactMatch",
     "Experience",
@@ -118,6 +134,7 @@ __all__ = [
     "LocalFiles",
     "MathAnswer",
     "NumericMatch",
+    "OptimalTokenBaseline",
     "OverlongPenalty",
     "Pass",
     "Policy",
@@ -126,6 +143,7 @@ __all__ = [
     "PreferenceModule",
     "PromptMemory",
     "Prompts",
+    "Proximal",
     "ReinMax",
     "Reinforce",
     "ReinforcePlusPlus",
@@ -147,8 +165,10 @@ __all__ = [
     "TextDataModule",
     "TokenEstimator",
     "TokenStats",
+    "TokenTerm",
     "TrainableModule",
     "TransformersEngine",
+    "TurnPPO",
     "Turns",
     "Verifier",
     "WeightedSum",

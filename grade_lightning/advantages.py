@@ -1,6 +1,6 @@
 """Advantages of tokens, as functions of the experience: the stage between measuring and the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -8,9 +8,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from grade_lightning.columns import Columns
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
 from grade_lightning.functional import advantages, smoothing
+from grade_lightning.functional.entropy_balance import entropy_weight
+from grade_lightning.functional.scores import score_norm
+from grade_lightning.functional.token_baseline import optimal_token_baseline
 from grade_lightning.functional.virtual import virtual_best
 from grade_lightning.memory import PromptMemory
 from grade_lightning.records import Experience
@@ -133,6 +137,46 @@ def _merged_visits(known: Tensor | None, new: Tensor) -> Tensor:
         return new
     mean, variance = smoothing.merged_moments(known[0], (known[1], known[2]), (new[1], new[2]))
     return torch.stack([known[0] + 1, mean, variance])
+
+
+def entropy_balanced(advantage: Advantage, scale: float) -> Advantage:
+    """An advantage times 1 + a z, z the entropy of its token, standardised over the batch; not below 0 times.
+
+    Args:
+        advantage: of which.
+        scale: a.
+    """
+
+    def balanced(seen: Experience, reduce: Reduce) -> Tensor:
+        surprise = advantages.whiten(seen.old.entropy, seen.mask, reduce.sum)
+        return advantage(seen, reduce) * entropy_weight(surprise, scale)
+
+    return balanced
+
+
+class OptimalTokenBaseline(Columns):
+    """R − a baseline of each position, in which the other completions of the prompt count by their noise so far.
+
+    Unbiased, as the mean of the others is. Known exactly it has less variance than the mean reward; estimated from the
+    few others of a small group it may have more.
+
+    References:
+        | The Optimal Token Baseline (2026), https://arxiv.org/abs/2602.07078
+    """
+
+    names = ("score_norm",)
+
+    def columns(self, logps: Tensor, tokens: Tensor, hidden: Tensor) -> Iterable[Tensor]:
+        """|e_x − π|² of each token."""
+        yield score_norm(logps, tokens)
+
+    def __call__(self, seen: Experience, reduce: Reduce) -> Tensor:
+        """Reward less baseline; 0 without a reward, or where no other completion has one."""
+        rollout = seen.rollout
+        norms = seen.old.columns["score_norm"]
+        baseline = optimal_token_baseline(seen.rewards, norms, rollout.sampled, rollout.layout)
+        surplus = (seen.rewards.unsqueeze(1) - baseline).nan_to_num(nan=0.0)
+        return surplus + of_completions(torch.zeros_like(seen.rewards), seen)
 
 
 class Baseline(Stateful):

@@ -65,3 +65,12 @@ def by_hardness(threshold: float, temperature: float) -> Gate:
         return weights.unsqueeze(1).expand_as(ratio)
 
     return gate
+
+
+def complement(gate: Gate) -> Gate:
+    """The ratio where a gate is 0, and 0 elsewhere: with a gate that clips, both lines together have no clip.
+
+    Args:
+        gate: the ratio, or 0.
+    """
+    return lambda ratio, seen: ratio.masked_fill(gate(ratio, seen) != 0, 0)

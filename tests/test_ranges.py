@@ -10,13 +10,17 @@ import pytest
 import grade_lightning.methods
 from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Completions, GradientVariance
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.data import BundledReviews, TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
 from grade_lightning.methods import (
+    AEPO,
+    CAPO,
     CISPO,
+    COPO,
     D3S,
     DAPO,
     DCPO,
@@ -30,6 +34,8 @@ from grade_lightning.methods import (
     PPO,
     RLOO,
     SAPO,
+    STPPO,
+    AgenticAEPO,
     DrGRPO,
     Grade,
     GradeSTE,
@@ -37,6 +43,7 @@ from grade_lightning.methods import (
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
+    TurnPPO,
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
@@ -44,7 +51,7 @@ from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, W
 from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DropSolved, DynamicSampling
-from grade_lightning.terms import DriftPenalty
+from grade_lightning.terms import DriftPenalty, EntropyBonus, Proximal
 
 
 def a_sum(weight: float) -> WeightedSum:
@@ -105,6 +112,20 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
         "high_scale": [-0.1],
         "dual": [0.9],
     },
+    Proximal: {"eta": [0]},
+    EntropyBonus: {"coefficient": [-0.1], "target": [-0.1], "step": [-0.1]},
+    EngineCorrection: {"cap": [0.9]},
+    CAPO: {"max_objective_change": [0], "max_policy_change": [0], "epsilon": [-0.1]},
+    AgenticAEPO: {"entropy_scale": [-0.1], "epsilon_low": [-0.1, 1.1], "epsilon_high": [-0.1]},
+    **{
+        method: {key: [-0.1] for key in ("epsilon", "epsilon_value", "vf_coef")}
+        | {key: [-0.1, 1.1] for key in ("gamma", "lam", "decay")}
+        for method in (TurnPPO, STPPO)
+    },
+    AEPO: {key: [0] for key in ("temperature_high", "temperature_low")}
+    | {key: [-0.1] for key in ("target_entropy", "weight", "most", "epsilon")}
+    | {"correct": []},
+    COPO: {"sharpness": [0], "threshold": [], "epsilon": [-0.1], "dual": [0.9]},
     CISPO: {"low": [-0.1, 1.1], "high": [0.9]},
     SAPO: {"tau_pos": [-0.1], "tau_neg": [-0.1]},
     DCPO: {"epsilon_low": [-0.1], "epsilon_high": [-0.1], "dual": [0.9], "memory": [-1]},

@@ -14,7 +14,8 @@ from torch import Tensor
 Total: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def _alone(values: Tensor) -> Tensor:
+def alone(values: Tensor) -> Tensor:
+    """The total where there is one process."""
     return values
 
 
@@ -84,7 +85,7 @@ def group_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Floa
     return centred / (variance.sqrt() + eps)
 
 
-def batch_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4, total: Total = _alone) -> Float[Tensor, "p g"]:
+def batch_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4, total: Total = alone) -> Float[Tensor, "p g"]:
     """(R − the group's mean) / (std of all the batch's rewards + eps).
 
     References:
@@ -100,7 +101,7 @@ def batch_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4, total: 
     return group_centred(rewards) / (variance.sqrt() + eps).to(rewards.dtype)
 
 
-def whiten(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], total: Total = _alone) -> Float[Tensor, "b t"]:
+def whiten(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], total: Total = alone) -> Float[Tensor, "b t"]:
     """(x − mean) / std over all tokens of the batch; 0 outside of the mask.
 
     Example:

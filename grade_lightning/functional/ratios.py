@@ -51,7 +51,7 @@ def sequence_level(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> F
 def turn_level(
     values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], turns: Int[Tensor, "b t"]
 ) -> Float[Tensor, "b t"]:
-    """The mean over each turn; `turns` numbers the turn that each token belongs to, from 0.
+    """The mean over each turn; `turns` numbers the turn that each token belongs to, from 0 to at most t.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def turn_level(
         >>> turn_level(torch.tensor([[1.0, 3.0, 9.0]]), mask, torch.tensor([[0, 0, 1]]))
         tensor([[2., 2., 9.]])
     """
-    sums = values.new_zeros(len(values), int(turns.max()) + 1)
+    sums = values.new_zeros(len(values), values.shape[1] + 1)  # how many there are only the device knows
     counts = sums.scatter_add(1, turns, mask.to(values.dtype)).clamp(min=1)
     means = sums.scatter_add(1, turns, values.masked_fill(~mask, 0)) / counts
     return means.gather(1, turns)

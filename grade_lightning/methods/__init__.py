@@ -8,7 +8,11 @@ import pkgutil
 
 from grade_lightning.modules import TrainableModule as _TrainableModule
 
+from .aepo import AEPO as AEPO
+from .agentic_aepo import AgenticAEPO as AgenticAEPO
+from .capo import CAPO as CAPO
 from .cispo import CISPO as CISPO
+from .copo import COPO as COPO
 from .d3s import D3S as D3S
 from .dapo import DAPO as DAPO
 from .dcpo import DCPO as DCPO
@@ -29,7 +33,9 @@ from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus
 from .reward_model import RewardModel as RewardModel
 from .rloo import RLOO as RLOO
 from .sapo import SAPO as SAPO
+from .st_ppo import STPPO as STPPO
 from .supervised import SupervisedFineTuning as SupervisedFineTuning
+from .turn_ppo import TurnPPO as TurnPPO
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     for _value in vars(importlib.import_module(_found.name)).values():

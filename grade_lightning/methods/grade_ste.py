@@ -133,7 +133,7 @@ class GradeSTE(AlignmentModule):
             found = tuple(figures(sampled, dist, lambda: ref_dist, rollout.tokens[rows]))
             cotangent = replayed.cotangent(logits, rows)
             if self.kl_prefix == "none":
-                cotangent = cotangent + kl_cotangent(dist, ref_dist, found[2])
+                cotangent = cotangent + kl_cotangent(dist, ref_dist, found[3])
             return cotangent, found
 
         zero, columns = vocabulary.push(ascent)

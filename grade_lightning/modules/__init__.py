@@ -1,6 +1,7 @@
 """What the methods share, one idea a file."""
 
 from .alignment import AlignmentModule as AlignmentModule
+from .clip_normalized import ClipNormalizedModule as ClipNormalizedModule
 from .policy_gradient import PolicyGradientModule as PolicyGradientModule
 from .preference import PreferenceModule as PreferenceModule
 from .trainable import TrainableModule as TrainableModule

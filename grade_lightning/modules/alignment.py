@@ -188,9 +188,13 @@ class AlignmentModule(TrainableModule, ABC):
         """Collect; what is collected first is checked, also after a resume."""
         experience = self.collect(batch)
         if self._trainer is not None and not self._checked:
-            self.check_first_batch(experience.rollout)
+            self.check_first_batch(self.checked(experience))
             self._checked = True
         return experience
+
+    def checked(self, experience: Experience) -> Rollout:
+        """What the first batch's check looks at."""
+        return experience.rollout
 
     def check_first_batch(self, rollout: Rollout) -> None:
         """What was sampled is the policy's own; where the run starts, the policy is its reference."""

@@ -1,18 +1,23 @@
 """Measuring: one teacher-forced pass of the policy and of its reference, and what it says of each token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grade_lightning.columns import Columns
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.records import Rollout, TokenStats
 from grade_lightning.rollouts import Distribution
-from grade_lightning.terms import Graphs
+from grade_lightning.terms import GRAPHS, Graphs
+
+COUNT = 5
+"""Statistics that are measured for every method: those of :func:`figures`."""
 
 
 def measure(
@@ -22,6 +27,7 @@ def measure(
     known: TokenStats | None = None,
     graphs: Graphs = "log_ratio",
     values: Callable[[Tensor], Tensor] | None = None,
+    parts: Sequence[Columns] = (),
 ) -> TokenStats:
     """Statistics of a rollout's tokens, the policy's own or others.
 
@@ -29,22 +35,28 @@ def measure(
         policy: the policy and its reference.
         distribution: of the tokens.
         rollout: the completions.
-        known: earlier statistics, of which all but `logps` (and `values`) are taken over; the reference is not needed.
+        known: earlier statistics, of which all are taken over but `values` and those with graphs. The reference is
+            needed only where KL is among these.
         graphs: up to which of the statistics there are graphs.
         values: a value head on the hidden states.
+        parts: those that ask for further statistics.
     """
     hidden = policy.training_pass.hidden(policy, rollout)
     vocabulary = policy.vocabulary(rollout.take(hidden))
-    if known is not None:
-        (logps,) = vocabulary.map(lambda logits, rows: islice(_figures(distribution, rollout, logits, rows), 1))
-        found = replace(known, logps=rollout.put(logps))
+    wanted = 1 + GRAPHS.index(graphs)
+    if known is not None and graphs != "kl":
+        now = vocabulary.map(lambda logits, rows: islice(_figures(distribution, rollout, logits, rows), wanted))
+        found = _updated(known, rollout, now)
     else:
         reference = reference_vocabulary(policy, rollout)
+        hidden_states = vocabulary.hidden.detach()
         columns = vocabulary.map(
-            lambda logits, rows: _figures(distribution, rollout, logits, rows, reference),
-            differentiable=3 if graphs == "kl" else 2,
+            lambda logits, rows: _figures(distribution, rollout, logits, rows, reference, hidden_states, parts),
+            differentiable=wanted,
         )
-        found = stats_of(rollout, columns)
+        names = [name for part in parts for name in part.names]
+        more = dict(zip(names, map(rollout.put, columns[COUNT:]), strict=True))
+        found = replace(stats_of(rollout, columns[:COUNT]), columns=more)
     return found if values is None else replace(found, values=values(hidden))
 
 
@@ -65,29 +77,50 @@ def figures(sampled: Tensor, dist: Tensor, reference: Callable[[], Tensor], toke
         tokens: the sampled tokens, (n,).
 
     Yields:
-        log π of the tokens as sampled; log π without truncation; exact KL; entropy; log π_ref.
+        log π of the tokens as sampled; log π without truncation; entropy; exact KL; log π_ref.
     """
     yield sequences.token_logps(sampled, tokens)
     yield sequences.token_logps(dist, tokens)
+    yield sequences.entropy(dist)
     ref_dist = reference()
     yield divergences.categorical_kl(dist, ref_dist)
-    yield sequences.entropy(dist)
     yield sequences.token_logps(ref_dist, tokens)
 
 
 def stats_of(rollout: Rollout, columns: tuple[Tensor, ...]) -> TokenStats:
     """Put what :func:`figures` found at the positions of its tokens."""
-    logps, whole, kl, entropy, ref_logps = (rollout.put(column) for column in columns)
+    logps, whole, entropy, kl, ref_logps = (rollout.put(column) for column in columns)
     return TokenStats(logps=logps, log_ratio=whole - ref_logps, kl=kl, entropy=entropy, ref_logps=ref_logps)
 
 
+def _updated(known: TokenStats, rollout: Rollout, columns: tuple[Tensor, ...]) -> TokenStats:
+    """With the first of what :func:`figures` finds in a later pass; the rest is as it was."""
+    logps, *others = map(rollout.put, columns)
+    changes: dict[str, Any] = {"logps": logps}
+    if others:
+        changes["log_ratio"] = others[0] - known.ref_logps
+    if len(others) > 1:
+        changes["entropy"] = others[1]
+    return replace(known, **changes)
+
+
 def _figures(
-    distribution: Distribution, rollout: Rollout, logits: Tensor, rows: slice, reference: Vocabulary | None = None
+    distribution: Distribution,
+    rollout: Rollout,
+    logits: Tensor,
+    rows: slice,
+    reference: Vocabulary | None = None,
+    hidden: Tensor | None = None,
+    parts: Sequence[Columns] = (),
 ) -> Iterator[Tensor]:
+    """What is measured for every method, then what the parts ask for."""
     sampled, dist = distribution.both(rollout, logits, rows)
 
     def ref_dist() -> Tensor:
         assert reference is not None
         return distribution.log_distribution(reference.at(rows))
 
-    return figures(sampled, dist, ref_dist, rollout.tokens[rows])
+    yield from figures(sampled, dist, ref_dist, rollout.tokens[rows])
+    for part in parts:
+        assert hidden is not None
+        yield from part.columns(sampled, rollout.tokens[rows], hidden[rows])

@@ -8,6 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from grade_lightning.advantages import Advantage
+from grade_lightning.columns import Columns
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import Normalizers
@@ -21,7 +23,7 @@ from grade_lightning.rewards import OverlongPenalty, Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.selection import Selection
 from grade_lightning.stateful import Stateful
-from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, furthest
+from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, TokenTerm, furthest
 
 from .alignment import AlignmentModule
 from .measuring import measure
@@ -57,6 +59,7 @@ class PolicyGradientModule(AlignmentModule):
         kl: the KL to the reference.
         critic: a value head with its loss; none by default.
         terms: further terms of the loss; one with parameters is an `nn.Module`, too, and these are trained.
+        correction: weights for an engine that draws from a slightly different policy; none by default.
         whole_groups: train on all completions of a prompt in the same step.
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
@@ -85,6 +88,7 @@ class PolicyGradientModule(AlignmentModule):
         kl: KL = KL(),
         critic: Critic | None = None,
         terms: list[Term] | None = None,
+        correction: EngineCorrection | None = None,
         whole_groups: bool = False,
         num_generations: int = 1,
         epochs: int = 1,
@@ -105,10 +109,13 @@ class PolicyGradientModule(AlignmentModule):
         self.kl = kl
         self.coefficient = Coefficient(kl)
         self.critic = critic
+        self.correction = correction
         line = PolicyLoss(gate, aggregate, level, clips)
         held = [KLLoss(kl, aggregate)] if kl.in_loss else []
         own: dict[str, Term] = {}
         for term in terms or []:
+            if isinstance(term, TokenTerm):
+                term.aggregate = term.aggregate or aggregate
             own[unique_name(type(term).__name__, own)] = term
         self.terms: list[Term] = [line, *held, *([critic] if critic is not None else []), *own.values()]
         self.own_terms = own
@@ -166,6 +173,29 @@ class PolicyGradientModule(AlignmentModule):
         kept, step, run_steps = self._kept(seen, wanted), self.global_step, self.total_steps()
         return self._finished(replace(kept, beta=self.beta, step=step, run_steps=run_steps))
 
+    def with_tempered(self, seen: Experience, prompts: Prompts, temperature: float) -> Experience:
+        """With completions of some prompts that are drawn at another temperature, marked in `extra["tempered"]`.
+
+        They have the policy's own log-probabilities, as if they had been drawn at the sampler's temperature.
+
+        Args:
+            seen: the completions so far.
+            prompts: of which to draw; G of each.
+            temperature: times the sampler's.
+        """
+        own = self.sampler.distribution
+        groups = torch.arange(len(prompts)).repeat_interleave(self.num_generations)
+        given = prompts.repeat(torch.full((len(prompts),), self.num_generations))
+        distribution = replace(own, temperature=own.temperature * temperature)
+        rollout = replace(self.sampler.engine.generate(self.policy, distribution, given), groups=groups)
+        rollout = rollout.select(torch.arange(len(rollout.ids)))
+        with torch.no_grad(), self.policy.evaluating():
+            rollout = replace(rollout, engine_logps=self.measure(rollout).logps)
+        other = self._finished(Experience(rollout, self.score(rollout)))
+        joined = Experience.join([seen, other])
+        marks = torch.arange(len(joined.rollout.ids), device=seen.scores.total.device) >= len(seen.rollout.ids)
+        return replace(joined, beta=seen.beta, metrics=seen.metrics, extra={"tempered": marks.to(seen.scores.total)})
+
     def _kept(self, seen: Experience, wanted: int) -> Experience:
         """The rows that the selection keeps; every process learns of one that keeps none."""
         rows = self.selection.keep(seen, wanted)
@@ -208,7 +238,12 @@ class PolicyGradientModule(AlignmentModule):
     def measure(self, rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
         """One pass, with the critic's values."""
         values = None if self.critic is None else self.critic.values
-        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values)
+        parts = [part for part in self.parts().values() if isinstance(part, Columns)]
+        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values, parts)
+
+    def checked(self, seen: Experience) -> Rollout:
+        """With a correction, the engine may be somewhat off."""
+        return seen.rollout if self.correction is None else replace(seen.rollout, engine_logps=None)
 
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
         """Add what was measured when the completions were drawn, and the advantages that follow from it."""
@@ -220,6 +255,9 @@ class PolicyGradientModule(AlignmentModule):
             rewards, penalties = total + penalties.sum(-1), torch.zeros_like(penalties)
         seen = replace(seen, old=old, rewards=rewards, penalties=penalties)
         advantages = self.advantage(seen, self.reduce)
+        if self.correction is not None:
+            weights, figures = self.correction(seen)
+            advantages, seen.metrics = advantages * weights, seen.metrics | figures
         returns = None if self.critic is None else self.critic.targets(seen, self.reduce)
         seen = replace(seen, advantages=advantages.masked_fill(~seen.mask, 0), returns=returns)
         kept = self.selection.tokens(seen)
@@ -227,6 +265,7 @@ class PolicyGradientModule(AlignmentModule):
             seen = replace(seen, kept=kept, advantages=seen.advantages.masked_fill(~kept, 0))
             tokens = self.reduce.mean(seen.sampled.sum().float())
             seen.normalizers = seen.normalizers._replace(tokens=tokens)
+            seen.metrics = seen.metrics | {"kept_tokens": seen.sampled.sum() / seen.rollout.sampled.sum()}
         return seen
 
     # ---- terms --------------------------------------------------------------------------------------------------
@@ -239,7 +278,7 @@ class PolicyGradientModule(AlignmentModule):
         """The training pass. A window that is used once is measured by it, and has its advantages from there."""
         graphs = furthest(self.terms)
         if seen.old is not None:
-            return seen, self.measure(seen.rollout, seen.old if graphs == "logps" else None, graphs)
+            return seen, self.measure(seen.rollout, seen.old, graphs)
         now = self.measure(seen.rollout, None, graphs)
         return self.appraise(seen, now.detach()), now
 
@@ -282,10 +321,13 @@ class PolicyGradientModule(AlignmentModule):
             part.observe(seen, self.reduce)
         self.beta = self.coefficient.beta
 
-    def _stateful(self) -> dict[str, Stateful]:
+    def parts(self) -> dict[str, Any]:
+        """Those that may remember something, or ask for statistics of their own, by name."""
         named = {"kl": self.coefficient, "advantage": self.advantage, "selection": self.selection}
-        named |= {f"term {name}": term for name, term in self.own_terms.items()}
-        return {name: part for name, part in named.items() if isinstance(part, Stateful)}
+        return named | {f"term {name}": term for name, term in self.own_terms.items()}
+
+    def _stateful(self) -> dict[str, Stateful]:
+        return {name: part for name, part in self.parts().items() if isinstance(part, Stateful)}
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -177,6 +177,12 @@ class TrainableModule(LightningModule):
             settings |= {"monitor": scheduler.monitor, "strict": False}  # a validation's metric comes later
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
+    def learning_rate(self) -> float:
+        """Of the next step; outside of a run, the optimizer's own."""
+        given = self._trainer is not None and self.trainer.optimizers
+        optimizer = self.trainer.optimizers[0] if given else self.optimizer([nn.Parameter(torch.zeros(1))])
+        return float(optimizer.param_groups[0]["lr"])
+
     def _remaining(self, step: int) -> float:
         """The part of the run that is left; all of it where it has no known end."""
         # asked for the total before it has restored its loops, Lightning makes a loader that never finds its place

@@ -42,6 +42,8 @@ class Experience:
     """(B, T): what a value head is to predict, where there is one."""
     kept: Tensor | None = None
     """(B, T), bool: which of the sampled tokens a selection keeps; None: all."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What a method adds of its own, by name: (B,) or (B, T)."""
     normalizers: Normalizers = _LATER
     """What the means of this step's loss are taken over; in the stage *terms*."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class Experience:
         old = None if self.old is None else self.old.pack()
         whole = {"rollout": self.rollout.pack(), "scores": self.scores.pack(), "beta": self.beta}
         whole |= {"step": self.step, "run_steps": self.run_steps}
-        return own | whole | {"old": old, "metrics": metrics}
+        return own | whole | {"old": old, "metrics": metrics, "extra": packed.extra}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> "Experience":
@@ -105,6 +107,7 @@ class Experience:
         """The same with `function` applied to each tensor of completions or of tokens."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
         mapped: dict[str, Any] = {name: function(value) for name, value in tensors.items()}
+        mapped["extra"] = {name: function(value) for name, value in self.extra.items()}
         if self.old is not None:
             mapped["old"] = self.old.map(function)
         return replace(self, **mapped | changes)

@@ -1,7 +1,7 @@
 """What one forward pass says of each token of a rollout."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ class TokenStats:
     kl: Tensor
     """Exact KL(π‖π_ref), nats."""
     entropy: Tensor
-    """Entropy, nats; no graph."""
+    """Entropy, nats."""
     ref_logps: Tensor
     """log π_ref of the sampled tokens, at the sampling temperature and untruncated; no graph."""
     values: Tensor | None = None
     """Expected return, from a value head."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """What parts asked for besides (:mod:`grade_lightning.columns`), by name; no graph."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenStats":
         """The same with `function` applied to each tensor."""
-        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        columns = {name: function(tensor) for name, tensor in self.columns.items()}
+        return replace(self, columns=columns, **{name: function(tensor) for name, tensor in self._tensors().items()})
 
     def detach(self) -> "TokenStats":
         """The same without graphs."""
@@ -37,13 +40,16 @@ class TokenStats:
     @classmethod
     def join(cls, parts: "Sequence[TokenStats]", length: int) -> "TokenStats":
         """Those of several rollouts, padded to `length` tokens."""
-        padded = [part.map(lambda x: pad(x, (0, length - x.shape[1])))._tensors() for part in parts]
-        return cls(**{name: torch.cat([part[name] for part in padded]) for name in padded[0]})
+        padded = [part.map(lambda x: pad(x, (0, length - x.shape[1]))) for part in parts]
+        first, tensors = padded[0], [part._tensors() for part in padded]
+        columns = {name: torch.cat([part.columns[name] for part in padded]) for name in first.columns}
+        return cls(columns=columns, **{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
-    def pack(self) -> dict[str, Tensor]:
+    def pack(self) -> dict[str, Any]:
         """Tensors alone, as a checkpoint may hold them."""
-        return {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        packed = self.map(Tensor.cpu)
+        return packed._tensors() | {"columns": packed.columns}
 
     def _tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

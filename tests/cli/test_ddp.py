@@ -16,7 +16,19 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
-from grade_lightning.methods import DAPO, DCPO, GRPO, PPO, RLOO, KnapsackRL, Reinforce, ReinforcePlusPlus
+from grade_lightning.methods import (
+    COPO,
+    DAPO,
+    DCPO,
+    GRPO,
+    PPO,
+    RLOO,
+    STPPO,
+    AgenticAEPO,
+    KnapsackRL,
+    Reinforce,
+    ReinforcePlusPlus,
+)
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
@@ -121,11 +133,15 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
     "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
+    "prompts of all processes": (COPO, {"epochs": 2}, 1),
+    "entropies of all processes": (AgenticAEPO, {"epochs": 2}, 1),
+    "what is cut off": (STPPO, {"epochs": 2, "num_generations": 1}, 2),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 
 
 STATEFUL = (
+    "what is cut off",
     "values",
     "one process without rewards",
     "prompt memory",

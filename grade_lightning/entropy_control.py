@@ -1,0 +1,56 @@
+"""Entropy control by temperature: what the policy's entropy was, and at which temperature to look next."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from grade_lightning.columns import Columns
+from grade_lightning.distributed import Reduce
+from grade_lightning.errors import check_range
+from grade_lightning.functional.arbitrary_entropy import tempered_log_ratio
+from grade_lightning.records import Experience
+from grade_lightning.stateful import Stateful
+from grade_lightning.terms import mean_entropy
+
+
+class EntropyControl(Stateful, Columns):
+    """A high temperature while the entropy of the latest window is at most the target, else a low one.
+
+    Args:
+        target: nats per token.
+        high: temperature.
+        low: temperature.
+    """
+
+    names = ("tempered",)
+
+    def __init__(self, target: float, high: float, low: float) -> None:
+        check_range("[0, inf)", target_entropy=target)
+        check_range("(0, inf)", temperature_high=high, temperature_low=low)
+        self.target, self.high, self.low = target, high, low
+        self.entropy = 0.0
+        """Of the latest window; 0 before the first."""
+
+    @property
+    def temperature(self) -> float:
+        """Of now."""
+        return self.high if self.entropy <= self.target else self.low
+
+    def columns(self, logps: Tensor, tokens: Tensor, hidden: Tensor) -> Iterable[Tensor]:
+        """Log π_T − log π of each token."""
+        yield tempered_log_ratio(logps, tokens, self.temperature)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Remember the entropy, but of completions that were drawn at another temperature."""
+        tempered = seen.extra.get("tempered")
+        mask = seen.sampled if tempered is None else seen.sampled & ~tempered.bool().unsqueeze(1)
+        self.entropy = mean_entropy(seen, reduce, mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entropy."""
+        return {"entropy": self.entropy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.entropy = state["entropy"]
