@@ -37,6 +37,8 @@ QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "PPO with LoRA", "DAPO", "DPO",
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY]
 )
+DDP_ALONE = "STPPO", "STPPO with LoRA"
+"""What takes two gradients of one pass, which FSDP2 cannot give."""
 
 
 class Keep(Callback):

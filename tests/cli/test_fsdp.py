@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from grade_lightning.errors import InputError
 from grade_lightning.policies import Policy
 from grade_lightning.rollouts import Sampler
+from grade_lightning.strategies import FSDP2
 from tests.cli.conftest import Run, Shelf, Together, assert_same, checkpoint, scalar, version
-from tests.cli.ranks import batches, every_case, full, launch, make, trainer, two_steps
+from tests.cli.ranks import DDP_ALONE, batches, every_case, full, launch, make, trainer, two_steps
 from tests.conftest import make_prompts
 from tests.modules.toys import distance, loader
 
@@ -64,6 +65,8 @@ def evaluation(rank: int | None) -> DataLoader[Any]:
 @every_case
 def test_every_method_has_the_gradient_of_one_process(case: str, together: Together, backbone: Path) -> None:
     """In both of two steps, the second from gathered weights that were stepped on while they were spread."""
+    if case in DDP_ALONE:
+        pytest.skip("refused: test_a_second_gradient_of_a_pass_is_refused")
     alone = two_steps(case, backbone)["gradients"]
     assert len(alone) == 2
     for rank in together[1]:
@@ -138,6 +141,14 @@ def test_strategies_that_cannot_work_are_refused(strategy: Any, backbone: Path) 
     module.trainer = Trainer(accelerator="cpu", logger=False)
     module.trainer.strategy.__class__ = strategy
     with pytest.raises(InputError, match=rf"under {strategy.__name__}.*use fsdp2, or ddp"):
+        module.setup("fit")
+
+
+def test_a_second_gradient_of_a_pass_is_refused(backbone: Path) -> None:
+    module = make("STPPO", backbone)
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    module.trainer.strategy.__class__ = FSDP2
+    with pytest.raises(InputError, match=r"STPPO takes a second gradient of the same pass"):
         module.setup("fit")
 
 
