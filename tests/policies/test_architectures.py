@@ -128,7 +128,7 @@ def main() -> None:
     """Write the table into the page."""
     page = DOCS.read_text()
     head, _, _ = page.partition("| type |")
-    head = re.sub(r"transformers \S+ ", f"transformers {transformers.__version__} ", head)
+    head = re.sub(r"transformers [\d.]+ ", f"transformers {transformers.__version__} ", head)
     rows = []
     for name in CASES:
         with warnings.catch_warnings(action="ignore"):
