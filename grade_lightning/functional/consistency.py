@@ -10,6 +10,7 @@ def answer_entropy(answers: Int[Tensor, "p g"]) -> Float[Tensor, " p"]:
     """Entropy of the answers of each prompt, in bits; −1 is no answer, and does not count.
 
     Example:
+        >>> import torch
         >>> answer_entropy(torch.tensor([[0, 1, 2, 3], [5, 5, 5, 5], [0, 0, 1, 1]]))
         tensor([2., 0., 1.])
     """
@@ -34,6 +35,7 @@ def consistent_reward(
         | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
 
     Example:
+        >>> import torch
         >>> consistent_reward(torch.ones(2, 4), torch.tensor([0.0, 2.0]), torch.tensor([4.0, 4.0]))
         tensor([1.0000, 0.2500])
     """
@@ -45,6 +47,7 @@ def over_prompts(rewards: Float[Tensor, " p"], eps: float = 1e-6, total: Total =
     """(R − mean) / (std + eps) over the prompts; 0 without a reward.
 
     Example:
+        >>> import torch
         >>> over_prompts(torch.tensor([0.0, 1.0, torch.nan]), eps=0.0)
         tensor([-0.7071,  0.7071,  0.0000])
     """
@@ -61,7 +64,8 @@ def local_share(entropies: Float[Tensor, " p"], sharpness: float, threshold: flo
         threshold: b, bits.
 
     Example:
-        >>> local_share(torch.tensor([0.0, 1.0]), sharpness=math.inf, threshold=0.5)
+        >>> import torch
+        >>> local_share(torch.tensor([0.0, 1.0]), sharpness=float("inf"), threshold=0.5)
         tensor([0., 1.])
     """
     return (sharpness * (entropies - threshold)).sigmoid()

@@ -34,6 +34,7 @@ from tests.methods.toy_task import (
     assert_same,
     assert_the_reward_rises,
     batches,
+    each_method,
     every_method,
     fit,
     make,
@@ -84,7 +85,7 @@ def test_methods_are_found() -> None:
     assert "GradeSTE" in {method.__name__ for method in METHODS}
 
 
-@every_method
+@each_method
 @with_and_without_lora
 def test_every_trained_parameter_gets_a_gradient(method: type[AlignmentModule], lora: bool) -> None:
     """A of LoRA has none at the very first step, where B is zero; afterwards everything that is trained has one."""
@@ -105,7 +106,7 @@ def test_the_reward_rises(method: type[AlignmentModule], lora: bool) -> None:
     assert run.steps[-1]["train/kl"] > 0.1
 
 
-@every_method
+@each_method
 def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule]) -> None:
     """And no more than that, where docs/metrics.md says who logs what."""
     module = make(method)
@@ -132,7 +133,7 @@ def test_the_reward_rises_with_four_steps_for_each_rollout(name: str, steps: dic
     assert max(step["train/clip_fraction"] for step in run.steps) > 0
 
 
-@every_method
+@each_method
 def test_the_seed_decides(method: type[AlignmentModule]) -> None:
     runs = []
     for seed in (3, 3, 4):
@@ -316,7 +317,7 @@ def test_a_judge_of_the_same_name_does_not_hide_the_reward(method: type[Alignmen
     assert others == [pytest.approx(found["val/reward"] / 2)]
 
 
-@every_method
+@each_method
 def test_saved_policy_is_loaded_as_a_policy(method: type[AlignmentModule], tmp_path: Path) -> None:
     module = make(method, lora=True)
     fit(module, 2)

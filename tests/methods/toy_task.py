@@ -25,13 +25,21 @@ METHODS = [
     if isinstance(value, type) and issubclass(value, AlignmentModule)
 ]
 SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+CORE = "GradeSTE", "Grade", "Reinforce", "RLOO", "PPO", "GRPO", "DAPO", "DPO"
+"""Those that every test of the ordinary set runs over; the slow set has all."""
 QUICK = "GradeSTE", "RLOO", "PPO", "DPO"
-"""One of each family: those that stand for the others in the ordinary set, where a test takes long."""
-some_methods = pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=[] if m.__name__ in QUICK else pytest.mark.slow, id=m.__name__) for m in METHODS],
-)
+"""One of each family: those that stand for the others where a test takes long."""
+
+
+def over(*ordinary: str) -> pytest.MarkDecorator:
+    """All methods, of which those that are not named here are in the slow set."""
+    marked = [pytest.param(m, marks=[] if m.__name__ in ordinary else pytest.mark.slow, id=m.__name__) for m in METHODS]
+    return pytest.mark.parametrize("method", marked)
+
+
+each_method = over(*(method.__name__ for method in METHODS))
+every_method = over(*CORE)
+some_methods = over(*QUICK)
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 
