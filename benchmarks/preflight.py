@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import model, note, tokenizer
+from grade_lightning_cli.config import build
+from grade_lightning_cli.preflight import inventory, measure
+from grade_lightning_cli.preflight.memory import Memory
 from lightning.pytorch import Trainer
 from torch.profiler import ProfilerActivity, profile
 
 from grade_lightning.modules import TrainableModule
-from grade_lightning_cli.config import build
-from grade_lightning_cli.preflight import inventory, measure
-from grade_lightning_cli.preflight.memory import Memory
 
 VOCABULARY, TEXTS = 4_096, 300
 RUNS = {

@@ -10,10 +10,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import ttest_ind
-
 from grade_lightning_cli.report.reading import read
 from grade_lightning_cli.report.runs import Run
+from scipy.stats import ttest_ind
 
 FIGURES: dict[str, Callable[[Run], float]] = {
     "test reward": lambda run: run.test["reward"],
