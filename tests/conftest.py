@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and their processes stand side by side
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,11 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         vocab_size=VOCABULARY, **_SIZES, max_position_embeddings=64, tie_word_embeddings=False
     ),
 }
+
+
+def mostly_slow(values: Iterable[Any], *ordinary: Any) -> list[Any]:
+    """The values of a parameter; all but the ordinary ones are in the slow set."""
+    return [value if value in ordinary else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def make_model(name: str = "gpt2", dtype: torch.dtype = torch.float32, scale: float = 8.0) -> PreTrainedModel:

@@ -18,6 +18,7 @@ import grade_lightning.methods
 from grade_lightning.data import BundledReviews
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.rewards import ClassifierReward, FunctionReward
+from tests.conftest import mostly_slow
 
 ROOT = Path(__file__).parents[1]
 ALIGNMENT = [
@@ -85,7 +86,7 @@ def test_every_recipe_is_here() -> None:
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*RECIPES, *PLANS}
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", mostly_slow(PLANS, "compare_bundled"))
 def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Path) -> None:
     written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     plan = import_module("grade_lightning_cli.compare.plan").plan(**written)
@@ -97,7 +98,7 @@ def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Pa
         assert config["model"]["class_path"].endswith(f".{own.rpartition('.')[2]}")
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", mostly_slow(sorted(RECIPES), "bundled", "imdb_local"))
 def test_a_recipe_does_what_it_says(name: str, printed: Any) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     for method in RECIPES[name]:

@@ -223,7 +223,7 @@ class Steps:
 methods = st.sampled_from(METHODS)
 
 
-@cases(15, 300)
+@cases(6, 300)
 def test_a_step_of_any_method_is_finite_and_knows_no_padding(count: int) -> None:
     """With more padding the losses are the same, also after updates."""
 

@@ -28,7 +28,7 @@ from tests.methods.toy_task import (
     assert_same,
     batches,
     make,
-    some_methods,
+    over,
     trainer,
     weights,
 )
@@ -54,7 +54,7 @@ def assert_trains_alike(
     assert random_with == random_without
 
 
-@some_methods
+@over("GradeSTE", "PPO")
 def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) -> None:
     watch = GradientVariance(probe_every_n_steps=5, prompts=2, draws=2)
     assert_trains_alike(lambda: make(method, sampler=Sampler(max_new_tokens=3)), batches(20, repeat=1), watch)
@@ -62,7 +62,9 @@ def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) 
     assert [step for step, *_ in watch.history] == ([0, 8, 12, 16] if several else [0, 5, 10, 15])
 
 
-@pytest.mark.parametrize(("method", "lora"), [(GradeSTE, True), (Reinforce, False), (DPO, False)])
+@pytest.mark.parametrize(
+    ("method", "lora"), [(GradeSTE, True), pytest.param(Reinforce, False, marks=pytest.mark.slow), (DPO, False)]
+)
 def test_so_it_is_with_micro_batches_and_adapters(method: type[AlignmentModule], lora: bool) -> None:
     watch = GradientVariance(probe_every_n_steps=2, prompts=2, draws=2)
     assert_trains_alike(lambda: make(method, lora), batches(8, repeat=2), watch, accumulate_grad_batches=2)

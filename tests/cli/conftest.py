@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import GPT2Config, GPT2Model
 
 from grade_lightning.rewards import Classifier
-from tests.cli.ranks import EVERY, launch
+from tests.cli.ranks import launch
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 
 QUIET = [
@@ -246,9 +246,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(request: pytest.FixtureRequest, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
     """What each of two processes found, which do all that tests of two processes want: the start takes longest."""
     folder = tmp_path_factory.mktemp("together")
-    asked = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
-    cases = [case for case in EVERY if case in asked]
-    if any(item.path.name == "test_fsdp.py" and item.get_closest_marker("slow") for item in request.session.items):
+    items: list[Any] = [item for item in request.session.items if item.path.name in ("test_ddp.py", "test_fsdp.py")]
+    cases = sorted({item.callspec.params["case"] for item in items if "case" in item.fixturenames})
+    if any(item.path.name == "test_fsdp.py" and item.get_closest_marker("slow") for item in items):
         cases.append("fsdp2")
     done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), *cases, folder=folder)
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,7 @@ def test_the_saved_configuration_is_the_run(run: Run, finished: Finished) -> Non
     assert_same(weights(checkpoint(version())), weights(finished.checkpoint))
 
 
+@pytest.mark.slow
 def test_all_commands_read_the_same_configuration(run: Run, finished: Finished) -> None:
     for command in ("validate", "test", "predict"):
         run(command, f"--config={finished.folder / 'config.yaml'}", f"--ckpt_path={finished.checkpoint}")
@@ -87,6 +88,7 @@ def test_model_reward_and_source_of_ones_own(run: Run, own: str, shelf: Shelf) -
     run("test", *mine, *args, *sizes, f"--ckpt_path={checkpoint(version(method='Mine'))}")
 
 
+@pytest.mark.slow
 def test_judges_in_a_file(run: Run, own: str, shelf: Shelf) -> None:
     Path("judges.yaml").write_text(
         "model: {init_args: {judges: ["
@@ -125,6 +127,7 @@ def test_callbacks_of_ones_own_are_beside_ours(run: Run, shelf: Shelf) -> None:
     assert scalar(version(), "val/reward")
 
 
+@pytest.mark.slow
 def test_nested_parts_of_ours(run: Run, shelf: Shelf) -> None:
     parts = [
         "--model.estimator=Gumbel",
@@ -201,6 +204,7 @@ def test_a_critic_needs_no_arguments(run: Run, own: str, shelf: Shelf) -> None:
     assert scalar(one, "value/loss") == scalar(two, "value/loss")
 
 
+@pytest.mark.slow
 def test_an_environment_by_flag(run: Run, own: str, shelf: Shelf) -> None:
     """Its answer, of three tokens, is in no length."""
     args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO"]

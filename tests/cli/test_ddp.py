@@ -34,8 +34,9 @@ from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler, Turns
 from tests.cli.conftest import WORDS, Run, Shelf, Together, assert_same, checkpoint, scalar, version, weights
-from tests.cli.ranks import DDP_ALONE, every_case, launch, two_steps
+from tests.cli.ranks import DDP_ALONE, EVERY, every_case, launch, two_steps
 from tests.cli.test_fsdp import sharded
+from tests.conftest import mostly_slow
 from tests.methods.toy_task import Toy
 from tests.modules.seams import Greedy, Longer, Ragged, Seams, Tool
 from tests.modules.toys import Watch, build, distance, loader, own_weights, prompts, states
@@ -140,6 +141,8 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
 }
 
 
+ORDINARY = "token mean", "one process without rewards", "values", "prompt memory", "seams", "rows of its own"
+"""Those of the ordinary set; others run where a test of them does."""
 STATEFUL = (
     "what is cut off",
     "values",
@@ -186,7 +189,7 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
     """What each of two processes does: by DDP, for these cases of methods, and by FSDP2 if that is among them."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {}
-    for name in CASES:
+    for name in [name for name in CASES if name in {*ORDINARY, *cases}]:
         module, watch, _ = fit_case(name, rank, folder)
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
@@ -194,7 +197,7 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
     module, _, trainer = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
     found["resumed"] = own_weights(module)
     for strategy in ("ddp", "fsdp2") if "fsdp2" in cases else ("ddp",):
-        able = [case for case in cases if case != "fsdp2" and (strategy == "ddp" or case not in DDP_ALONE)]
+        able = [case for case in cases if case in EVERY and (strategy == "ddp" or case not in DDP_ALONE)]
         found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in able}
     if "fsdp2" in cases:
         found["sharded"] = sharded(folder, backbone, rank)
@@ -223,17 +226,17 @@ def flattened(state: Any, name: str = "") -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_have_the_gradient_of_one(name: str, together: Together, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", mostly_slow(CASES, *ORDINARY))
+def test_two_processes_have_the_gradient_of_one(case: str, together: Together, tmp_path: Path) -> None:
     """One has all the short completions: denominators, whitening, baseline and adaptive β are those of all of them."""
-    one, two = (found[name] for found in together[1])
-    alone, watch, _ = fit_case(name, None, tmp_path)
+    one, two = (found[case] for found in together[1])
+    alone, watch, _ = fit_case(case, None, tmp_path)
     assert len(one["gradients"]) == len(watch.gradients) == 4
     for ours, truth in zip(one["gradients"], watch.gradients, strict=True):
         assert distance(ours, truth) < 1e-6
     remembered = flattened(states(alone))
     assert flattened(one["parts"]) == flattened(two["parts"]) == pytest.approx(remembered)
-    assert bool(remembered) is (name in STATEFUL)
+    assert bool(remembered) is (case in STATEFUL)
     assert_same(one["weights"], two["weights"])
 
 

@@ -17,6 +17,7 @@ import torch
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from tests.cli.conftest import Run, Shelf, events, new_shell, scalar, version
+from tests.conftest import mostly_slow
 from tests.test_resume import assert_same, curves, latest
 
 INTERRUPT = '''
@@ -133,7 +134,7 @@ def assert_is(folder: Path, whole: Path) -> None:
 # ---- --ckpt_path ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["last", "runs/GradeSTE/version_0"])
+@pytest.mark.parametrize("where", mostly_slow(["last", "runs/GradeSTE/version_0"], "last"))
 def test_a_run_goes_on_in_its_folder(
     where: str, cut: Cut, run: Run, shelf: Shelf, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_run_goes_on_in_its_folder(
     assert before < {path.name for path in version().iterdir()}
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_goes_on_too(cut: Cut, run: Run, shelf: Shelf, whole: Path) -> None:
     cut("PowerCut@4", *shelf.all, *SIX)
     run("fit", f"--config={version() / 'config.yaml'}", "--ckpt_path=last")
@@ -218,6 +220,7 @@ def test_a_resume_that_fails_leaves_no_trace(
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_epoch_at_the_end_is_the_one_that_was_reached(run: Run, shelf: Shelf) -> None:
     """Of four steps an epoch: whole epochs are counted, in a run, in its resume, and where nothing is left to train."""
 
@@ -233,6 +236,7 @@ def test_the_epoch_at_the_end_is_the_one_that_was_reached(run: Run, shelf: Shelf
         assert last() == (steps, 1)
 
 
+@pytest.mark.slow
 def test_other_batches_resume_at_the_next_row(
     cut: Cut, run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +262,7 @@ def test_an_empty_folder_is_named(run: Run, shelf: Shelf, capsys: pytest.Capture
     assert "error: empty: holds no checkpoint of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_measurement_of_last_has_a_log_of_its_own(cut: Cut, run: Run, shelf: Shelf) -> None:
     cut("PowerCut@4", *shelf.all, *SIX)
     before = curves(version())
@@ -349,7 +354,9 @@ def test_a_job_that_is_requeued_goes_on(
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-@pytest.mark.parametrize(("when", "complete"), [("SIGUSR1@100,PowerCut@1", False), ("SIGUSR1@103", True)])
+@pytest.mark.parametrize(
+    ("when", "complete"), [pytest.param("SIGUSR1@100,PowerCut@1", False, marks=pytest.mark.slow), ("SIGUSR1@103", True)]
+)
 def test_a_job_that_is_requeued_while_it_measures(
     when: str, complete: bool, slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
 ) -> None:
@@ -372,6 +379,7 @@ def test_a_job_that_is_requeued_while_it_measures(
         assert_is(job()[0], whole)
 
 
+@pytest.mark.slow
 def test_a_job_whose_logs_are_elsewhere_goes_on(
     slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
 ) -> None:
@@ -416,6 +424,7 @@ def test_a_job_whose_machine_failed_goes_on(
     assert {path.name for path in folder.glob("config*")} == {"config.yaml", "config-2.yaml", "config-3.yaml"}
 
 
+@pytest.mark.slow
 def test_other_commands_and_jobs_have_folders_of_their_own(slurm: pytest.MonkeyPatch, run: Run, shelf: Shelf) -> None:
     short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--export.enabled=false"]
     for seed in (1, 2, 2):  # the third does what the second did: it was not restarted

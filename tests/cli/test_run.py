@@ -112,6 +112,7 @@ def test_the_same_command_twice(run: Run, finished: Finished, shelf: Shelf) -> N
         assert_same(weights(checkpoint(version(number))), weights(finished.checkpoint))
 
 
+@pytest.mark.slow
 def test_another_seed(run: Run, finished: Finished, shelf: Shelf) -> None:
     run("fit", *shelf.all, *OFTEN, "--seed_everything=7")
     one, two = weights(checkpoint(version())), weights(finished.checkpoint)
@@ -281,6 +282,7 @@ def test_predict_names_its_own_file(run: Run, shelf: Shelf, capsys: pytest.Captu
     assert Path(written).is_relative_to("runs/GradeSTE")
 
 
+@pytest.mark.slow
 def test_lora(run: Run, shelf: Shelf) -> None:
     lora = ["--model.policy.lora.r=2"]
     run("fit", *shelf.all, *lora, *OFTEN)
@@ -340,6 +342,7 @@ def test_a_reward_model_of_preferences_is_trained_and_used(run: Run, shelf: Shel
     assert len(scalar(version(), "val/reward")) > 0
 
 
+@pytest.mark.slow
 def test_verifiers_that_are_normalised_by_group(run: Run, shelf: Shelf) -> None:
     Path("rows.jsonl").write_text(
         "".join(json.dumps({"prompt": row["prompt"], "answer": "w3"}) + "\n" for row in PAIRS)

@@ -99,6 +99,7 @@ def real(batch: Any, ids: str = "input_ids", mask: str = "attention_mask") -> li
     return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
 
+@pytest.mark.slow
 def test_defaults_split_the_bundled_reviews_exactly() -> None:
     data = TextDataModule()
     data.setup()

@@ -125,6 +125,7 @@ def check(tokenizer: PreTrainedTokenizerBase, template: str, drawn: Any) -> None
 chats = st.tuples(system, turns, words, words, words, limits)
 
 
+@pytest.mark.slow
 @cases(100, 600)
 def test_rollouts_and_training_read_the_same_tokens(count: int) -> None:
     made: dict[Any, PreTrainedTokenizerBase] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grade_lightning.functional.moments import gram, moments, variance_components
 from grade_lightning.functional.sketch import count_sketch
+from tests.conftest import mostly_slow
 from tests.functional.gaussians import MEAN, equal, normal
 
 
@@ -44,7 +45,7 @@ def test_a_sketch_is_determined_by_its_seed() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("chunk", [2**20, 7])
+@pytest.mark.parametrize("chunk", mostly_slow([2**20, 7], 7))
 def test_inner_products_of_sketches_are_unbiased(chunk: int) -> None:
     """Over seeds, with the variance (|x|² |y|² + ⟨x, y⟩² − 2 Σ x² y²) / k; with as many chunks as there may be."""
     x, y = torch.randn(2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

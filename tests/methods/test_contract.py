@@ -196,7 +196,7 @@ def test_bfloat16_mixed_precision(method: type[AlignmentModule], lora: bool) -> 
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in module.state_dict().values())
 
 
-@every_method
+@some_methods
 def test_gradient_accumulation(method: type[AlignmentModule]) -> None:
     """One optimizer step for four batches, each with its own noise."""
     module = make(method)
@@ -211,7 +211,7 @@ def test_gradient_clipping(method: type[AlignmentModule]) -> None:
     fit(make(method), 2, gradient_clip_val=0.5)
 
 
-@every_method
+@some_methods
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_evaluation(method: type[AlignmentModule], stage: str) -> None:
     """Its metrics, their values where they are known, and the same noise each time."""
@@ -227,7 +227,7 @@ def test_evaluation(method: type[AlignmentModule], stage: str) -> None:
     assert again == found
 
 
-@every_method
+@some_methods
 def test_evaluation_against_a_plain_loop(method: type[AlignmentModule]) -> None:
     """Padding, ends and unequal batches: means over completions, or over tokens, of all batches together."""
     module = make(method)
@@ -259,7 +259,7 @@ def test_evaluation_against_a_plain_loop(method: type[AlignmentModule]) -> None:
     assert found["val/perplexity"] == pytest.approx(float(torch.tensor(nll / sum(lengths)).exp()), rel=1e-4)
 
 
-@every_method
+@some_methods
 def test_validation_does_not_change_training(method: type[AlignmentModule]) -> None:
     runs = []
     for limit in (0, 1):
@@ -269,7 +269,7 @@ def test_validation_does_not_change_training(method: type[AlignmentModule]) -> N
     assert_same(*runs)
 
 
-@every_method
+@some_methods
 def test_predictions(method: type[AlignmentModule]) -> None:
     module = make(method)
     found = trainer().predict(module, batches(1, repeat=1))
@@ -284,7 +284,7 @@ def test_predictions(method: type[AlignmentModule]) -> None:
         assert row["rewards"] == {"Toy": row["reward"]}
 
 
-@every_method
+@some_methods
 def test_judges_are_measured_and_not_trained_on(method: type[AlignmentModule]) -> None:
     def judge(completions: list[str], **_: Any) -> list[float | None]:
         return [None, *(float(len(text)) for text in completions[1:])]
@@ -317,7 +317,7 @@ def test_a_judge_of_the_same_name_does_not_hide_the_reward(method: type[Alignmen
     assert others == [pytest.approx(found["val/reward"] / 2)]
 
 
-@each_method
+@every_method
 def test_saved_policy_is_loaded_as_a_policy(method: type[AlignmentModule], tmp_path: Path) -> None:
     module = make(method, lora=True)
     fit(module, 2)
@@ -375,7 +375,7 @@ def test_completions_must_fit_into_the_context(method: type[AlignmentModule]) ->
     module.check_lengths(prompt=30, text=20)
 
 
-@every_method
+@some_methods
 def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) -> None:
     """Between the rollout and the optimizer nothing is read back: no `.item()`, no shape that depends on values."""
     module = make(method)
@@ -390,7 +390,7 @@ def test_the_training_pass_waits_for_no_device(method: type[AlignmentModule]) ->
     assert waits.found == ["_local_scalar_dense"]
 
 
-@every_method
+@some_methods
 def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monkeypatch: pytest.MonkeyPatch) -> None:
     module, found = make(method), list[list[str]]()
     finish = module.finish_step
@@ -413,8 +413,8 @@ def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monke
     ("method", "phases"),
     [
         (GradeSTE, {"sampling", "reward", "policy", "reference", "hops", "vocabulary"}),
-        (RLOO, {"sampling", "reward", "policy", "reference", "vocabulary"}),
-        (Grade, {"sampling", "reward", "reference"}),
+        pytest.param(RLOO, {"sampling", "reward", "policy", "reference", "vocabulary"}, marks=pytest.mark.slow),
+        pytest.param(Grade, {"sampling", "reward", "reference"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_profiler_sees_the_phases(method: type[AlignmentModule], phases: set[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rewards import Classifier, ClassifierReward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
-from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer
+from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer, mostly_slow
 
 KLPrefix = Literal["none", "policy", "full"]
 
@@ -111,7 +111,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "gpt2", "llama"))
 def test_exact_hops_equal_the_unrolled_sampler(name: str, lora: bool) -> None:
     """Reward and KL with its whole prefix path, left padding, an early end: the same gradient."""
     method = make_method(name, lora, hops="exact", beta=0.3, kl_prefix="full")
@@ -123,7 +123,7 @@ def test_exact_hops_equal_the_unrolled_sampler(name: str, lora: bool) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "gpt2", "llama"))
 def test_a_few_positions_at_a_time_are_the_same(name: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimator without noise, since the noise of a chunk has a seed of its own."""
     method = make_method(name, lora, hops="exact", beta=0.3, kl_prefix="full")
@@ -148,7 +148,7 @@ def test_a_compiled_policy_is_the_same() -> None:
 
 @pytest.mark.parametrize("kl_prefix", ["none", "policy", "full"])
 @pytest.mark.parametrize("top_k", [None, 5])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "gpt2", "llama"))
 def test_kl_prefix_and_top_k(name: str, kl_prefix: KLPrefix, top_k: int | None) -> None:
     method = make_method(name, hops="exact", beta=0.3, kl_prefix=kl_prefix, top_k=top_k)
     rollout = roll(method)

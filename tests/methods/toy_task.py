@@ -25,7 +25,7 @@ METHODS = [
     if isinstance(value, type) and issubclass(value, AlignmentModule)
 ]
 SCALE = 8.0  # of the weights: a fixed head must be able to tell tokens apart
-CORE = "GradeSTE", "Grade", "Reinforce", "RLOO", "PPO", "GRPO", "DAPO", "DPO"
+CORE = "GradeSTE", "Grade", "RLOO", "PPO", "DAPO", "DPO"
 """Those that every test of the ordinary set runs over; the slow set has all."""
 QUICK = "GradeSTE", "RLOO", "PPO", "DPO"
 """One of each family: those that stand for the others where a test takes long."""

@@ -19,6 +19,7 @@ from grade_lightning.kl import KL
 from grade_lightning.methods import DPO, PPO, RLOO, Grade, GradeSTE, Reinforce
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.rewards import FunctionReward
+from tests.conftest import mostly_slow
 from tests.methods.toy_task import Toy, batches, every_method, make, trainer, weights
 
 
@@ -117,7 +118,7 @@ def returning(values: Callable[[int], list[float | None]]) -> FunctionReward:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("method", [RLOO, PPO, Reinforce, DPO])
+@pytest.mark.parametrize("method", mostly_slow([RLOO, PPO, Reinforce, DPO], PPO, DPO))
 def test_a_function_that_returns_it(method: type[AlignmentModule], number: float) -> None:
     """One completion of the batch is enough."""
     module = make(method)

@@ -19,6 +19,7 @@ from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.modules.window import plan_steps
 from grade_lightning.records import Experience, Rollout, Scores
 from grade_lightning.rollouts import Sampler
+from tests.conftest import mostly_slow
 from tests.methods.toy_task import assert_same, trainer, weights
 from tests.modules.toys import (
     Numbered,
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("steps", [12, 8])
+@pytest.mark.parametrize("steps", mostly_slow([12, 8], 8))
 def test_max_steps_counts_optimizer_steps_and_an_epoch_of_a_window_is_every_completion_once(
     accumulate: int, steps: int
 ) -> None:
@@ -90,6 +91,7 @@ def test_micro_batches_of_a_step_are_of_similar_length(minibatches: int, monkeyp
             assert lengths[epoch[0][0]].max() > lengths[epoch[2][0]].min()
 
 
+@pytest.mark.slow
 def test_the_epoch_of_the_data_ends_with_a_whole_window() -> None:
     """Four windows of twelve prompts in the 48 rows, six visits each: the fifth rollout is of the second epoch."""
     engine = Numbered()
@@ -243,6 +245,7 @@ def test_a_run_resumed_in_the_middle_of_a_window_is_the_run(name: str, tmp_path:
             )
 
 
+@pytest.mark.slow
 def test_what_runs_from_window_to_window_is_in_the_checkpoint(tmp_path: Path) -> None:
     for name, part, key in (
         ("PPO", "kl", "beta"),
@@ -272,7 +275,7 @@ def test_a_fixed_beta_of_the_user_is_not_taken_from_a_checkpoint(kl: KL, tmp_pat
     assert [line["train/beta"] for line in seen.logged] == [pytest.approx(0.3)] * 4
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 6])
+@pytest.mark.parametrize("epochs", mostly_slow([1, 2, 6], 2))
 def test_a_window_of_another_plan_is_not_gone_on_with(epochs: int, tmp_path: Path) -> None:
     """The window was planned for four steps; who resumes with other `epochs` begins a new one."""
     folder = tmp_path / "run"

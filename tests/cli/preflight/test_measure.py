@@ -12,7 +12,7 @@ from grade_lightning.functional.vocabulary import ELEMENTS
 from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Shelf, assert_same
 from tests.cli.preflight.conftest import FULL, METHODS, Look, arguments, cell
-from tests.conftest import VOCABULARY
+from tests.conftest import VOCABULARY, mostly_slow
 
 config = import_module("grade_lightning_cli.config")
 preflight = import_module("grade_lightning_cli.preflight").preflight
@@ -70,7 +70,7 @@ class Watch(Callback):
         self.steps_to_come -= 1
 
 
-@pytest.mark.parametrize("method", ["GradeSTE", "Grade", "PPO", "SupervisedFineTuning"])
+@pytest.mark.parametrize("method", mostly_slow(["GradeSTE", "Grade", "PPO", "SupervisedFineTuning"], "GradeSTE", "PPO"))
 def test_the_estimate_of_a_larger_batch(method: str, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """From two small batches to four times the larger, beside the profiler's count in a real run of such texts."""
     monkeypatch.setitem(ELEMENTS, "cpu", 12 * VOCABULARY)  # a tiny model fills a chunk, too

@@ -198,6 +198,7 @@ def test_one_seed_is_said_plainly(make: Make, tmp_path: Path) -> None:
     assert (out / "learning.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_and_what_differs_is_on_the_page(make: Make) -> None:
     folder = make(seeds=2)
     path = place(folder) / "run.json"
