@@ -181,6 +181,11 @@ class Policy(nn.Module, Network):
         return self._anatomy
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether the training pass gains by completions of a prompt that go through it together."""
+        return self.training_pass.shares_prompts and not self.anatomy.obstacle
+
+    @property
     def width(self) -> int:
         """Width of the hidden states."""
         return self.anatomy.width
