@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from grade_lightning.data import Source, TextDataModule
 from grade_lightning.estimators import TokenEstimator
 from grade_lightning.kl import KL
-from grade_lightning.policies import LoRA, Policy
+from grade_lightning.policies import LoRA, Pass, Policy
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Engine, Sampler
 from grade_lightning.schedules import Schedule
@@ -31,6 +31,7 @@ BASES: dict[str, type] = {
     "source": Source,
     "engine": Engine,
     "selection": Selection,
+    "training_pass": Pass,
 }
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value|^tip:"

@@ -42,7 +42,7 @@ from grade_lightning.methods import (
     TurnPPO,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
-from grade_lightning.policies import LoRA, Pass, Policy
+from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
@@ -155,6 +155,7 @@ __all__ = [
     "Scores",
     "Selection",
     "SequenceClassifierReward",
+    "SharedPrefixPass",
     "Source",
     "Stateful",
     "StepOutput",

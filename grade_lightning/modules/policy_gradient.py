@@ -303,7 +303,8 @@ class PolicyGradientModule(AlignmentModule):
             self._window, self._packed = Window.unpack(self._packed, self.tokenizer, self.device), None
         if step == 0 or self._window is None:
             seen = self.begin_step(batch)
-            plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups) if steps > 1 else []
+            shares = self.policy.shares_prompts
+            plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups, shares) if steps > 1 else []
             self._window = Window(seen, plan)
         window = self._window
         seen = window.experience if steps == 1 else window.part(step)

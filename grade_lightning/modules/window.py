@@ -43,18 +43,25 @@ class Window:
 
 
 def plan_steps(
-    seen: Experience, batching: Batching, mean: Callable[[Tensor], Tensor], whole_groups: bool = False
+    seen: Experience,
+    batching: Batching,
+    mean: Callable[[Tensor], Tensor],
+    whole_groups: bool = False,
+    neighbours: bool = False,
 ) -> Plan:
     """Share out the completions over the steps of a window.
 
     The rows are shuffled in each epoch, if it has several optimizer steps. Micro-batches of an optimizer step hold
-    completions of similar length, so that little of them is padding.
+    completions of similar length, so that little of them is padding. Which micro-batch of a step has which rows changes
+    nothing in the step's gradient.
 
     Args:
         seen: the completions.
         batching: how many epochs, optimizer steps and micro-batches.
         mean: mean of a tensor over the processes.
         whole_groups: keep the completions of a prompt together; else they may go to different steps.
+        neighbours: those of a prompt that are in the same step go to the same micro-batch, as far as it is large
+            enough; prompts are sorted by their longest completion.
 
     Raises:
         InputError: they cannot be shared out evenly.
@@ -72,12 +79,22 @@ def plan_steps(
     steps = [step for order in orders for step in order.chunk(batching.minibatches)]
     if accumulation > 1:
         longest = torch.stack([lengths[rows].max() for rows in members])
-        steps = [step[longest[step].argsort(stable=True)] for step in steps]
+        prompts = torch.stack([seen.rollout.layout.row[rows[0]] for rows in members])
+        steps = [_sorted(step, longest[step], prompts[step] if neighbours else None) for step in steps]
     chunks = [torch.cat([members[unit] for unit in chunk]) for step in steps for chunk in step.chunk(accumulation)]
     counts = torch.stack([torch.stack([lengths[rows].sum(), torch.tensor(len(rows))]) for rows in chunks])
     own = counts.float().to(seen.rollout.ids.device).unflatten(0, (-1, accumulation)).mean(1)
     totals = mean(own).repeat_interleave(accumulation, 0).tolist()
     return [(rows, Normalizers(tokens, count)) for rows, (tokens, count) in zip(chunks, totals, strict=True)]
+
+
+def _sorted(units: Tensor, longest: Tensor, prompts: Tensor | None) -> Tensor:
+    """By length; with prompts, by that of the prompt's longest, and those of a prompt one after another."""
+    if prompts is None:
+        return units[longest.argsort(stable=True)]
+    most = longest.new_zeros(int(prompts.max()) + 1).scatter_reduce(0, prompts, longest, "amax")[prompts]
+    order = prompts.argsort(stable=True)
+    return units[order[most[order].argsort(stable=True)]]
 
 
 def _count(seen: Experience) -> int:

@@ -5,6 +5,7 @@ from .loading import resolve_model as resolve_model
 from .lora import LoRA as LoRA
 from .network import Network as Network
 from .passes import Pass as Pass
+from .passes import SharedPrefixPass as SharedPrefixPass
 from .passes import WholePass as WholePass
 from .policy import Policy as Policy
 from .value_head import ValueHead as ValueHead

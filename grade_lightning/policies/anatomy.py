@@ -30,6 +30,7 @@ class Anatomy:
         width: of the hidden states.
         size: number of logits of a position.
         unused: names of trainable parameters that the model's own forward pass does not use.
+        obstacle: why completions cannot share their prompt in a pass, "" if they can; None where nobody asked.
     """
 
     body: str | None
@@ -37,6 +38,7 @@ class Anatomy:
     width: int
     size: int
     unused: tuple[str, ...] = ()
+    obstacle: str | None = None
 
 
 def examine(model: Any, path: str) -> Anatomy:

@@ -1,16 +1,23 @@
 """Passes: how a rollout goes through a network when its tokens are measured."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from grade_lightning.functional.packing import pack
 from grade_lightning.records import Rollout
 
 from .network import Network
+from .sharing import drops, packed_hidden
 
 
 class Pass(ABC):
     """One teacher-forced pass over a rollout. All passes give the same; they differ in time and memory."""
+
+    shares_prompts: ClassVar[bool] = False
+    """Whether it gains by completions of a prompt that go through the network together."""
 
     @abstractmethod
     def hidden(self, network: Network, rollout: Rollout) -> Tensor:
@@ -24,3 +31,41 @@ class WholePass(Pass):
         """The last T positions before the last token."""
         inputs, length = network.embed(rollout.ids[:, :-1]), rollout.completion_ids.shape[1]
         return network.hidden(inputs, rollout.mask[:, :-1], length)
+
+
+class SharedPrefixPass(WholePass):
+    """The prompt of a group goes through the network once, with all its completions behind it.
+
+    Attention costs (P + G·T)² then instead of G·(P + T)², for prompts of P tokens with G completions of T; everything
+    else P + G·T instead of G·(P + T). It gains by long prompts, and loses by short ones.
+
+    Where the model's attention does not allow it (a line at loading says so), while dropout is on, and where each
+    completion has a prompt of its own, sequences go through the network as in :class:`WholePass`.
+
+    References:
+        | Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward (Liu et al., 2025),
+          https://arxiv.org/abs/2506.05433
+    """
+
+    shares_prompts = True
+
+    def hidden(self, network: Network, rollout: Rollout) -> Tensor:
+        """Those of packed rows, brought into the order of the rollout.
+
+        Raises:
+            RuntimeError: the network was loaded before it got this pass.
+        """
+        obstacle = network.anatomy.obstacle
+        if obstacle is None:
+            raise RuntimeError("SharedPrefixPass: give it to the policy before Policy.load()")
+        if obstacle or rollout.layout.shape[1] < 2 or self._drops(network):
+            return super().hidden(network, rollout)
+        p, t = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
+        return packed_hidden(network, rollout.ids, pack(*rollout.host_lengths, rollout.layout.row, p, t))
+
+    def _drops(self, network: Network) -> bool:
+        with network.ready():
+            found = drops(network.base)
+        if found:
+            rank_zero_warn("prompts are not shared in the training pass while dropout is on; set it to 0")
+        return found

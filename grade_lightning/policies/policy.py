@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .modes import evaluating
 from .network import Frozen, Network
 from .passes import Pass, WholePass
 from .saving import true_settings
+from .sharing import obstacle
 
 
 class Policy(nn.Module, Network):
@@ -43,7 +45,8 @@ class Policy(nn.Module, Network):
         dropout: keep the dropout of the model's own configuration. Off by default: with it the policy that learns
             is not the one that sampled, and the KL at step 0 is not 0. (LoRA's own dropout is separate.)
         torch_compile: compile the training pass of the network below the head. The rollout is not affected.
-        training_pass: how rollouts go through the network when they are measured; each sequence whole by default.
+        training_pass: how rollouts go through the network when they are measured; each sequence whole by default
+            (`WholePass`), or each prompt once for all its completions (`SharedPrefixPass`).
 
     Example:
         >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
@@ -85,9 +88,11 @@ class Policy(nn.Module, Network):
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: LoRA | None = None,
         reference: bool = True,
+        training_pass: Pass | None = None,
     ) -> "Policy":
         """Wrap a model that is in memory already; it is used, not copied (its reference is a copy)."""
-        policy = cls(path=model.config.name_or_path or type(model).__name__, lora=lora)
+        path = model.config.name_or_path or type(model).__name__
+        policy = cls(path=path, lora=lora, training_pass=training_pass)
         policy.dtype = model.dtype
         if tokenizer is not None:
             policy.tokenizer = tokenizer
@@ -115,6 +120,8 @@ class Policy(nn.Module, Network):
             self.model = with_adapters(model, self.lora)
         with self.evaluating():
             self._anatomy = examine(self.base, self.path)
+            if self.training_pass.shares_prompts:
+                self._anatomy = replace(self._anatomy, obstacle=obstacle(self))
         embedding: Any = self.base.get_input_embeddings()
         rows, logits = embedding.weight.shape[0], self.anatomy.size
         if rows != logits:
@@ -134,6 +141,11 @@ class Policy(nn.Module, Network):
             rank_zero_warn(
                 f"{self.path}: no text reaches {len(unused)} of the trainable parameters of {name}, such as "
                 f"{unused[0]}; they stay as they are"
+            )
+        if self.anatomy.obstacle:
+            rank_zero_warn(
+                f"{self.path}: {name} cannot share prompts in the training pass ({self.anatomy.obstacle}); each "
+                "sequence goes through it whole"
             )
 
     @cached_property
@@ -167,6 +179,11 @@ class Policy(nn.Module, Network):
         if self._anatomy is None:
             raise RuntimeError("Policy.load() was not called")
         return self._anatomy
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the training pass gains by completions of a prompt that go through it together."""
+        return self.training_pass.shares_prompts and not self.anatomy.obstacle
 
     @property
     def width(self) -> int:

@@ -55,7 +55,7 @@ class Rollout:
         if self.groups is None:
             self.groups = torch.arange(len(self.completion_ids))
         self.groups = self.groups.cpu()
-        _ = self.positions, self.layout
+        _ = self.positions, self.layout, self.host_lengths
 
     @property
     def ids(self) -> Tensor:
@@ -71,6 +71,12 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Number of completion tokens, sampled or not, (B,)."""
         return self.completion_mask.sum(-1)
+
+    @cached_property
+    def host_lengths(self) -> tuple[Tensor, Tensor]:
+        """Number of tokens of each prompt and of each completion, (B,) both, in the memory of the processor."""
+        prompts, completions = torch.stack([self.prompt_mask.sum(-1), self.lengths]).cpu()
+        return prompts, completions
 
     @property
     def ended(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
+from grade_lightning.policies import passes, sharing
 from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
 
 # ---- configurations -------------------------------------------------------------------------------------------
@@ -213,3 +214,19 @@ def test_an_environment_by_flag(run: Run, own: str, shelf: Shelf) -> None:
     args += ["--model.sampler.engine.turn_tokens=1", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"]
     run("fit", *args)
     assert scalar(version(method="RLOO"), "train/response_length") == [2]
+
+
+def test_prompts_are_shared_by_a_flag(run: Run, own: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the policy, its reference and the first batch's check of both."""
+    shapes: list[torch.Size] = []
+
+    def watched(network: Any, ids: torch.Tensor, packing: Any) -> torch.Tensor:
+        shapes.append(packing.source.shape)
+        return sharing.packed_hidden(network, ids, packing)
+
+    monkeypatch.setattr(passes, "packed_hidden", watched)
+    args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO", "--model.num_generations=4"]
+    args += ["--model.reward=FunctionReward", f"--model.reward.function={own}.words"]
+    args += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    run("fit", *args, "--model.policy.training_pass=SharedPrefixPass")
+    assert len(shapes) == 4

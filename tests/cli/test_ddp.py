@@ -30,6 +30,7 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
 )
 from grade_lightning.modules import PolicyGradientModule
+from grade_lightning.policies import SharedPrefixPass
 from grade_lightning.records import Rollout, slice_rows
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler, Turns
@@ -137,6 +138,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "prompts of all processes": (COPO, {"epochs": 2}, 1),
     "entropies of all processes": (AgenticAEPO, {"epochs": 2}, 1),
     "what is cut off": (STPPO, {"epochs": 2, "num_generations": 1}, 2),
+    "prompts shared": (RLOO, {"training_pass": SharedPrefixPass(), "kl": KL(0.1), "epochs": 2}, 2),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
 }
 

@@ -15,7 +15,7 @@ from grade_lightning.data import Source, TextDataModule
 from grade_lightning.functional.sequences import token_logps
 from grade_lightning.methods import DAPO
 from grade_lightning.modules import PolicyGradientModule
-from grade_lightning.policies import Policy
+from grade_lightning.policies import Pass, Policy
 from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Distribution, Engine, Sampler, TransformersEngine
@@ -106,7 +106,8 @@ def build(
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr),
         "lr_scheduler": constant,
     }
-    policy = Policy.from_model(make_model("gpt2", dtype, scale=4.0), make_tokenizer())
+    training_pass: Pass | None = kwargs.pop("training_pass", None)
+    policy = Policy.from_model(make_model("gpt2", dtype, scale=4.0), make_tokenizer(), training_pass=training_pass)
     module = method(policy=policy, **settings | kwargs)
     module.configure_model()
     return module
