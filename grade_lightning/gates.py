@@ -74,3 +74,13 @@ def complement(gate: Gate) -> Gate:
         gate: the ratio, or 0.
     """
     return lambda ratio, seen: ratio.masked_fill(gate(ratio, seen) != 0, 0)
+
+
+def reinforced(gate: Gate, mark: str) -> Gate:
+    """A gate; 1, that is no importance weight, for completions that are marked.
+
+    Args:
+        gate: of the others.
+        mark: name of the mark in `seen.extra`, (B,): 0 for the others.
+    """
+    return lambda ratio, seen: gate(ratio, seen).where(seen.extra[mark].unsqueeze(1) == 0, 1)

@@ -108,8 +108,7 @@ class DropSolved(Selection):
         table = layout.table(seen.scores.total)
         told = (table < self.best) | table.isinf()  # an infinite reward is an error, and must be noticed as one
         below = told.any(-1) | table.isnan().all(-1)
-        kept = layout.rows(below.float().unsqueeze(1).expand(layout.shape)) > 0
-        return kept.unsqueeze(1).expand_as(seen.rollout.sampled)
+        return layout.spread(below).unsqueeze(1).expand_as(seen.rollout.sampled)
 
 
 class Downsampling(Selection):
