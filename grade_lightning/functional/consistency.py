@@ -34,7 +34,7 @@ def consistent_reward(
         size: g, completions with an answer.
 
     References:
-        | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ def two_sources(
         total: sum over all processes.
 
     References:
-        | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
 
     Example:
         >>> import torch

@@ -33,7 +33,7 @@ class AEPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | Arbitrary Entropy Policy Optimization (2025), https://arxiv.org/abs/2510.08141
+        | Arbitrary Entropy Policy Optimization (Wang et al., 2025), https://arxiv.org/abs/2510.08141
     """
 
     min_generations = 2

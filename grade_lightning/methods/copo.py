@@ -33,7 +33,7 @@ class COPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
     """
 
     min_generations = 2
