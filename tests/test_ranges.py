@@ -111,6 +111,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
         "low_scale": [-0.1],
         "high_scale": [-0.1],
         "dual": [0.9],
+        "spread": [0],
     },
     Proximal: {"eta": [0]},
     EntropyBonus: {"coefficient": [-0.1], "target": [-0.1], "step": [-0.1]},
