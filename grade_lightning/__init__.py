@@ -60,7 +60,7 @@ from grade_lightning.rewards import (
     Verifier,
     WeightedSum,
 )
-from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
+from grade_lightning.rollouts import Branching, Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
@@ -93,6 +93,7 @@ __all__ = [
     "AgenticAEPO",
     "AlignmentModule",
     "Batching",
+    "Branching",
     "BundledReviews",
     "Checkpoint",
     "ClassifierReward",

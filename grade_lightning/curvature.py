@@ -22,8 +22,8 @@ class CurvatureMask(Selection, Columns):
         policy: the predicted change of the policy lies below this.
 
     References:
-        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning (2025),
-          https://arxiv.org/abs/2510.00819
+        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning
+          (Melo et al., 2025), https://arxiv.org/abs/2510.00819
     """
 
     names = ("score_norm", "score_fisher", "hidden_norm")

@@ -1,14 +1,16 @@
 """Entropy control by temperature: what the policy's entropy was, and at which temperature to look next."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grade_lightning.columns import Columns
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
-from grade_lightning.functional.arbitrary_entropy import tempered_log_ratio
+from grade_lightning.functional.arbitrary_entropy import entropy_share, reweighted, tempered_log_ratio
 from grade_lightning.records import Experience
 from grade_lightning.stateful import Stateful
 from grade_lightning.terms import mean_entropy
@@ -40,6 +42,22 @@ class EntropyControl(Stateful, Columns):
     def columns(self, logps: Tensor, tokens: Tensor, hidden: Tensor) -> Iterable[Tensor]:
         """Log π_T − log π of each token."""
         yield tempered_log_ratio(logps, tokens, self.temperature)
+
+    def reweighted(self, seen: Experience, correct: float, most: float, reduce: Reduce) -> Experience:
+        """With advantages in which the tokens of correct completions weigh more, the farther the entropy is off.
+
+        Args:
+            seen: with the advantages so far, and :meth:`columns`.
+            correct: a completion with this reward or more is correct.
+            most: the largest |H_target − H| that counts.
+            reduce: statistics over all processes.
+        """
+        rewards = seen.scores.total
+        right = rewards >= correct
+        counts = reduce.sum(torch.stack([right.sum(), (~rewards.isnan()).sum()]).to(seen.advantages))
+        share = entropy_share(self.entropy, self.target, counts[0] / counts[1].clamp(min=1), most)
+        advantages = reweighted(seen.advantages, seen.old.columns["tempered"], right, share)
+        return replace(seen, advantages=advantages.masked_fill(~seen.mask, 0))
 
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Remember the entropy, but of completions that were drawn at another temperature."""

@@ -6,9 +6,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from grade_lightning.functional.advantages import Total, alone
 from grade_lightning.functional.decoupled import hardness
 from grade_lightning.functional.gates import clipped
 from grade_lightning.functional.probability_bounds import probability_bounds
+from grade_lightning.functional.ratios import standardised_ratio
 from grade_lightning.records import Experience
 
 Gate: TypeAlias = Callable[[Tensor, Experience], Tensor]
@@ -74,3 +76,32 @@ def complement(gate: Gate) -> Gate:
         gate: the ratio, or 0.
     """
     return lambda ratio, seen: ratio.masked_fill(gate(ratio, seen) != 0, 0)
+
+
+def reinforced(gate: Gate, mark: str) -> Gate:
+    """A gate; 1, that is no importance weight, for completions that are marked.
+
+    Args:
+        gate: of the others.
+        mark: name of the mark in `seen.extra`, (B,): 0 for the others.
+    """
+    return lambda ratio, seen: gate(ratio, seen).where(seen.extra[mark].unsqueeze(1) == 0, 1)
+
+
+def standardised(gate: Gate, spread: float | None = None, total: Total = alone) -> Gate:
+    """A gate that decides by the ratio less its mean over the batch; tokens that it leaves alone keep their own ratio.
+
+    Experimental. In the first step of a window, where all ratios are 1, it is the gate itself.
+
+    Args:
+        gate: decides.
+        spread: standard deviation that log-ratios are scaled down to; None: they are only centred.
+        total: sum over all processes.
+    """
+
+    def decided(ratio: Tensor, seen: Experience) -> Tensor:
+        judged = standardised_ratio(ratio, seen.sampled, spread, total)
+        found = gate(judged, seen)
+        return ratio.where(found == judged, found)
+
+    return decided

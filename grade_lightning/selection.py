@@ -108,8 +108,7 @@ class DropSolved(Selection):
         table = layout.table(seen.scores.total)
         told = (table < self.best) | table.isinf()  # an infinite reward is an error, and must be noticed as one
         below = told.any(-1) | table.isnan().all(-1)
-        kept = layout.rows(below.float().unsqueeze(1).expand(layout.shape)) > 0
-        return kept.unsqueeze(1).expand_as(seen.rollout.sampled)
+        return layout.spread(below).unsqueeze(1).expand_as(seen.rollout.sampled)
 
 
 class Downsampling(Selection):
@@ -123,7 +122,8 @@ class Downsampling(Selection):
         tokens: which share of their tokens; 0.2 to 0.6 by default.
 
     References:
-        | D3S: dynamic dual-level down-sampling (2025), https://arxiv.org/abs/2509.22115
+        | D3S: Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization
+          (Wang et al., 2025), https://arxiv.org/abs/2509.22115
     """
 
     def __init__(self, rows: Schedule | None = None, tokens: Schedule | None = None) -> None:

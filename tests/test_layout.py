@@ -1,9 +1,18 @@
 """A test file here for a file there; what is tested elsewhere is listed with the place."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
+import grade_lightning.methods
+from grade_lightning.modules import PolicyGradientModule
+
+POLICY_GRADIENTS = [
+    value
+    for value in vars(grade_lightning.methods).values()
+    if isinstance(value, type) and issubclass(value, PolicyGradientModule)
+]
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     "grade_lightning/advantages.py": "tests/methods/test_ppo.py tests/functional/test_advantages.py",
@@ -68,3 +77,9 @@ def test_a_file_has_its_tests_beside_it_or_where_the_list_says(file: str, test: 
 
 def test_the_list_names_files_that_exist() -> None:
     assert ELSEWHERE.keys() <= {file for file, _ in FILES}
+
+
+@pytest.mark.parametrize("method", POLICY_GRADIENTS, ids=lambda method: method.__name__)
+def test_a_policy_gradient_is_a_short_file(method: type[PolicyGradientModule]) -> None:
+    """With its docstring; what does not fit is a part or mathematics, and has a room of its own."""
+    assert 15 <= len(Path(inspect.getfile(method)).read_text().splitlines()) <= 90

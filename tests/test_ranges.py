@@ -48,7 +48,7 @@ from grade_lightning.methods import (
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
 from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
-from grade_lightning.rollouts import RelaxedEngine, Sampler, TransformersEngine
+from grade_lightning.rollouts import Branching, Environment, RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DropSolved, DynamicSampling
 from grade_lightning.terms import DriftPenalty, EntropyBonus, Proximal
@@ -70,12 +70,23 @@ def a_target(target: float) -> KL:
     return KL(0.1, target=target)
 
 
+def a_branching(**settings: float) -> Branching:
+    return Branching(Environment, **settings)  # type: ignore[arg-type]
+
+
 SEED = 2**32 - 1
 WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     Sampler: {"max_new_tokens": [0], "min_new_tokens": [-1, 49], "temperature": [0], "top_k": [0]}
     | {"top_p": [0, 1.1]},
     TransformersEngine: {"block": [0]},
     RelaxedEngine: {"block": [0]},
+    a_branching: {
+        "share": [-0.1, 1.1],
+        "probability": [-0.1, 1.1],
+        "penalty": [-0.1, 1.1],
+        "weight": [-0.1],
+        "window": [0],
+    },
     a_memory: {"capacity": [0]},
     OverlongPenalty: {"buffer": [-1]},
     DynamicSampling: {"max_retries": [-1]},
@@ -111,6 +122,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
         "low_scale": [-0.1],
         "high_scale": [-0.1],
         "dual": [0.9],
+        "spread": [0],
     },
     Proximal: {"eta": [0]},
     EntropyBonus: {"coefficient": [-0.1], "target": [-0.1], "step": [-0.1]},

@@ -1,9 +1,11 @@
 """Consistency of the answers to one prompt: their entropy, and what it makes of group rewards."""
 
+from typing import NamedTuple
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grade_lightning.functional.advantages import Total, alone, mean_and_variance
+from grade_lightning.functional.advantages import Total, alone, has_spread, mean_and_variance
 
 
 def answer_entropy(answers: Int[Tensor, "p g"]) -> Float[Tensor, " p"]:
@@ -32,7 +34,7 @@ def consistent_reward(
         size: g, completions with an answer.
 
     References:
-        | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
 
     Example:
         >>> import torch
@@ -69,3 +71,48 @@ def local_share(entropies: Float[Tensor, " p"], sharpness: float, threshold: flo
         tensor([0., 1.])
     """
     return (sharpness * (entropies - threshold)).sigmoid()
+
+
+class TwoSources(NamedTuple):
+    """What :func:`two_sources` finds of each prompt, (P,)."""
+
+    share: Tensor
+    """Weight of the group's own advantages."""
+    others: Tensor
+    """The prompt's reward against that of other prompts."""
+    entropies: Tensor
+    """Of its answers, bits."""
+
+
+def two_sources(
+    rewards: Float[Tensor, "p g"],
+    answers: Int[Tensor, "p g"],
+    sharpness: float,
+    threshold: float,
+    forced: bool = False,
+    total: Total = alone,
+) -> TwoSources:
+    """How much a group learns from its own completions, and what it learns from other prompts.
+
+    Args:
+        rewards: of the completions; NaN without one.
+        answers: a number for each answer; −1: none.
+        sharpness: k of :func:`local_share`.
+        threshold: b, bits.
+        forced: nothing from its own completions where all of their rewards are equal.
+        total: sum over all processes.
+
+    References:
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
+
+    Example:
+        >>> import torch
+        >>> rewards, answers = torch.tensor([[0.0, 1.0], [1.0, 1.0]]), torch.tensor([[0, 1], [2, 2]])
+        >>> two_sources(rewards, answers, sharpness=1.0, threshold=1.0)
+        TwoSources(share=tensor([0.5000, 0.2689]), others=tensor([-0.7071,  0.7071]), entropies=tensor([1., 0.]))
+    """
+    entropies = answer_entropy(answers).to(rewards.dtype)
+    sizes = (answers >= 0).sum(-1).to(rewards.dtype)
+    others = over_prompts(consistent_reward(rewards, entropies, sizes), total=total)
+    share = local_share(entropies, sharpness, threshold)
+    return TwoSources(share * has_spread(rewards) if forced else share, others, entropies)

@@ -25,8 +25,8 @@ def objective_change(
         lr: learning rate.
 
     References:
-        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning (2025),
-          https://arxiv.org/abs/2510.00819
+        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning
+          (Melo et al., 2025), https://arxiv.org/abs/2510.00819
     """
     step = lr * hidden
     return step * advantages.square() * norms + step.square() * advantages**3 * (norms.square() - fishers) / 2

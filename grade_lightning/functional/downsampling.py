@@ -18,7 +18,8 @@ def max_variance_subset(
         candidates: which may be chosen; all by default.
 
     References:
-        | D3S: dynamic dual-level down-sampling (2025), https://arxiv.org/abs/2509.22115
+        | D3S: Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization
+          (Wang et al., 2025), https://arxiv.org/abs/2509.22115
         | that the j smallest and the others among the largest are best: PODS (Xu et al., 2025),
           https://arxiv.org/abs/2504.13818
 

@@ -12,7 +12,7 @@ def entropy_weight(surprise: Float[Tensor, "b t"], scale: float) -> Float[Tensor
         scale: a.
 
     References:
-        | Agentic Entropy-Balanced Policy Optimization (2025), https://arxiv.org/abs/2510.14545
+        | Agentic Entropy-Balanced Policy Optimization (Dong et al., 2025), https://arxiv.org/abs/2510.14545
 
     Example:
         >>> import torch

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -34,6 +34,15 @@ class Groups(NamedTuple):
     def rows(self, table: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
         """The inverse of :meth:`table`."""
         return table[self.row.to(table.device), self.column.to(table.device)]
+
+    def spread(self, values: Shaped[Tensor, " p"]) -> Shaped[Tensor, " b"]:
+        """Values of the prompts, at each of their completions.
+
+        Example:
+            >>> group_by(torch.tensor([7, 4, 7])).spread(torch.tensor([1.0, 2.0]))
+            tensor([2., 1., 2.])
+        """
+        return values[self.row.to(values.device)]
 
 
 def group_by(labels: Int[Tensor, " b"]) -> Groups:

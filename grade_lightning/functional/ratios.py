@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from grade_lightning.functional.advantages import Total, alone, mean_and_variance
 
 Level: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(values, mask) → means over each segment, spread over its tokens; all (B, T)."""
@@ -26,6 +29,41 @@ def importance_ratio(
     """
     delta = (logps - old_logps).detach().masked_fill(~mask, 0)
     return level(delta, mask).exp()
+
+
+def standardised_ratio(
+    ratio: Float[Tensor, "b t"],
+    mask: Bool[Tensor, "b t"],
+    spread: float | None = None,
+    total: Total = alone,
+) -> Float[Tensor, "b t"]:
+    """The ratio over the geometric mean of all ratios and, with a spread, the logarithm scaled down to that deviation.
+
+    So a drift that all tokens share does not count as having left the bounds. A smaller deviation is not scaled up: it
+    may be rounding alone. Where all ratios are 1, they stay 1.
+
+    Args:
+        ratio: π / π_old.
+        mask: tokens that count; other positions are 1.
+        spread: standard deviation that log-ratios have at most, such as 0.1; None: as they are.
+        total: sum over all processes.
+
+    References:
+        | our reading, for tokens, of GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated
+          Clipping (2025), https://arxiv.org/abs/2510.22319
+
+    Example:
+        >>> import torch
+        >>> ratio, mask = torch.tensor([[2.0, 8.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> standardised_ratio(ratio, mask)
+        tensor([[0.5000, 2.0000]])
+    """
+    logs = ratio.clamp(min=torch.finfo(ratio.dtype).tiny).log()
+    mean, variance = mean_and_variance(logs, mask, total)
+    centred = logs - mean.to(logs.dtype)
+    if spread is not None:
+        centred = centred * (spread / variance.sqrt().clamp(min=spread)).to(logs.dtype)
+    return centred.masked_fill(~mask, 0).exp()
 
 
 def token_level(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:

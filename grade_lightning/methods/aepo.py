@@ -4,14 +4,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from grade_lightning.advantages import group_standardised
 from grade_lightning.entropy_control import EntropyControl
 from grade_lightning.errors import check_range
 from grade_lightning.functional.aggregation import token_mean
-from grade_lightning.functional.arbitrary_entropy import entropy_share, reweighted
 from grade_lightning.functional.gates import clipped
+from grade_lightning.gates import by_advantage, reinforced
 from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Experience, Prompts, TokenStats
@@ -34,7 +33,7 @@ class AEPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | Arbitrary Entropy Policy Optimization (2025), https://arxiv.org/abs/2510.08141
+        | Arbitrary Entropy Policy Optimization (Wang et al., 2025), https://arxiv.org/abs/2510.08141
     """
 
     min_generations = 2
@@ -56,14 +55,11 @@ class AEPO(PolicyGradientModule):
         check_range("[0, inf)", weight=weight, most=most)
         check_range("[-inf, inf]", correct=correct)
 
-        def gate(ratio: Tensor, seen: Experience) -> Tensor:
-            kept = clipped(ratio, seen.advantages, 1 - epsilon, 1 + epsilon)
-            return kept if mode == "reweight" else kept.where(seen.extra["tempered"].unsqueeze(1) == 0, 1)
-
+        gate = by_advantage(clipped, low=1 - epsilon, high=1 + epsilon)
         super().__init__(
             advantage=group_standardised,
             level=token_level,
-            gate=gate,
+            gate=gate if mode == "reweight" else reinforced(gate, "tempered"),
             aggregate=token_mean,
             clips=True,
             num_generations=num_generations,
@@ -85,12 +81,8 @@ class AEPO(PolicyGradientModule):
 
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
         """With the advantages of the other temperature."""
-        seen, rewards = super().appraise(seen, old), seen.scores.total
-        if self.mode == "rollout":
-            other = (self.weight * seen.rewards.nan_to_num(nan=0.0)).unsqueeze(1) * seen.mask
-            return replace(seen, advantages=seen.advantages.where(seen.extra["tempered"].unsqueeze(1) == 0, other))
-        right = rewards >= self.correct
-        counts = self.reduce.sum(torch.stack([right.sum(), (~rewards.isnan()).sum()]).to(old.logps))
-        share = entropy_share(self.control.entropy, self.control.target, counts[0] / counts[1].clamp(min=1), self.most)
-        advantages = reweighted(seen.advantages, seen.old.columns["tempered"], right, share)
-        return replace(seen, advantages=advantages.masked_fill(~seen.mask, 0))
+        seen = super().appraise(seen, old)
+        if self.mode == "reweight":
+            return self.control.reweighted(seen, self.correct, self.most, self.reduce)
+        other = (self.weight * seen.rewards.nan_to_num(nan=0.0)).unsqueeze(1) * seen.mask
+        return replace(seen, advantages=seen.advantages.where(seen.extra["tempered"].unsqueeze(1) == 0, other))

@@ -23,7 +23,7 @@ class AgenticAEPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | Agentic Entropy-Balanced Policy Optimization (2025), https://arxiv.org/abs/2510.14545
+        | Agentic Entropy-Balanced Policy Optimization (Dong et al., 2025), https://arxiv.org/abs/2510.14545
     """
 
     min_generations = 2

@@ -23,8 +23,8 @@ class CAPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning (2025),
-          https://arxiv.org/abs/2510.00819
+        | CAPO: Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning
+          (Melo et al., 2025), https://arxiv.org/abs/2510.00819
     """
 
     min_generations = 2

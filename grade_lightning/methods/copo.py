@@ -7,26 +7,16 @@ from typing import Any
 import torch
 
 from grade_lightning.advantages import group_standardised
+from grade_lightning.answers import answer_numbers, last_line
 from grade_lightning.errors import check_range
-from grade_lightning.functional import consistency
-from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import token_mean
+from grade_lightning.functional.consistency import two_sources
 from grade_lightning.functional.gates import clipped
 from grade_lightning.gates import by_advantage
 from grade_lightning.levels import token_level
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Experience, Prompts, TokenStats
 from grade_lightning.terms import SecondLine
-
-
-def last_line(completion: str) -> str:
-    r"""The last line that is not empty, in small letters.
-
-    Example:
-        >>> last_line("2 + 2\nis Four \n")
-        'is four'
-    """
-    return completion.strip().lower().rpartition("\n")[2].strip()
 
 
 class COPO(PolicyGradientModule):
@@ -43,7 +33,7 @@ class COPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | COPO: Consistency-Aware Policy Optimization (2025), https://arxiv.org/abs/2508.04138
+        | COPO: Consistency-Aware Policy Optimization (Han et al., 2025), https://arxiv.org/abs/2508.04138
     """
 
     min_generations = 2
@@ -78,8 +68,8 @@ class COPO(PolicyGradientModule):
 
     def sample(self, prompts: Prompts) -> Experience:
         """Completions with a number for each answer; −1: none."""
-        seen, numbers = super().sample(prompts), {"": -1}
-        answers = [numbers.setdefault(self.answer(text), len(numbers)) for text in seen.rollout.completions]
+        seen = super().sample(prompts)
+        answers = answer_numbers(seen.rollout.completions, self.answer)
         return replace(seen, extra={"answers": seen.scores.total.new_tensor(answers)})
 
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
@@ -87,15 +77,9 @@ class COPO(PolicyGradientModule):
         seen = super().appraise(seen, old)
         layout = seen.rollout.layout
         rewards, answers = layout.table(seen.rewards), layout.table(seen.extra["answers"]).nan_to_num(nan=-1.0).long()
-        entropies = consistency.answer_entropy(answers).to(rewards.dtype)
-        sizes = (answers >= 0).sum(-1).to(rewards.dtype)
-        prompts = consistency.over_prompts(
-            consistency.consistent_reward(rewards, entropies, sizes), total=self.reduce.sum
-        )
-        share = consistency.local_share(entropies, self.sharpness, self.threshold)
-        share = share * has_spread(rewards) if self.forced else share
-        own, others = (layout.rows(x.unsqueeze(1).expand(layout.shape)).unsqueeze(1) for x in (share, prompts))
+        found = two_sources(rewards, answers, self.sharpness, self.threshold, self.forced, self.reduce.sum)
+        own, others = (layout.spread(x).unsqueeze(1) for x in (found.share, found.others))
         weights = torch.ones_like(old.logps) if self.correction is None else self.correction(seen)[0]
         extra = {"advantages": ((1 - own) * others * weights).masked_fill(~seen.mask, 0)}
-        metrics = seen.metrics | {"answer_entropy": entropies.mean()}
+        metrics = seen.metrics | {"answer_entropy": found.entropies.mean()}
         return replace(seen, advantages=own * seen.advantages, extra=extra, metrics=metrics)

@@ -25,7 +25,8 @@ class D3S(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | D3S: dynamic dual-level down-sampling (2025), https://arxiv.org/abs/2509.22115
+        | D3S: Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization
+          (Wang et al., 2025), https://arxiv.org/abs/2509.22115
     """
 
     min_generations = 2

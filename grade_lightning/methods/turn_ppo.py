@@ -32,7 +32,8 @@ class TurnPPO(PolicyGradientModule):
         **kwargs: those of :class:`~grade_lightning.modules.PolicyGradientModule`.
 
     References:
-        | Turn-PPO, S-PPO and ST-PPO (2025), https://arxiv.org/abs/2511.20718
+        | ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training (Li et al., 2025),
+          https://arxiv.org/abs/2511.20718
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """From prompts to completions."""
 
+from .branching import Branching as Branching
 from .distribution import Distribution as Distribution
 from .engine import Engine as Engine
 from .relaxed import RelaxedEngine as RelaxedEngine

@@ -109,6 +109,7 @@ class TransformersEngine(Engine):
                     attention_mask=mask,
                     generation_config=_settings(min(block, longest - done), eos_ids, pad_id, way),
                     logits_processor=LogitsProcessorList([recorder]),
+                    synced_gpus=False,  # under FSDP it would wait for processes that have nothing left to draw
                     **({} if cache is None else {policy.cache_name: cache}),
                 )
                 new = ids[:, width + done :]

@@ -46,17 +46,20 @@ class Environment(ABC):
 
 
 @dataclass
-class _Episode:
+class Episode:
     """One completion while it is made."""
 
     environment: Environment
     prompt: list[int]
+    turn: int = 0
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     reward: float = 0.0
     done: bool = False
+    known: bool = True
+    """Whether the engine says with which probabilities it drew."""
 
     def add(self, tokens: list[int], turn: int, sampled: bool, logps: list[float] | None = None) -> None:
         """Append tokens of the policy, or of somebody else."""
@@ -103,47 +106,66 @@ class Turns(Engine):
         Raises:
             InputError: an environment raises an exception, or its opening leaves the policy no room.
         """
-        tokenizer, known = policy.tokenizer, True
-        episodes = [
-            _Episode(self.environment(), ids[mask.bool()].tolist())
-            for ids, mask in zip(prompts.ids.cpu(), prompts.mask.cpu(), strict=True)
-        ]
-        for number, episode in enumerate(episodes):
-            row = {name: values[number] for name, values in prompts.columns.items()}
+        episodes = {row: self.begin(policy, distribution, prompts, row) for row in range(len(prompts))}
+        while not all(episode.done for episode in episodes.values()):
+            self.speak(policy, distribution, prompts, episodes)
+        return joined([episodes[row] for row in range(len(prompts))], prompts, policy)
+
+    def begin(self, policy: Policy, distribution: Distribution, prompts: Prompts, row: int) -> Episode:
+        """A conversation up to the policy's first turn."""
+        episode = Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist())
+        with _errors_of(episode.environment):
+            messages = episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
+        opening = _encoded(policy.tokenizer, messages)
+        _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
+        episode.add(opening, turn=0, sampled=False)
+        return episode
+
+    def speak(self, policy: Policy, distribution: Distribution, prompts: Prompts, episodes: dict[int, Episode]) -> None:
+        """One turn of the policy in each conversation that goes on, and what it is answered.
+
+        Args:
+            policy: the policy.
+            distribution: of the tokens, and how many of them a completion has at most.
+            prompts: of all conversations.
+            episodes: those that have begun, by the row of their prompt.
+        """
+        tokenizer, rows = policy.tokenizer, [row for row, episode in episodes.items() if not episode.done]
+        live = [episodes[row] for row in rows]
+        room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
+        assert min(room) >= 1
+        room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
+        ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
+        columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
+        begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
+        said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
+        for i, (row, episode) in enumerate(zip(rows, live, strict=True)):
+            length = min(int(said.lengths[i]), room[i])
+            tokens = said.completion_ids[i, :length].tolist()
+            logps = None if said.engine_logps is None else said.engine_logps[i, :length].tolist()
+            self.drawn(row, episodes, logps)
+            episode.known = episode.known and logps is not None
+            episode.add(tokens, episode.turn, sampled=True, logps=logps)
+            text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
             with _errors_of(episode.environment):
-                messages = episode.environment.reset(row)
-            opening = _encoded(tokenizer, messages)
-            _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
-            episode.add(opening, turn=0, sampled=False)
-        for turn in range(self.max_turns):
-            rows = [number for number, episode in enumerate(episodes) if not episode.done]
-            live = [episodes[number] for number in rows]
-            if not live:
-                break
-            room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
-            assert min(room) >= 1
-            room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
-            ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
-            columns = {name: [values[number] for number in rows] for name, values in prompts.columns.items()}
-            begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
-            said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
-            known = known and said.engine_logps is not None
-            for i, episode in enumerate(live):
-                length = min(int(said.lengths[i]), room[i])
-                tokens = said.completion_ids[i, :length].tolist()
-                logps = None if said.engine_logps is None else said.engine_logps[i, :length].tolist()
-                episode.add(tokens, turn, sampled=True, logps=logps)
-                text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-                with _errors_of(episode.environment):
-                    messages, reward, done = episode.environment.step(text)
-                episode.reward += reward or 0.0
-                answer = _encoded(tokenizer, messages)
-                full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
-                episode.done = done or full or turn + 1 == self.max_turns
-                if not episode.done:
-                    episode.add(answer, turn, sampled=False)
-        rollout = _joined(episodes, prompts, policy)
-        return rollout if known else replace(rollout, engine_logps=None)
+                messages, reward, done = episode.environment.step(text)
+            episode.reward += reward or 0.0
+            answer = _encoded(tokenizer, messages)
+            full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
+            episode.done = done or full or episode.turn + 1 == self.max_turns
+            if not episode.done:
+                episode.add(answer, episode.turn, sampled=False)
+                episode.turn += 1
+
+    def drawn(self, row: int, episodes: dict[int, Episode], logps: list[float] | None) -> None:
+        """A turn was drawn and not yet added; nothing happens here.
+
+        Args:
+            row: whose turn it is.
+            episodes: those that have begun; more may be added.
+            logps: of the turn's tokens.
+        """
+        return None
 
 
 @contextmanager
@@ -180,7 +202,8 @@ def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tens
     return torch.tensor(joined), here.flip(1) if left else here
 
 
-def _joined(episodes: list[_Episode], prompts: Prompts, policy: Policy) -> Rollout:
+def joined(episodes: list[Episode], prompts: Prompts, policy: Policy) -> Rollout:
+    """The rollout of conversations that are over, in the order of the prompts."""
     device = prompts.ids.device
     ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
     sampled, _ = _padded([episode.sampled for episode in episodes], False)
@@ -191,7 +214,7 @@ def _joined(episodes: list[_Episode], prompts: Prompts, policy: Policy) -> Rollo
         prompt_mask=prompts.mask,
         completion_ids=ids.to(device),
         completion_mask=mask.to(device),
-        engine_logps=logps.to(device, torch.float32),
+        engine_logps=logps.to(device, torch.float32) if all(episode.known for episode in episodes) else None,
         tokenizer=policy.tokenizer,
         columns=prompts.columns | {"returns": [episode.reward for episode in episodes]},
         eos_ids=policy.eos_ids,

@@ -250,7 +250,7 @@ def together(request: pytest.FixtureRequest, backbone: Path, tmp_path_factory: p
     cases = sorted({item.callspec.params["case"] for item in items if "case" in item.fixturenames})
     if any(item.path.name == "test_fsdp.py" and item.get_closest_marker("slow") for item in items):
         cases.append("fsdp2")
-    done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), *cases, folder=folder)
+    done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), *cases, folder=folder, timeout=1200)
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 

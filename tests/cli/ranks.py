@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grade_lightning.methods import RewardModel, SupervisedFineTuning
+from grade_lightning.methods import AEPO, AgenticAEPO, RewardModel, SupervisedFineTuning
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
@@ -70,7 +70,8 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
     if method is RewardModel:
         module: TrainableModule = method(backbone=str(backbone), hidden=6, **settings | kwargs)
         return module
-    model = make_model("llama" if lora else "gpt2", scale=4.0)  # an untied head and a tied one
+    dtype = torch.float64 if method is AgenticAEPO else torch.float32  # entropies that differ little, over their spread
+    model = make_model("llama" if lora else "gpt2", dtype, scale=4.0)  # an untied head and a tied one
     settings["policy"] = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
     if issubclass(method, AlignmentModule):
         settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
@@ -95,11 +96,17 @@ def batches(case: str, rank: int | None, steps: int = 2) -> list[dict[str, Any]]
             batch["input_ids"] = torch.randint(2, VOCABULARY, (8, 7), generator=generator)
             batch["attention_mask"] = (torch.arange(7) < torch.tensor([2, 3, 3, 4, 5, 6, 7, 7]).unsqueeze(1)).long()
             batch["labels"] = torch.arange(8) % 3 % 2
+    if method is AEPO and rank is None:  # the first quarter of the prompts is that of each of two processes
+        found = [rows(batch, torch.tensor([0, 4, 1, 2, 3, 5, 6, 7])) for batch in found]
     return found if rank is None else [rows(batch, slice(4 * rank, 4 * rank + 4)) for batch in found]
 
 
-def rows(batch: dict[str, Any], some: slice) -> dict[str, Any]:
-    return {name: rows(value, some) if isinstance(value, dict) else value[some] for name, value in batch.items()}
+def rows(batch: dict[str, Any], some: slice | Tensor) -> dict[str, Any]:
+    return {name: rows(value, some) if isinstance(value, dict) else of(value, some) for name, value in batch.items()}
+
+
+def of(values: Any, some: slice | Tensor) -> Any:
+    return [values[i] for i in some] if isinstance(values, list) and isinstance(some, Tensor) else values[some]
 
 
 def trainer(rank: int | None, strategy: str, **kwargs: Any) -> Trainer:
@@ -133,7 +140,7 @@ def two_steps(case: str, backbone: Path, rank: int | None = None, strategy: str 
     return {"gradients": keep.gradients, "share": keep.share}
 
 
-def launch(*command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(*command: str, folder: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a folder."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([str(folder), root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -143,6 +150,6 @@ def launch(*command: str, folder: Path, **env: str) -> subprocess.CompletedProce
         env=os.environ | {"PYTHONPATH": path, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         check=False,
     )

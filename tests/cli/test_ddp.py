@@ -17,6 +17,7 @@ from torch import Tensor
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
 from grade_lightning.methods import (
+    AEPO,
     COPO,
     DAPO,
     DCPO,
@@ -132,10 +133,12 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "values": (PPO, {"epochs": 2, "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "prompt memory": (DCPO, {"epochs": 2}, 1),
     "success rates": (KnapsackRL, {"min_rollouts": 4, "max_rollouts": 4}, 1),
+    "success rates, in two epochs": (KnapsackRL, {"min_rollouts": 4, "max_rollouts": 4, "epochs": 2}, 1),
     "seams": (Seams, {"num_generations": 3, "epochs": 2}, 2),
     "ragged": (RLOO, {"selection": Ragged(), "whole_groups": True, "epochs": 2}, 2),
     "rows of its own": (RLOO, {"selection": Longer(), "kl": KL(0.1, target=0.1, horizon=32)}, 1),
     "prompts of all processes": (COPO, {"epochs": 2}, 1),
+    "another temperature": (AEPO, {"mode": "reweight", "epochs": 2}, 1),
     "entropies of all processes": (AgenticAEPO, {"epochs": 2}, 1),
     "what is cut off": (STPPO, {"epochs": 2, "num_generations": 1}, 2),
     "prompts shared": (RLOO, {"training_pass": SharedPrefixPass(), "kl": KL(0.1), "epochs": 2}, 2),
@@ -146,15 +149,18 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
 ORDINARY = "token mean", "one process without rewards", "values", "prompt memory", "seams", "rows of its own"
 """Those of the ordinary set; others run where a test of them does."""
 STATEFUL = (
+    "another temperature",
     "what is cut off",
     "values",
     "one process without rewards",
     "prompt memory",
     "success rates",
+    "success rates, in two epochs",
     "seams",
     "rows of its own",
     "turns",
 )
+RESUMED = "prompt memory", "success rates, in two epochs", "values"
 PARALLEL = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FIGURES = """train/loss train/reward train/reward_std train/objective train/kl train/kl_per_token train/kl_k2
 train/entropy train/response_length train/eos_rate"""
@@ -195,9 +201,11 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
         module, watch, _ = fit_case(name, rank, folder)
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
-    middle = folder / "values" / "step=3.ckpt"
-    module, _, trainer = fit_case("values", rank, folder, ckpt_path=middle, weights_only=True)
-    found["resumed"] = own_weights(module)
+    found["resumed"] = {}
+    for name in RESUMED:
+        middle = folder / name / "step=3.ckpt"
+        module, _, trainer = fit_case(name, rank, folder, ckpt_path=middle, weights_only=True)
+        found["resumed"][name] = {"weights": own_weights(module), "parts": states(module)}
     for strategy in ("ddp", "fsdp2") if "fsdp2" in cases else ("ddp",):
         able = [case for case in cases if case in EVERY and (strategy == "ddp" or case not in DDP_ALONE)]
         found[strategy] = {case: two_steps(case, backbone, rank, strategy) for case in able}
@@ -276,7 +284,7 @@ def test_every_method_has_the_gradient_of_one_process(case: str, together: Toget
 
 def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(together: Together, tmp_path: Path) -> None:
     """Each goes on with its own; a single process begins a new one."""
-    folder, (one, two) = together
+    folder, _ = together
     path = folder / "values" / "step=3.ckpt"
     windows = torch.load(path, weights_only=True)["grade_lightning"]["windows"]
     every = prompts(8, 4, seed=1)["columns"]["completions"]
@@ -287,10 +295,17 @@ def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(togeth
         )
         found = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         assert found == [completion for group in groups for completion in group]
-    assert_same(one["resumed"], one["values"]["weights"])
-    assert_same(two["resumed"], one["values"]["weights"])
     _, _, fitted = fit_case("values", None, tmp_path, ckpt_path=path, weights_only=True)
     assert fitted.global_step == 4
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_processes_that_resume_end_as_if_they_had_not_stopped(name: str, together: Together) -> None:
+    """Their weights, and what they remember of prompts and of statistics: the same on both."""
+    one, two = together[1]
+    for rank in (one, two):
+        assert_same(rank["resumed"][name]["weights"], one[name]["weights"])
+        assert flattened(rank["resumed"][name]["parts"]) == flattened(one[name]["parts"])
 
 
 # ---- by the command line --------------------------------------------------------------------------------------------

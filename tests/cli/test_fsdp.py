@@ -1,5 +1,6 @@
 """FSDP2 on two processes: the gradient of one, checkpoints and models that one process reads, evaluation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch.utils.data import DataLoader
 
 from grade_lightning.errors import InputError
 from grade_lightning.policies import Policy
+from grade_lightning.records import Rollout, Scores
 from grade_lightning.rollouts import Sampler
 from grade_lightning.strategies import FSDP2
 from tests.cli.conftest import Run, Shelf, Together, assert_same, checkpoint, scalar, version
-from tests.cli.ranks import DDP_ALONE, batches, every_case, full, launch, make, trainer, two_steps
+from tests.cli.ranks import DDP_ALONE, Keep, batches, every_case, full, launch, make, trainer, two_steps
 from tests.conftest import make_prompts
-from tests.modules.toys import distance, loader
+from tests.methods.toy_task import Toy
+from tests.modules.toys import Numbered, distance, loader, prompts
 
 CHECKPOINTED = "PPO with LoRA", "PPO"
 
@@ -34,6 +37,7 @@ def sharded(folder: Path, backbone: Path, rank: int | None) -> dict[str, Any]:
         module.save_pretrained(str(folder / f"{case} saved"))
         found[case] = {"whole": goes_on(case, backbone, rank)}
         found[case] |= {name: goes_on(case, backbone, rank, ckpt_path=path) for name, path in paths.items()}
+    found["redrawn"] = redrawn(backbone, rank)
     for strategy in ("ddp", "fsdp2"):
         module = make("GradeSTE", backbone, sampler=Sampler(max_new_tokens=6))
         evaluated: Trainer = trainer(rank, strategy)
@@ -41,6 +45,22 @@ def sharded(folder: Path, backbone: Path, rank: int | None) -> dict[str, Any]:
         evaluated.fit(module, evaluation(rank), evaluation(rank))
         found[strategy] = [*first, *trainer(rank, strategy).validate(module, evaluation(rank), verbose=False)]
     return found
+
+
+class Mute(Toy):
+    """Toy's reward; on the first process always the same."""
+
+    def score(self, rollout: Rollout) -> Scores:
+        found = super().score(rollout)
+        return found if torch.distributed.get_rank() else replace(found, total=torch.zeros_like(found.total))
+
+
+def redrawn(backbone: Path, rank: int | None) -> dict[str, Any]:
+    """Two steps of DAPO, sampled in blocks: the first process finds no group that says anything, and draws again."""
+    engine = Numbered(block=4)
+    module, keep = make("DAPO", backbone, max_retries=2, reward=Mute(), sampler=Sampler(12, engine=engine)), Keep()
+    trainer(rank, "fsdp2", callbacks=[keep]).fit(module, loader(*[prompts(6, 4, seed) for seed in range(2)]))
+    return {"gradients": keep.gradients, "draws": engine.calls}
 
 
 def adam(case: str, backbone: Path) -> Any:
@@ -133,6 +153,17 @@ def test_evaluation_is_that_of_ddp(together: Together) -> None:
         assert ours[0] != ours[1]
         for one, two in zip(ours, truth, strict=True):
             assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_one_that_draws_again(together: Together) -> None:
+    """Nor for one whose completions are longer: the weights are gathered once a step, and sampling asks nobody."""
+    one, two = (rank["sharded"]["redrawn"] for rank in together[1])
+    assert one["draws"] == 6
+    assert 2 <= two["draws"] < 6
+    assert len(one["gradients"]) == 2
+    for ours, theirs in zip(one["gradients"], two["gradients"], strict=True):
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])

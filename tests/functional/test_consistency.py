@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from grade_lightning.functional.consistency import answer_entropy, consistent_reward, local_share, over_prompts
+from grade_lightning.functional.consistency import (
+    answer_entropy,
+    consistent_reward,
+    local_share,
+    over_prompts,
+    two_sources,
+)
 
 
 def test_entropy_against_a_loop() -> None:
@@ -50,3 +56,16 @@ def test_statistics_are_of_all_prompts() -> None:
 def test_the_share_is_a_half_at_the_threshold() -> None:
     found = local_share(torch.tensor([0.0, 1.0, 2.0]), sharpness=5.0, threshold=1.0)
     assert found.tolist() == pytest.approx([1 / (1 + math.exp(5)), 0.5, 1 / (1 + math.exp(-5))])
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_equal_rewards_leave_the_group_nothing_if_forced(forced: bool) -> None:
+    """Shares are those of the answers' entropies, but where a group of equal rewards is forced to other prompts."""
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    answers = torch.tensor([[0, 1], [2, 2], [3, 4]])
+    found = two_sources(rewards, answers, sharpness=2.0, threshold=1.0, forced=forced)
+    assert found.entropies.tolist() == [1, 0, 1]
+    low = 1 / (1 + math.exp(2))
+    assert found.share.tolist() == pytest.approx([0.5, 0, 0] if forced else [0.5, low, 0.5])
+    means = torch.tensor([0.5 * 0.5, 1.0, 0.5 * 0.5], dtype=torch.float64)
+    torch.testing.assert_close(found.others, over_prompts(means))

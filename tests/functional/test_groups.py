@@ -113,6 +113,15 @@ def test_gradients_go_through_a_table() -> None:
     assert torch.equal(found, weights)
 
 
+@layouts
+def test_what_is_known_of_prompts_is_spread_over_their_completions(labels: list[int]) -> None:
+    """In the order of the completions, of any type."""
+    groups = group_by(torch.tensor(labels))
+    known = torch.tensor(sorted(set(labels)))
+    assert groups.spread(known).tolist() == labels
+    assert groups.spread(known > known[0]).dtype == torch.bool
+
+
 def test_no_completions_are_no_groups() -> None:
     groups = group_by(torch.zeros(0, dtype=torch.int64))
     assert groups.shape == (0, 0)

@@ -12,7 +12,6 @@ from grade_lightning.functional.gates import clipped
 from grade_lightning.functional.losses import policy_loss
 from grade_lightning.functional.ratios import token_level
 from grade_lightning.methods import COPO, DAPO
-from grade_lightning.methods.copo import last_line
 from tests.modules.toys import build, plain, prompts, run
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -83,7 +82,3 @@ def test_two_lines_are_one_of_weighed_coefficients() -> None:
     ratio = (logps - old).exp().detach()
     truth = weight * gate(ratio, first) * first + (1 - weight) * gate(ratio, second) * second
     assert torch.equal(found, -truth / 30) or (found + truth / 30).abs().max() < 1e-16
-
-
-def test_the_answer_is_the_last_line() -> None:
-    assert [last_line(text) for text in ("a\nB ", "  ", "x\n\n y\n")] == ["b", "", "y"]
