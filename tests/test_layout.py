@@ -26,6 +26,7 @@ ELSEWHERE = {
     "grade_lightning/modules/evaluation.py": "tests/cli/test_run.py tests/cli/test_ddp.py",
     "grade_lightning/modules/measuring.py": "tests/modules/test_policy_gradient.py tests/test_kl.py",
     "grade_lightning/modules/metrics.py": "tests/methods/test_contract.py tests/cli/test_ddp.py",
+    "grade_lightning/modules/remembering.py": "tests/test_stateful.py tests/test_constraints.py",
     "grade_lightning/policies/passes.py": "tests/policies/test_policy.py tests/policies/test_network.py",
     "grade_lightning/records/evaluation.py": "tests/cli/test_run.py",
     "grade_lightning/records/experience.py": "tests/modules/test_window.py tests/modules/test_seams.py",
