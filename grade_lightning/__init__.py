@@ -4,6 +4,7 @@ from grade_lightning.advantages import OptimalTokenBaseline, grouped
 from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
 from grade_lightning.columns import Columns
+from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
 from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
@@ -52,9 +53,11 @@ from grade_lightning.rewards import (
     FunctionReward,
     GroupNormalizedSum,
     JSONSchema,
+    JudgeReward,
     MathAnswer,
     NumericMatch,
     OverlongPenalty,
+    RemoteJudge,
     Reward,
     SequenceClassifierReward,
     Verifier,
@@ -100,6 +103,8 @@ __all__ = [
     "Columns",
     "Completions",
     "Constant",
+    "Constrained",
+    "Constraint",
     "Cosine",
     "Critic",
     "DifferentiableReward",
@@ -128,6 +133,7 @@ __all__ = [
     "HubDataset",
     "InputError",
     "JSONSchema",
+    "JudgeReward",
     "KnapsackBudget",
     "KnapsackRL",
     "Linear",
@@ -148,6 +154,7 @@ __all__ = [
     "ReinMax",
     "Reinforce",
     "ReinforcePlusPlus",
+    "RemoteJudge",
     "Reward",
     "RewardModel",
     "Rollout",

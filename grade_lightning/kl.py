@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional import divergences, duals, sequences
 from grade_lightning.records import Experience
 from grade_lightning.stateful import Stateful
 
@@ -33,6 +33,8 @@ class KL:
             in `both` is the reward's).
         target: make β adaptive: it moves until the KL is this many nats per sequence.
         horizon: how slowly, in completions.
+        rate: make the target a bound instead: β grows by this for each nat beyond it, and shrinks likewise below it, to
+            0 at least; it may begin there (dual ascent).
 
     References:
         | adaptive β: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019),
@@ -52,31 +54,40 @@ class KL:
     credit: Credit = "token"
     target: float | None = None
     horizon: int = 10_000
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers and name a choice whose gradient is not the KL's."""
         check_range("[0, inf)", "kl", beta=self.beta)
         check_range("(0, inf)", "kl", target=self.target)
         check_range("[1, inf)", "kl", horizon=self.horizon)
-        if self.target is not None and self.beta == 0:
-            raise InputError("kl.target: needs a kl.beta above 0 to start from")
+        check_range("(0, inf)", "kl", rate=self.rate)
+        if self.rate is not None and self.target is None:
+            raise InputError("kl.rate: needs a kl.target, which it makes a bound")
+        if self.target is not None and not self.acts:
+            raise InputError("kl.target: needs a kl.beta above 0 to start from, or a kl.rate")
         if self.fault is not None:
             rank_zero_warn(f"kl: {self.fault}")
 
     @property
+    def acts(self) -> bool:
+        """Whether β is above 0, or may come to be."""
+        return self.beta > 0 or self.rate is not None
+
+    @property
     def in_reward(self) -> bool:
         """Whether the reward is lowered by it."""
-        return self.beta > 0 and self.placement != "loss"
+        return self.acts and self.placement != "loss"
 
     @property
     def in_loss(self) -> bool:
         """Whether the loss has a term of it."""
-        return self.beta > 0 and self.placement != "reward"
+        return self.acts and self.placement != "reward"
 
     @property
     def fault(self) -> str | None:
         """What is wrong with this choice, where its gradient does not hold the policy to the reference."""
-        if self.beta == 0:
+        if not self.acts:
             return None
         if self.estimator == "k1" and self.placement == "loss":
             return (
@@ -143,8 +154,9 @@ class KL:
         """
         if self.target is None or math.isnan(kl):
             return beta
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return beta * (1 + error * min(1.0, completions / self.horizon))
+        if self.rate is not None:
+            return duals.ascended(beta, kl - self.target, self.rate)
+        return duals.scaled(beta, kl / self.target, min(1.0, completions / self.horizon))
 
 
 class Coefficient(Stateful):

@@ -49,6 +49,8 @@ def make(beta: float, estimator: Estimator, placement: Placement, credit: Credit
         ({"beta": 0.1, "target": -1.0}, r"kl\.target"),
         ({"beta": 0.0, "target": 5.0}, r"kl\.target"),
         ({"beta": 0.1, "target": 5.0, "horizon": 0}, r"kl\.horizon = 0"),
+        ({"beta": 0.1, "target": 5.0, "rate": 0.0}, r"kl\.rate = 0\.0"),
+        ({"beta": 0.1, "rate": 0.1}, r"kl\.rate: needs a kl\.target"),
     ],
 )
 def test_numbers_that_cannot_work(settings: dict[str, Any], name: str) -> None:
@@ -98,6 +100,16 @@ def test_adaptive_beta_settles_where_the_kl_is_the_target() -> None:
             beta = kl.adapted(beta, 2.0 / beta, completions=50)
         assert beta == pytest.approx(0.4, rel=1e-3)
     assert KL(0.1).adapted(0.1, 1e6, 1000) == 0.1
+
+
+def test_with_a_rate_the_target_is_a_bound() -> None:
+    """β moves by the nats beyond it, from 0 and back to 0, and acts although it begins there."""
+    kl = KL(0.0, target=5.0, rate=0.1)
+    assert kl.in_reward
+    assert kl.adapted(0.0, 7.0, 1) == pytest.approx(0.2)
+    assert kl.adapted(0.2, 4.0, 1000) == pytest.approx(0.1)
+    assert kl.adapted(0.2, 1.0, 1) == 0.0
+    assert kl.adapted(0.2, math.nan, 1) == 0.2
 
 
 def naive(estimator: Estimator, d: float) -> float:

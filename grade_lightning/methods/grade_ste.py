@@ -10,6 +10,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
+from grade_lightning.kl import KL, Coefficient
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.modules.measuring import figures, stats_of
 from grade_lightning.policies import Policy
@@ -37,6 +38,9 @@ class GradeSTE(AlignmentModule):
         tolerance: stop hopping once the adjoint changes by less than this fraction.
         tau: temperature τ of the relaxed tokens, a schedule over the run.
         beta: coefficient β of the exact KL, in reward per nat.
+        kl_target: make β adaptive, as `kl.target` of the policy gradients: it moves until the KL is this many nats per
+            sequence.
+        kl_rate: make that a bound instead, as `kl.rate`: β grows by this for each nat beyond it, and may fall to 0.
         kl_prefix: how far the KL's gradient goes: `none`, each position's own distribution; `policy`, also that earlier
             tokens moved the policy's later distributions; `full`, also those of the reference: the true gradient.
         optimizer: any torch optimizer by class path.
@@ -61,12 +65,15 @@ class GradeSTE(AlignmentModule):
         tolerance: float = 0.0,
         tau: Schedule | None = None,
         beta: float = 0.002,
+        kl_target: float | None = None,
+        kl_rate: float | None = None,
         kl_prefix: Literal["none", "policy", "full"] = "none",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         check_range("[0, inf)", hops=None if hops == "exact" else hops, tolerance=tolerance)
+        self.coefficient = Coefficient(KL(beta, target=kl_target, rate=kl_rate))
         self.estimator = estimator or StraightThrough()
         self.hops = hops
         self.tolerance = tolerance
@@ -142,5 +149,9 @@ class GradeSTE(AlignmentModule):
         return StepOutput(
             loss=-(zero + objective) / len(mask),
             stats=now,
-            metrics={"tau": objective.new_tensor(tau), "hop_residual": replayed.residual},
+            metrics={
+                "tau": objective.new_tensor(tau),
+                "beta": objective.new_tensor(self.beta),
+                "hop_residual": replayed.residual,
+            },
         )

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import masked_sum
+from grade_lightning.kl import KL, Coefficient
 from grade_lightning.numerics import wide_numbers
 from grade_lightning.policies import Policy
 from grade_lightning.records import (
@@ -37,10 +39,11 @@ from .first_batch import check_first_batch
 from .guards import check_context, check_reward
 from .measuring import measure
 from .metrics import StepMeter
+from .remembering import Remembering, as_seen, joined
 from .trainable import Stage, TrainableModule
 
 
-class AlignmentModule(TrainableModule, ABC):
+class AlignmentModule(Remembering, TrainableModule, ABC):
     """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
 
     One step collects completions with their scores (:meth:`collect`), then makes a loss of them (:meth:`loss`).
@@ -76,6 +79,9 @@ class AlignmentModule(TrainableModule, ABC):
         self.judges = nn.ModuleList(judges or [])
         self.sampler = sampler or Sampler()
         self.beta = beta
+        self.coefficient = Coefficient(KL(beta))
+        self._seen: list[Experience] = []
+        self.check_rewards()
         check_reward(self.reward, self.backpropagates_reward)
         self.meter = StepMeter()
         self._table = EvaluationTable()
@@ -159,14 +165,16 @@ class AlignmentModule(TrainableModule, ABC):
         return [self.reward, self.judges, *reference]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what was spent."""
+        """Add what was spent, and what the parts remember."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["grade_lightning"]["parts"] = self.part_states()
         checkpoint["grade_lightning"]["spent"] = {name: count.cpu() for name, count in self.meter.spent.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits; from here on the policy is not its reference."""
         super().on_load_checkpoint(checkpoint)
         self.meter.spent |= checkpoint["grade_lightning"].get("spent", {})
+        self.load_part_states(checkpoint["grade_lightning"].get("parts", {}))
         self._started = False
 
     def save_pretrained(self, folder: str, merge: bool = True) -> None:
@@ -182,7 +190,17 @@ class AlignmentModule(TrainableModule, ABC):
         """Collect, and let the method make the loss."""
         self.seed("train", batch_idx)
         experience = self.begin_step(batch)
-        return self.finish_step(experience, self.loss(experience))
+        step = self.loss(experience)
+        if self.stateful():
+            self._seen.append(as_seen(experience, step))
+        return self.finish_step(experience, step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Show the parts that remember something what the step was made of."""
+        super().on_before_optimizer_step(optimizer)
+        if self._seen:
+            self.observe(joined(self._seen))
+            self._seen = []
 
     def begin_step(self, batch: dict[str, Any]) -> Experience:
         """Collect; what is collected first is checked, also after a resume."""
@@ -212,6 +230,7 @@ class AlignmentModule(TrainableModule, ABC):
 
     def _log_step(self, experience: Experience, step: StepOutput) -> None:
         rollout, scores = experience.rollout, experience.scores
+        step.metrics |= {name: step.loss.new_tensor(value) for name, value in self.reward.figures().items()}
         logged = self.meter.figures(rollout, scores, step, experience.beta, self._gather)
         rows = len(rollout.ids)
         self.log_dict(logged, batch_size=rows)

@@ -22,7 +22,6 @@ from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scor
 from grade_lightning.rewards import OverlongPenalty, Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.selection import Selection
-from grade_lightning.stateful import Stateful
 from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, TokenTerm, furthest
 
 from .alignment import AlignmentModule
@@ -309,47 +308,30 @@ class PolicyGradientModule(AlignmentModule):
         window = self._window
         seen = window.experience if steps == 1 else window.part(step)
         output = self.loss(seen)
+        loss = self.finish_step(seen, output)
         if step + 1 == steps:
             self.observe(output.experience or seen if steps == 1 else window.experience)
             self._window = None
-        return self.finish_step(seen, output)
-
-    def observe(self, seen: Experience) -> None:
-        """Show a window to the parts that remember something, in its last step; none with an infinite reward."""
-        if self.reduce.sum(seen.scores.total.isinf().sum()):
-            return
-        for part in self._stateful().values():
-            part.observe(seen, self.reduce)
-        self.beta = self.coefficient.beta
+        return loss
 
     def parts(self) -> dict[str, Any]:
         """Those that may remember something, or ask for statistics of their own, by name."""
         named = {"kl": self.coefficient, "advantage": self.advantage, "selection": self.selection}
-        return named | {f"term {name}": term for name, term in self.own_terms.items()}
-
-    def _stateful(self) -> dict[str, Stateful]:
-        return {name: part for name, part in self.parts().items() if isinstance(part, Stateful)}
+        return named | {f"term {name}": term for name, term in self.own_terms.items()} | super().parts()
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the parts and, in the middle of a window, the window of each process."""
+        """Add, in the middle of a window, the window of each process."""
         super().on_save_checkpoint(checkpoint)
         window = self._window
         own = window.pack() if window is not None and window.experience.old is not None else None  # a step that failed
-        states = {name: part.state_dict() for name, part in self._stateful().items()}
-        checkpoint["grade_lightning"] |= {"parts": states, "windows": self.reduce.gather(own)}
+        checkpoint["grade_lightning"]["windows"] = self.reduce.gather(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume in the middle of the window; with another number of processes or of steps, begin a new one."""
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint["grade_lightning"]
-        states = saved.get("parts", {})
-        for name, part in self._stateful().items():
-            if states.get(name):  # of a part without a state, or of another, there is none
-                part.load_state_dict(states[name])
-        self.beta = self.coefficient.beta
-        windows = saved.get("windows", [None])
+        windows = checkpoint["grade_lightning"].get("windows", [None])
         rank = self.global_rank if self._trainer is not None else 0
         own = windows[rank] if len(windows) == self.reduce.processes else None
         self._packed = own if own is not None and len(own["plan"]) == self.batching.steps_per_batch else None

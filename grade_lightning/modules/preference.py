@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grade_lightning.errors import check_range
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.numerics import wide_numbers
 from grade_lightning.policies import Policy
 from grade_lightning.records import Batching, Evaluation, Experience, Prompts, Rollout, StepOutput, TokenStats
@@ -75,6 +75,11 @@ class PreferenceModule(AlignmentModule):
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         check_range("(0, inf)", beta=beta)
         check_range("[2, inf)", num_generations=num_generations)
+        if self.stateful():
+            raise InputError(
+                f"reward {self.reward.name}: moves with what is sampled, and {type(self).__name__} keeps the best and "
+                "the worst of that alone; use it with a policy gradient, GradeSTE or Grade"
+            )
         self.pair_loss = pair_loss
         self.pairs = pairs
         self.num_generations = num_generations

@@ -6,8 +6,10 @@ from .classifier import ClassifierReward as ClassifierReward
 from .differentiable import DifferentiableReward as DifferentiableReward
 from .functions import FunctionReward as FunctionReward
 from .group_normalized import GroupNormalizedSum as GroupNormalizedSum
+from .judge import JudgeReward as JudgeReward
 from .length import OverlongPenalty as OverlongPenalty
 from .no_reward import NoReward as NoReward
+from .remote_judge import RemoteJudge as RemoteJudge
 from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward
 from .verifiers import ExactMatch as ExactMatch

@@ -29,6 +29,10 @@ class Reward(nn.Module, ABC):
         """The longest prompt + completion that it reads, in the policy's tokens; None: any."""
         return None
 
+    def figures(self) -> dict[str, float]:
+        """What is logged of a training step beside the scores, by name; a name with a slash as it is."""
+        return {}
+
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         """Read weights, with the policy's tokenizer and number of logits; called before each stage."""
 

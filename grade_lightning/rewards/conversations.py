@@ -31,15 +31,29 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Messages, completion:
     if messages[-1]["role"] == "assistant":
         messages, begun = messages[:-1], str(messages[-1]["content"] or "")
     whole = [*messages, {"role": "assistant", "content": begun + completion}]
+    return rendered(tokenizer, whole)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> str:
+    """Messages as the chat template writes them.
+
+    Args:
+        tokenizer: whose template.
+        messages: the conversation.
+        **kwargs: those of `apply_chat_template`, and of the template itself.
+
+    Raises:
+        InputError: the template does not take them.
+    """
     try:
-        return str(tokenizer.apply_chat_template(whole, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
     except Exception as error:  # a template is a program: anything may fail
         if not isinstance(error, (TemplateError, ValueError, TypeError, KeyError, AttributeError)):
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"reward {tokenizer.name_or_path}: its chat template does not take {whole!r:.100} ({reason}); mend it, or "
-            "remove it from the folder to have conversations scored as plain text"
+            f"reward {tokenizer.name_or_path}: its chat template does not take {messages!r:.100} ({reason}); mend it, "
+            "or remove it from the folder to have conversations scored as plain text"
         ) from error
 
 

@@ -66,7 +66,7 @@ def frame(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, room: int | None
             key = json.dumps(talk, sort_keys=True, default=str)
             if key not in known:
                 begin, end = around(tokenizer, talk)
-                known[key] = _tokens(tokenizer, begin), _following(tokenizer, end)
+                known[key] = tokens(tokenizer, begin), following(tokenizer, end)
             front, back = known[key]
             if ended:
                 *words, stop = words
@@ -79,20 +79,29 @@ def frame(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, room: int | None
     return Framed(ids, mask, places.masked_fill(places >= ids.shape[1], -1).to(ids.device))
 
 
+def before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text."""
+    plain = tokens(tokenizer, _WORD)
+    whole: list[int] = tokenizer(_WORD)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at]
+
+
 def _after(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts after a text, without an EOS."""
-    plain = _tokens(tokenizer, _WORD)
+    plain = tokens(tokenizer, _WORD)
     whole: list[int] = tokenizer(_WORD)["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return [i for i in whole[at + len(plain) :] if i != tokenizer.eos_token_id]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, and no special ones but those that are in it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
 
 
-def _following(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def following(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of what follows other words: tokenizers in SentencePiece's fashion put a space in front of a text."""
-    word, both = _tokens(tokenizer, _WORD), _tokens(tokenizer, _WORD + text)
-    return both[len(word) :] if both[: len(word)] == word else _tokens(tokenizer, text)
+    word, both = tokens(tokenizer, _WORD), tokens(tokenizer, _WORD + text)
+    return both[len(word) :] if both[: len(word)] == word else tokens(tokenizer, text)

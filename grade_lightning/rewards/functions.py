@@ -1,6 +1,5 @@
 """Rewards that are Python functions."""
 
-import asyncio
 import inspect
 import logging
 import math
@@ -8,7 +7,6 @@ import sysconfig
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
-from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.records import Rollout
 
+from .background import wait_for
 from .base import Reward
 
 
@@ -63,7 +62,7 @@ class FunctionReward(Reward):
         def call() -> Any:
             values = self.function(**columns)
             if inspect.isawaitable(values):
-                values = asyncio.run_coroutine_threadsafe(_result(values), _loop()).result()
+                values = wait_for(_result(values))
             return list(values) if isinstance(values, Iterator) else values
 
         answer = _answer(call, self.timeout)
@@ -122,14 +121,6 @@ def _answer(call: Callable[[], Any], timeout: float | None) -> Future[Any]:
         thread.start()
         thread.join(timeout)
     return answer
-
-
-@cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """One event loop for all calls, so that connections last; in its own thread, since a notebook has one in ours."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop
 
 
 async def _result(values: Awaitable[Any]) -> Any:

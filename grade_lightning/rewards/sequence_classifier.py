@@ -13,7 +13,7 @@ from transformers.utils import logging
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.policies.anatomy import distance, some_tokens, tolerance
-from grade_lightning.policies.loading import config_without_dropout, load_pretrained
+from grade_lightning.policies.loading import config_without_dropout, in_8bit, load_pretrained
 from grade_lightning.policies.modes import evaluating
 
 
@@ -114,11 +114,18 @@ class SequenceClassifier(nn.Module):
         return cls(model)
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":
+    def from_pretrained(
+        cls, path: str, dtype: torch.dtype = torch.float32, load_in_8bit: bool = False
+    ) -> "SequenceClassifier":
         """Read a classifier; dropout is off.
 
+        Args:
+            path: a folder, or a name on the Hub.
+            dtype: of the weights.
+            load_in_8bit: those of linear layers in 8 bits instead.
+
         Raises:
-            InputError: there is none, or a model without a classifier's head.
+            InputError: there is none, or a model without a classifier's head, or nothing that reads 8 bits.
         """
         config = config_without_dropout(path)
         model, found = load_pretrained(
@@ -128,6 +135,7 @@ class SequenceClassifier(nn.Module):
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **(in_8bit(path) if load_in_8bit else {}),
         )
         if found["missing_keys"]:
             kind = (getattr(config, "architectures", None) or ["a model"])[0]

@@ -29,7 +29,8 @@ class SequenceClassifierReward(NetworkReward):
         output: the `logit`, its `sigmoid`, or the label's part of the `softmax` over all labels.
         scale: what the output is multiplied by.
         shift: what is added then.
-        dtype: of the weights.
+        dtype: of the weights, such as bfloat16.
+        load_in_8bit: the weights of linear layers in 8 bits; needs bitsandbytes.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class SequenceClassifierReward(NetworkReward):
         scale: float = 1.0,
         shift: float = 0.0,
         dtype: str = "float32",
+        load_in_8bit: bool = False,
     ) -> None:
         super().__init__(path, dtype)
         check_range("(-inf, inf)", "SequenceClassifierReward", scale=scale, shift=shift)
         self.label = label
         self.output = output
         self.scale, self.shift = scale, shift
+        self.load_in_8bit = load_in_8bit
         self.classifier: SequenceClassifier | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -55,7 +58,7 @@ class SequenceClassifierReward(NetworkReward):
         Raises:
             InputError: it is no classifier, there are several labels and none is chosen, or the template fails.
         """
-        classifier = SequenceClassifier.from_pretrained(path, self.dtype)
+        classifier = SequenceClassifier.from_pretrained(path, self.dtype, self.load_in_8bit)
         self._column = _find(self.label, classifier.labels, self.path)
         if self.output == "softmax" and len(classifier.labels) == 1:
             raise InputError(f"reward {self.path}: the softmax over one label is always 1; use logit or sigmoid")

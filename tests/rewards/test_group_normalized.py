@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grade_lightning.advantages import batch_standardised
+from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError
-from grade_lightning.records import Rollout
+from grade_lightning.records import Experience, Rollout
 from grade_lightning.rewards import ClassifierReward, GroupNormalizedSum
 from tests.rewards.making import constant, make_classifier, make_rollout
 
@@ -62,3 +64,18 @@ def test_one_completion_has_no_group() -> None:
     assert not classifier.differentiable
     with pytest.raises(InputError, match="num_generations above 1"):
         classifier.pathwise(make_rollout())
+
+
+def test_with_the_standard_deviation_of_the_batch_it_is_gdpo() -> None:
+    """GRPO's `scale_rewards: batch` on it: the paper's second normalisation, over all completions."""
+    large, small = [100.0, 300, 7, 200, 9, 400], [0.1, 0.1, 0.5, 0.3, 0.8, 0.2]
+    summed = GroupNormalizedSum([constant(*large), constant(*small, name="small")], [1.0, 0.5])
+    scores = summed.score(rollout())
+    seen = Experience(rollout(), scores, rewards=scores.total, penalties=torch.zeros(6, 4))
+    found = batch_standardised(seen, Reduce())
+    values: dict[int, float] = {}
+    for group in ([0, 1, 3, 5], [2, 4]):
+        ours, others = (normalised([given[i] for i in group]) for given in (large, small))
+        values |= {i: a + 0.5 * b for i, a, b in zip(group, ours, others, strict=True)}
+    truth = torch.tensor(normalised([values[i] for i in range(6)]))
+    torch.testing.assert_close(found, truth.unsqueeze(1).expand(6, 4), rtol=1e-3, atol=1e-4)

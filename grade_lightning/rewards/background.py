@@ -1,0 +1,30 @@
+"""An event loop in the background, for rewards that wait for something."""
+
+import asyncio
+from collections.abc import Coroutine
+from functools import cache
+from threading import Thread
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, or what it raises.
+
+    One loop runs them all, so that connections last; in its own thread, since a notebook has a loop in ours.
+
+    Example:
+        >>> async def answer():
+        ...     return 42
+        >>> wait_for(answer())
+        42
+    """
+    return asyncio.run_coroutine_threadsafe(work, _loop()).result()
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
