@@ -16,6 +16,7 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
+from .stopping import cut
 from .transformers import TransformersEngine
 
 Message = dict[str, str]
@@ -127,6 +128,7 @@ class Turns(Engine):
             columns = {name: [values[number] for number in rows] for name, values in prompts.columns.items()}
             begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
             said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
+            said = cut(said, distribution.stop)
             known = known and said.engine_logps is not None
             for i, episode in enumerate(live):
                 length = min(int(said.lengths[i]), room[i])
@@ -143,6 +145,7 @@ class Turns(Engine):
                 if not episode.done:
                     episode.add(answer, turn, sampled=False)
         rollout = _joined(episodes, prompts, policy)
+        rollout = replace(rollout, stop=list(distribution.stop))
         return rollout if known else replace(rollout, engine_logps=None)
 
 
