@@ -189,7 +189,7 @@ def run(name: str, folder: Path, *more: Callback) -> None:
             Checkpoint(every_n_train_steps=None if name == "RLOO" else EVERY),  # else after validations
         ],
     )
-    sizes = {"reward_size": 24, "prompt_size": 24, "val_size": 8, "test_size": 8}
+    sizes: dict[str, Any] = {"reward_size": 24, "prompt_size": 24, "val_size": 8, "test_size": 8}
     data = TextDataModule(Words(), batch_size=8, max_prompt_tokens=8, max_text_tokens=10, **sizes)
     fitted.fit(make(name, folder), data, ckpt_path=start.checkpoint, weights_only=True)
 

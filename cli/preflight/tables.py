@@ -108,6 +108,8 @@ def texts(module: TrainableModule, batch: dict[str, Any]) -> Table:
             "text": module.tokenizer.batch_decode(texts, skip_special_tokens=True),
             "tokens": [str(len(ids)) for ids in texts],
         }
+        if "loss_mask" in batch:
+            columns["learned"] = [str(count) for count in batch["loss_mask"].sum(-1).tolist()]
         if "labels" in batch:
             columns["label"] = [str(label) for label in batch["labels"].tolist()]
     table = Table(*columns, title="A batch", show_lines=True)

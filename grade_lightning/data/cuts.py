@@ -10,6 +10,8 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.errors import InputError
+
 COUNTED = 10_000
 """So many rows of a split are counted at most, since the texts are tokenised for that."""
 _BATCH = 1_000
@@ -49,6 +51,30 @@ class PromptLengths:
     def longest(self) -> int:
         """Of all of them."""
         return max((max(found, default=0) for part in self.parts.values() for found in part.values()), default=0)
+
+    def check(self, numbers: Mapping[str, Sequence[int]], most: int, given: bool) -> None:
+        """Check that prompts which are not cut are not too long.
+
+        Args:
+            numbers: of the rows of each split in the source.
+            most: the most tokens of a prompt.
+            given: whether the user said so.
+
+        Raises:
+            InputError: one is longer.
+        """
+        for name, found in self.parts.items():
+            for number, length in zip(numbers[name], found.get("prompt", ()), strict=False):
+                if length > most:
+                    remedy = f"raise --data.max_prompt_tokens (now {most})"
+                    if not given:
+                        remedy = (
+                            f"the model's context leaves room for {most} beside a completion; "
+                            "lower --model.sampler.max_new_tokens"
+                        )
+                    raise InputError(
+                        f"column 'prompt', row {number} (split '{name}'): {length} tokens; {remedy} or drop the row"
+                    )
 
 
 class _Measures(Protocol):

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.data.batches import Collate, CollatePrompts
 from grade_lightning.data.cuts import COUNTED, PromptLengths, share_cut, token_lengths
 from grade_lightning.data.loading import EpochSampler, ResumableLoader, resume_epoch
+from grade_lightning.data.mapping import Transform
+from grade_lightning.data.reading import Reading
 from grade_lightning.data.sizes import USUAL, split_to_fit
 from grade_lightning.data.sources import BundledReviews, Source
 from grade_lightning.data.texts import keys_of, split_rows
@@ -50,6 +52,11 @@ class TextDataModule(LightningDataModule):
         max_prompt_tokens: Where to cut such a prompt; `None` for the longest of the data, as far as the model's context
             has room beside a completion. A column `prompt` is not cut: a longer one is an error.
         max_text_tokens: Where to cut a whole text, or a chosen or rejected completion.
+        columns: Names of the source's columns by TRL's, such as `prompt: question`.
+        transform: A function that gets each row as a dict, its columns mapped, and returns it changed; None drops it.
+        chat: Whether prompts that are text are what a user says in a conversation.
+        system_prompt: What begins the conversations; with one, all prompts are conversations.
+        chat_template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
         num_workers: Processes that prepare batches.
         seed: Of the splits and the shuffling.
 
@@ -72,6 +79,11 @@ class TextDataModule(LightningDataModule):
         max_prompt_chars: int = 200,
         max_prompt_tokens: int | None = None,
         max_text_tokens: int = 128,
+        columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
+        chat: bool = False,
+        system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         num_workers: int = 0,
         seed: int = 42,
     ) -> None:
@@ -83,6 +95,8 @@ class TextDataModule(LightningDataModule):
         check_range("[1, inf)", "data", **counts)
         check_range(f"[{LEAST}, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
         self.source = source or BundledReviews()
+        self._reader = Reading(columns or {}, transform, chat, system_prompt)
+        self._template = chat_template_kwargs or {}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.reward_size, self.prompt_size, self.val_size, self.test_size = (
             reward_size,
@@ -120,7 +134,7 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download or parse the source, once on each machine."""
-        self._loaded = self.source.load()
+        self._loaded = self._reader(self.source)
 
     def setup(self, stage: str | None = None) -> None:
         """Split the rows, the first time, and check them against the tokenizer and view.
@@ -134,7 +148,7 @@ class TextDataModule(LightningDataModule):
             if self._given_prompt_tokens is not None:  # as early as can be
                 module.check_lengths(self.max_prompt_tokens, self.max_text_tokens)
         if not self.splits:
-            self._split(self._loaded or self.source.load())
+            self._split(self._loaded or self._reader(self.source))
             self._loaded = None
         if self._reading is not None and VIEWS[self._reading[1].view].reads_prompts:
             self._room = module.prompt_room(self.max_text_tokens) if isinstance(module, TrainableModule) else None
@@ -189,24 +203,14 @@ class TextDataModule(LightningDataModule):
     def _measure_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenise all prompts, once; check those that are not cut."""
         if self._prompts is None or self._prompts.tokenizer is not tokenizer:
-            collate, forks = CollatePrompts(tokenizer, self.max_prompt_chars, 0), self.num_workers > 0
+            collate = CollatePrompts(tokenizer, self.max_prompt_chars, 0, self._template)
+            forks = self.num_workers > 0
             parts = {
                 name: token_lengths(collate, self.splits[name], forks=forks)
                 for name in ("prompts", "validation", "test")
             }
             self._prompts = PromptLengths(tokenizer, parts)
-        for name, lengths in self._prompts.parts.items():
-            for number, length in zip(self._numbers[name], lengths.get("prompt", ()), strict=False):
-                if length > self.max_prompt_tokens:
-                    remedy = f"raise --data.max_prompt_tokens (now {self.max_prompt_tokens})"
-                    if self._given_prompt_tokens is None:
-                        remedy = (
-                            f"the model's context leaves room for {self.max_prompt_tokens} beside a completion; "
-                            "lower --model.sampler.max_new_tokens"
-                        )
-                    raise InputError(
-                        f"column 'prompt', row {number} (split '{name}'): {length} tokens; {remedy} or drop the row"
-                    )
+        self._prompts.check(self._numbers, self.max_prompt_tokens, self._given_prompt_tokens is not None)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the view's split, in another order each epoch."""
@@ -246,7 +250,9 @@ class TextDataModule(LightningDataModule):
             view.check(rows, self._numbers[split])
         if not len(rows):
             raise InputError(f"data.{_OPTIONS[split]}: 0, so the split '{split}' is empty; raise it")
-        limits = Limits(self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens, self._ends())
+        limits = Limits(
+            self.max_prompt_chars, self.max_prompt_tokens, self.max_text_tokens, self._ends(), self._template
+        )
         collate = view.collate(tokenizer, limits, train)
         self._tell_cuts(split, collate)
         place = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

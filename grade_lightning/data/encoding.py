@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.texts import Prompt
+from grade_lightning.data.chat import Chat, as_text
+from grade_lightning.data.texts import Messages
 from grade_lightning.errors import InputError
 from grade_lightning.policies.endings import added_tokens, end_ids, end_of_turn, render
+
+Prompt = str | Messages | Chat
 
 _PROBE = "Hello"
 _ANCHORS = ("\n", ".", "a")
@@ -43,31 +45,6 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) ->
         if not row:
             raise InputError(f"the tokenizer makes no token of {prompt!r}; drop the row or use another tokenizer")
     return ids
-
-
-def as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """A text as it is, or what the chat template makes of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    if not tokenizer.chat_template:
-        raise InputError(
-            "column 'prompt' holds messages, but the tokenizer has no chat template; "
-            "write the prompts as text, or use a chat model"
-        )
-    goes_on = prompt[-1]["role"] == "assistant"
-    if goes_on and not str(prompt[-1]["content"] or "").strip():
-        prompt, goes_on = prompt[:-1], False  # the turn has begun, and nothing is said yet
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
-            )
-        )
-    except (TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"column 'prompt': the chat template does not take {prompt!r:.100} ({reason}); change it or drop it"
-        ) from error
 
 
 def encode_completions(

@@ -1,29 +1,25 @@
 """Where the rows come from: every source gives a `datasets.DatasetDict` with TRL's columns."""
 
-import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    load_dataset,
-)
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
-from grade_lightning.data.pairs import split_pair
+from grade_lightning.data.mapping import table_of
+from grade_lightning.data.normalise import normalise as normalise
 from grade_lightning.data.reviews import generate_reviews
 from grade_lightning.errors import InputError, check_range
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-_LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "neg": 0, "positive": 1, "pos": 1}
-_BREAK = re.compile(r"<br\s*/?>")
 
 
 class Source(ABC):
     """Gives the rows to train and to test on, with the columns that TRL uses.
 
-    These are `text`, `prompt`, or `prompt` with `completion` or with `chosen` and `rejected`; a `label`,
+    These are `text`, `messages`, `prompt`, or `prompt` with `completion` or with `chosen` and `rejected`; a `label`,
     where there is one, is 0 (negative) or 1 (positive). Further columns are kept, for reward functions. A
     source of your own implements `load` and can end it with `normalise`.
     """
@@ -31,6 +27,17 @@ class Source(ABC):
     @abstractmethod
     def load(self) -> DatasetDict:
         """Read the splits "train" and, if there is one, "test"."""
+
+    def read(self) -> DatasetDict:
+        """The rows as they stand, for columns to be mapped; by default those of :meth:`load`."""
+        return self.load()
+
+    def called(self, split: str) -> str:
+        """What to call a split in an error."""
+        return f"data.source ({split})"
+
+    def _normalised(self) -> DatasetDict:
+        return DatasetDict({split: normalise(rows, self.called(split)) for split, rows in self.read().items()})
 
 
 class BundledReviews(Source):
@@ -71,6 +78,7 @@ class HubDataset(Source):
         config: Which of its configurations; `None` for the default.
         train_split: Its split to train on.
         test_split: Its split to test on; `None` if it has none.
+        max_rows: Stream so many rows of each split, and leave the rest where it is; `None` downloads all.
     """
 
     def __init__(
@@ -79,14 +87,26 @@ class HubDataset(Source):
         config: str | None = None,
         train_split: str = "train",
         test_split: str | None = "test",
+        max_rows: int | None = None,
     ) -> None:
-        self.name, self.config = name, config
+        check_range("[1, inf)", "data.source", max_rows=max_rows)
+        self.name, self.config, self.max_rows = name, config, max_rows
         self.splits = {"train": train_split} | ({"test": test_split} if test_split else {})
 
     def load(self) -> DatasetDict:
         """Download the splits, or take them from the cache."""
+        return self._normalised()
+
+    def read(self) -> DatasetDict:
+        """The same, with the dataset's own columns."""
         try:
-            data = load_dataset(self.name, self.config, split=self.splits)
+            if self.max_rows is None:
+                return DatasetDict(load_dataset(self.name, self.config, split=self.splits))
+            streams = {
+                split: load_dataset(self.name, self.config, split=own, streaming=True)
+                for split, own in self.splits.items()
+            }
+            return DatasetDict({split: _first(rows, self.max_rows, split) for split, rows in streams.items()})
         except ConnectionError as error:
             raise InputError(
                 f"data.source.name: {_line(error)}; with no network, use LocalFiles, or fill the cache with "
@@ -94,7 +114,45 @@ class HubDataset(Source):
             ) from error
         except Exception as error:  # each builder, and each dataset, raises its own
             raise InputError(f"data.source.name: {self.name}: {_line(error)}; check name, config and splits") from error
-        return DatasetDict({split: normalise(rows, f"{self.name} ({split})") for split, rows in data.items()})
+
+    def called(self, split: str) -> str:
+        """The dataset's name and split."""
+        return f"{self.name} ({split})"
+
+
+class InMemory(Source):
+    """Rows of your own in memory: a list of dicts, or a `datasets.Dataset`.
+
+    Of an `IterableDataset` the first `max_rows` rows are read, once: splits that share nothing, a seeded order and an
+    exact resume need to know all rows.
+
+    Args:
+        train: Rows to train on.
+        test: Rows to test on, if any.
+        max_rows: The most rows to take of each.
+
+    Example:
+        >>> InMemory([{"prompt": "2 + 2 =", "answer": "4"}]).load()["train"][0]
+        {'prompt': '2 + 2 =', 'answer': '4'}
+    """
+
+    def __init__(
+        self,
+        train: Dataset | IterableDataset | Sequence[Mapping[str, Any]],
+        test: Dataset | IterableDataset | Sequence[Mapping[str, Any]] | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        check_range("[1, inf)", "data.source", max_rows=max_rows)
+        self.rows = {"train": train} | ({} if test is None else {"test": test})
+        self.max_rows = max_rows
+
+    def load(self) -> DatasetDict:
+        """Check the rows."""
+        return self._normalised()
+
+    def read(self) -> DatasetDict:
+        """The rows as a table."""
+        return DatasetDict({split: _first(rows, self.max_rows, split) for split, rows in self.rows.items()})
 
 
 class LocalFiles(Source):
@@ -114,12 +172,35 @@ class LocalFiles(Source):
 
     def load(self) -> DatasetDict:
         """Read the files."""
+        return self._normalised()
+
+    def read(self) -> DatasetDict:
+        """The same, with their own columns."""
         splits = {"train": _read(Path(self.train), "train")}
         if self.test is not None:
             splits["test"] = _read(Path(self.test), "test")
         elif Path(self.train).is_dir() and _found(Path(self.train), "test"):
             splits["test"] = _read(Path(self.train), "test")
         return DatasetDict(splits)
+
+    def called(self, split: str) -> str:
+        """The path."""
+        return f"data.source.{split}: {self.train if split == 'train' or self.test is None else self.test}"
+
+
+def _first(rows: Any, most: int | None, split: str) -> Dataset:
+    """So many rows of a table, a stream or a list, as a table."""
+    if isinstance(rows, Dataset):
+        return rows if most is None else rows.select(range(min(most, len(rows))))
+    if isinstance(rows, IterableDataset) and most is None:
+        raise InputError(
+            f"data.source ({split}): an IterableDataset has no known end, and splits and an exact resume need one; say "
+            "how many rows to read of it with max_rows"
+        )
+    found = list(islice(rows, most))
+    if not found:
+        raise InputError(f"data.source ({split}): no rows; give at least one")
+    return table_of(found, f"data.source ({split})")
 
 
 def _line(error: Exception) -> str:
@@ -142,8 +223,7 @@ def _read(path: Path, split: str) -> Dataset:
         raise InputError(
             f"{field}: the folder has neither {split}* files ({known}) nor {split}/pos and {split}/neg; name a file"
         )
-    rows = _read_tree(paths, field) if paths[0].is_dir() else _read_files(paths, field)
-    return normalise(rows, field)
+    return _read_tree(paths, field) if paths[0].is_dir() else _read_files(paths, field)
 
 
 def _read_tree(folders: list[Path], field: str) -> Dataset:
@@ -175,59 +255,3 @@ def _read_files(paths: list[Path], field: str) -> Dataset:
             raise InputError(f"{field}: has no rows; write it again") from error
         raise InputError(f"{field}: cannot be read as {builder} ({_line(error)}); write it again") from error
     return rows.filter(lambda text: text.strip(), input_columns="text") if builder == "text" else rows
-
-
-def normalise(rows: Dataset, name: str) -> Dataset:
-    r"""Check the columns, write labels as 0 and 1, and turn `<br />` into a newline.
-
-    Args:
-        rows: A dataset with a column `text` or `prompt`.
-        name: What to call it in an error.
-
-    Example:
-        >>> rows = Dataset.from_dict({"text": ["Dull.<br />Slow."], "label": ["Negative"]})
-        >>> normalise(rows, "reviews.csv")[0]
-        {'text': 'Dull.\nSlow.', 'label': 0}
-    """
-    if {"chosen", "rejected"} <= set(rows.column_names) and not {"text", "prompt"} & set(rows.column_names):
-        pairs = zip(rows["chosen"], rows["rejected"], strict=True)
-        parts = [split_pair(*pair, f"{name}: row {i}") for i, pair in enumerate(pairs)]
-        others = rows.remove_columns(["chosen", "rejected"])[:]
-        made = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*parts, strict=True)), strict=False))
-        rows = Dataset.from_dict(others | made) if parts else rows
-    columns = rows.column_names
-    if not {"text", "prompt"} & set(columns):
-        raise InputError(f"{name}: no column 'text' or 'prompt'; rename the one that holds it: {', '.join(columns)}")
-    if not len(rows):
-        raise InputError(f"{name}: no rows; give a file with at least one")
-    table = {column: rows[column][:] for column in columns}
-    for column in ("text", "prompt"):
-        for i, value in enumerate(table.get(column, ())):
-            _check_text(value, column, f"{name}: row {i}")
-    for column in {"text", "prompt", "completion", "chosen", "rejected"} & set(columns):
-        table[column] = [_BREAK.sub("\n", v) if isinstance(v, str) else v for v in table[column]]
-    if "label" in columns:
-        feature = rows.features["label"]
-        if isinstance(feature, ClassLabel):
-            table["label"] = [label if label is None else feature.int2str(label) for label in table["label"]]
-        table["label"] = [_as_label(label, f"{name}: row {i}") for i, label in enumerate(table["label"])]
-    return Dataset.from_dict(table)
-
-
-def _check_text(value: object, column: str, name: str) -> None:
-    if isinstance(value, str):
-        if value.strip():
-            return
-        raise InputError(f"{name}: '{column}' is empty; fill it in or drop the row")
-    messages = value if isinstance(value, list) and column == "prompt" else []
-    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        raise InputError(
-            f"{name}: '{column}' is {value!r}; write a text" + " or a list of role and content" * (column == "prompt")
-        )
-
-
-def _as_label(label: object, name: str) -> int:
-    key = label.strip().lower() if isinstance(label, str) else label
-    if not isinstance(key, str | int | float) or key not in _LABELS:
-        raise InputError(f"{name}: 'label' is {label!r}; write 0 or 1, false or true, neg or pos, negative or positive")
-    return _LABELS[key]

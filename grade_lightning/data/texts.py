@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from grade_lightning.errors import InputError
 
-Prompt = str | list[dict[str, Any]]
-"""A prompt: a text, or a conversation of messages with "role" and "content"."""
+Messages = list[dict[str, Any]]
+"""Each with "role" and "content"."""
+Prompt = str | Messages
+"""A prompt: a text, or a conversation."""
 
 _SENTENCE_END = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*$""")
 # initials and "U.S." end with a dot and a single letter before it
@@ -54,7 +56,7 @@ def text_of(row: Mapping[str, Any]) -> str:
     parts = [row["text"]] if "text" in row else [row["prompt"], row.get("completion")]
     if not all(isinstance(part, str) for part in parts):
         raise InputError(
-            "training on whole texts needs a column 'text', or 'prompt' and 'completion' as text; "
+            "training on whole texts needs a column 'messages' or 'text', or 'prompt' and 'completion' as text; "
             f"add one (the rows have {', '.join(row)})"
         )
     return "".join(parts)
@@ -85,8 +87,8 @@ def keys_of(table: Mapping[str, Sequence[Any]], max_chars: int) -> Keys:
         >>> keys_of({"text": ["Dull. Slow. Long.", " Dull. Slow. Long."]}, max_chars=12)
         Keys(texts=['Dull. Slow. Long.', 'Dull. Slow. Long.'], prompts=['Dull. Slow.', 'Dull. Slow.'])
     """
-    whole = [name for name in ("prompt", "completion", "chosen", "rejected") if name in table and "text" not in table]
-    names = whole or ["text"]
+    roles = ("prompt", "messages", "completion", "chosen", "rejected")
+    names = [name for name in roles if name in table and "text" not in table] or ["text"]
     texts = ["\n".join(map(_key, values)) for values in zip(*(table[name] for name in names), strict=True)]
     if "prompt" in table:
         return Keys(texts, [_key(prompt) for prompt in table["prompt"]])

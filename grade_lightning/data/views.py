@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ class Limits:
     max_prompt_tokens: int
     max_text_tokens: int
     ends: Sequence[int] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """For the chat template."""
 
 
 class View(ABC):
@@ -66,7 +68,7 @@ class PromptView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`PromptBatch`."""
-        return CollatePrompts(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens)
+        return CollatePrompts(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens, limits.variables)
 
 
 class PairView(View):
@@ -80,10 +82,12 @@ class PairView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`PairBatch`; to evaluate, `PromptBatch` where there are no completions."""
-        pairs = CollatePairs(tokenizer, limits.max_text_tokens, limits.ends)
+        pairs = CollatePairs(tokenizer, limits.max_text_tokens, limits.ends, limits.variables)
         if train:
             return pairs
-        return CollateHeldOutPairs(tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens, pairs=pairs)
+        return CollateHeldOutPairs(
+            tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens, limits.variables, pairs=pairs
+        )
 
 
 class PreferenceView(View):
@@ -102,7 +106,7 @@ class PreferenceView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`PreferenceBatch`."""
-        return CollatePreferences(tokenizer, limits.max_text_tokens, limits.ends)
+        return CollatePreferences(tokenizer, limits.max_text_tokens, limits.ends, limits.variables)
 
 
 def _check_pairs(rows: Dataset, numbers: Sequence[int], split: str) -> None:
@@ -123,9 +127,18 @@ def _check_pairs(rows: Dataset, numbers: Sequence[int], split: str) -> None:
 class TextView(View):
     """Whole texts."""
 
+    def check(self, rows: Dataset, numbers: Sequence[int]) -> None:
+        """A conversation ends with what the assistant says."""
+        for number, messages in zip(numbers, rows["messages"] if "messages" in rows.column_names else (), strict=False):
+            if (last := messages[-1]["role"]) != "assistant":
+                raise InputError(
+                    f"column 'messages', row {number}: its last message is of '{last}', and there is nothing to learn "
+                    "after it; let it end with the assistant's, or drop the row"
+                )
+
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`TextBatch`."""
-        return CollateTexts(tokenizer, limits.max_text_tokens, limits.ends)
+        return CollateTexts(tokenizer, limits.max_text_tokens, limits.ends, limits.variables)
 
 
 class LabelledView(View):
@@ -140,7 +153,7 @@ class LabelledView(View):
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`LabelledBatch`."""
-        return CollateLabelled(CollateTexts(tokenizer, limits.max_text_tokens, limits.ends))
+        return CollateLabelled(CollateTexts(tokenizer, limits.max_text_tokens, limits.ends, limits.variables))
 
 
 VIEWS: dict[batching.View, View] = {

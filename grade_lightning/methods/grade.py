@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.profiler import record_function
 
-from grade_lightning.errors import check_range
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
@@ -74,6 +74,8 @@ class Grade(AlignmentModule):
         check_range("[1, inf)", top_k=top_k)
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         own = self.sampler.distribution
+        if own.stop:
+            raise InputError("--model.sampler.stop: soft tokens say no strings; leave it out, or use GradeSTE")
         self.soft = replace(own, top_k=own.top_k or top_k)
         self.engine = RelaxedEngine(block)
         self.tau = tau or Linear(2.0, 0.5)

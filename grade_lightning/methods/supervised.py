@@ -15,7 +15,7 @@ from grade_lightning.records import Batching
 
 
 class SupervisedFineTuning(TrainableModule):
-    """Next-token prediction on plain text.
+    """Next-token prediction: on all of a text, on a prompt's completion, or on what the assistant says.
 
     Logs `{stage}/loss` (nats per token) and `{stage}/perplexity`. With gradient accumulation a batch holds the texts of
     the whole optimizer step, and each of its micro-batches is a part of it; TextDataModule gives it out as often.
@@ -60,13 +60,13 @@ class SupervisedFineTuning(TrainableModule):
         return self.loss(batch)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Mean negative log-likelihood of the tokens after the first, nats."""
-        return self._nll(batch) / _targets(batch["attention_mask"])
+        """Mean negative log-likelihood of the tokens that are learned, nats."""
+        return self._nll(batch) / _targets(batch).sum().clamp(min=1)
 
     def _nll(self, batch: dict[str, Any]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         inputs = self.policy.embed(ids[:, :-1])
-        valid = mask[:, 1:].bool()
+        valid = _targets(batch).bool()
         tokens = ids[:, 1:][valid]
         vocabulary = self.policy.vocabulary(self.policy.hidden(inputs, mask[:, :-1], ids.shape[1] - 1)[valid])
 
@@ -78,10 +78,9 @@ class SupervisedFineTuning(TrainableModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; each token of the optimizer step weighs the same, wherever it is."""
         self.seed("train", batch_idx)
-        mask = batch["attention_mask"]
         parts = self.batching.steps_per_batch
-        part = {name: batch[name].chunk(parts)[batch_idx % parts] for name in ("input_ids", "attention_mask")}
-        loss = self._nll(part) / self.reduce.mean(_targets(mask) / parts)
+        part = {name: rows.chunk(parts)[batch_idx % parts] for name, rows in batch.items()}
+        loss = self._nll(part) / self.reduce.mean(_targets(batch).sum() / parts).clamp(min=1 / parts)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
@@ -94,7 +93,7 @@ class SupervisedFineTuning(TrainableModule):
         self._measure(batch)
 
     def _measure(self, batch: dict[str, Any]) -> None:
-        self._seen.append(torch.stack([self._nll(batch).float(), _targets(batch["attention_mask"])]))
+        self._seen.append(torch.stack([self._nll(batch).float(), _targets(batch).sum()]))
 
     def _finish(self, stage: str) -> None:
         nll, tokens = self.all_gather(torch.stack(self._seen)).reshape(-1, 2).sum(0)  # type: ignore[union-attr]
@@ -114,6 +113,7 @@ class SupervisedFineTuning(TrainableModule):
         self.policy.save_pretrained(folder, merge)
 
 
-def _targets(mask: Tensor) -> Tensor:
-    """How many tokens are predicted."""
-    return mask[:, 1:].sum().float()
+def _targets(batch: dict[str, Any]) -> Tensor:
+    """1 for each token after the first that is learned, (B, T − 1)."""
+    mask: Tensor = batch.get("loss_mask", batch["attention_mask"])
+    return mask[:, 1:].float()

@@ -44,6 +44,8 @@ class Rollout:
     """(B,): a label for each completion, the same for those of one prompt. By default each is by itself."""
     turns: Tensor | None = None
     """(B, T): which turn each token belongs to, from 0; None: there are no turns."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, too; the token that completes one is its last."""
 
     _PROMPT: ClassVar[tuple[str, ...]] = ("prompt_ids", "prompt_mask")
     _TOKENS: ClassVar[tuple[str, ...]] = ("completion_ids", "completion_mask", "engine_logps", "sampled", "turns")
@@ -80,9 +82,28 @@ class Rollout:
 
     @property
     def ended(self) -> Tensor:
-        """Whether the completion ended by itself, (B,)."""
+        """Whether the completion ended by itself, with an end token or a stop string, (B,)."""
+        return self.has_eos | self._stopped if self.stop else self.has_eos
+
+    @property
+    def has_eos(self) -> Tensor:
+        """Whether the completion ended with an end token, (B,)."""
         last = self.completion_ids.gather(1, self.lengths.unsqueeze(1) - 1).squeeze(1)
         return torch.isin(last, torch.tensor(self.eos_ids, dtype=last.dtype, device=last.device))
+
+    @cached_property
+    def _stopped(self) -> Tensor:
+        """Whether the last token completes a stop string, (B,); earlier turns may have ended with one."""
+        rows = [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.lengths.tolist(), strict=True)]
+        whole, before = (
+            self.tokenizer.batch_decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for part in (rows, [ids[:-1] for ids in rows])
+        )
+        found = [
+            any(one.count(words) > two.count(words) for words in self.stop)
+            for one, two in zip(whole, before, strict=True)
+        ]
+        return torch.tensor(found, device=self.completion_ids.device)
 
     @cached_property
     def layout(self) -> Groups:
@@ -191,7 +212,7 @@ class Rollout:
         tensors = {name: getattr(self, name) for name in self._PROMPT} | self._per_token()
         packed = {name: tensor.cpu() for name, tensor in tensors.items()}
         columns = {name: values for name, values in self.columns.items() if _is_plain(values)}
-        return packed | {"groups": self.groups, "eos_ids": self.eos_ids, "columns": columns}
+        return packed | {"groups": self.groups, "eos_ids": self.eos_ids, "stop": self.stop, "columns": columns}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> "Rollout":

@@ -19,19 +19,28 @@ def conversations(rollout: Rollout) -> list[Messages | None]:
     return [prompt if isinstance(prompt, list) else None for prompt in prompts]
 
 
-def answered(tokenizer: PreTrainedTokenizerBase, messages: Messages, completion: str) -> str:
-    """A conversation with the assistant's answer, as the chat template writes it.
+def with_answer(messages: Messages, completion: str) -> Messages:
+    """A conversation with the assistant's answer.
 
     Where the last message is the assistant's, the completion continues it.
 
-    Raises:
-        InputError: the template does not take it.
+    Example:
+        >>> with_answer([{"role": "user", "content": "2+2?"}], "4")[-1]
+        {'role': 'assistant', 'content': '4'}
     """
     begun = ""
     if messages[-1]["role"] == "assistant":
         messages, begun = messages[:-1], str(messages[-1]["content"] or "")
-    whole = [*messages, {"role": "assistant", "content": begun + completion}]
-    return rendered(tokenizer, whole)
+    return [*messages, {"role": "assistant", "content": begun + completion}]
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, messages: Messages, completion: str) -> str:
+    """A conversation :func:`with_answer`, as the chat template writes it.
+
+    Raises:
+        InputError: the template does not take it.
+    """
+    return rendered(tokenizer, with_answer(messages, completion))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> str:

@@ -59,7 +59,7 @@ def frame(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, room: int | None
     rows: list[list[int]] = []
     places = torch.full(rollout.completion_ids.shape, -1)
     for row, (prompt, words, ended, talk) in enumerate(
-        zip(prompts, completions, rollout.ended.tolist(), talks, strict=True)
+        zip(prompts, completions, rollout.has_eos.tolist(), talks, strict=True)
     ):
         front, back, last = prompt, [] if words[-1:] == after[:1] else after, None
         if talk is not None:

@@ -19,6 +19,7 @@ from grade_lightning.records import Rollout
 
 from .background import wait_for
 from .base import Reward
+from .conversations import Messages, conversations, with_answer
 
 
 class FunctionReward(Reward):
@@ -27,7 +28,9 @@ class FunctionReward(Reward):
     Args:
         function: the function, or its dotted path in YAML. It gets the texts and every other column of the data by
             keyword, and returns one number for each completion, in a list, an array, a tensor or one after another;
-            None abstains. A step in which one is infinite or NaN is left out.
+            None abstains. A step in which one is infinite or NaN is left out. If it has a parameter `completion_ids`,
+            it gets the completions' tokens, the end token included; `messages`: the conversations, each with the
+            completion as the assistant's last words (None where the prompt is no conversation).
         timeout: seconds that a call may take; None: as many as it likes. After that the run ends with an error.
             Python cannot stop the call: it goes on in a thread that ends with the process.
 
@@ -43,6 +46,7 @@ class FunctionReward(Reward):
         check_range("(0, inf)", "reward", timeout=timeout)
         self.function = function
         self.timeout = timeout
+        self._wanted = _parameters(function)
 
     @property
     def name(self) -> str:
@@ -57,6 +61,7 @@ class FunctionReward(Reward):
         """
         columns = {key: value for key, value in rollout.columns.items() if key not in ("prompts", "completions")}
         columns |= {"prompts": rollout.prompts, "completions": rollout.completions}
+        columns |= {name: make(rollout) for name, make in _ON_DEMAND.items() if name in self._wanted}
 
         @torch.no_grad()
         def call() -> Any:
@@ -87,6 +92,27 @@ class FunctionReward(Reward):
         if len(scores) != len(rollout.completions):
             raise InputError(f"reward {self.name}: {len(scores)} values for {len(rollout.completions)} completions")
         return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids.device)
+
+
+def _completion_ids(rollout: Rollout) -> list[list[int]]:
+    return [ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)]
+
+
+def _messages(rollout: Rollout) -> list[Messages | None]:
+    pairs = zip(conversations(rollout), rollout.completions, strict=True)
+    return [None if talk is None else with_answer(talk, completion) for talk, completion in pairs]
+
+
+_ON_DEMAND: dict[str, Callable[[Rollout], list[Any]]] = {"completion_ids": _completion_ids, "messages": _messages}
+"""What a function gets only if it names it."""
+
+
+def _parameters(function: Callable[..., Any]) -> Set[str]:
+    """Names of a function's parameters; none where they are not known, as of some that are written in C."""
+    try:
+        return inspect.signature(function).parameters.keys()
+    except (TypeError, ValueError):
+        return frozenset()
 
 
 _log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ def retokenize(
     eos = tokenizer.eos_token_id
     rows: list[list[int]] = []
     talks = conversations(rollout) if chat and tokenizer.chat_template else [None] * len(rollout.ids)
-    plain = zip(texts_of(rollout), rollout.completions, rollout.ended.tolist(), talks, strict=True)
+    plain = zip(texts_of(rollout), rollout.completions, rollout.has_eos.tolist(), talks, strict=True)
     for text, completion, ended, talk in plain:
         if talk is not None:
             written = answered(tokenizer, talk, completion)

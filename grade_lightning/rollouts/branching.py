@@ -83,7 +83,7 @@ class Branching(Turns):
                 self.speak(policy, distribution, prompts, episodes)
             left = [row for row in range(len(prompts)) if row not in episodes]
             if not left:
-                return joined([episodes[row] for row in range(len(prompts))], prompts, policy)
+                return joined([episodes[row] for row in range(len(prompts))], prompts, policy, distribution)
             for waiting in self._waiting.values():
                 waiting.clear()
             episodes |= {row: self.begin(policy, distribution, prompts, row) for row in left}

@@ -20,6 +20,7 @@ class Distribution:
         temperature: divides the logits.
         top_k: only the k most likely tokens.
         top_p: only the smallest set of tokens that holds this mass.
+        stop: strings that end a completion, as end tokens do.
 
     Example:
         >>> Distribution(temperature=0.5).logits(torch.tensor([[[1.0, 2.0]]]), eos_ids=[0])
@@ -31,6 +32,7 @@ class Distribution:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
     @property
     def truncates(self) -> bool:

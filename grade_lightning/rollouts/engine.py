@@ -31,7 +31,8 @@ class Engine(ABC):
 
         Args:
             policy: the policy; sampled in evaluation mode whatever mode it is in.
-            distribution: of the tokens, and how many at most.
+            distribution: of the tokens, and how many at most. Its stop strings may be left to the sampler, which cuts
+                completions after them.
             prompts: B prompts, the same one in a row for each of its completions.
 
         Returns:

@@ -6,12 +6,13 @@ import torch
 from torch.profiler import record_function
 from transformers import GenerationConfig
 
-from grade_lightning.errors import check_range
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
+from .stopping import cut
 from .transformers import TransformersEngine
 
 
@@ -25,6 +26,7 @@ class Sampler:
         top_k: sample from the k most likely tokens (the paper's restriction for the relaxed tokens is 256).
         top_p: sample from the smallest set of tokens that holds this mass.
         engine: what draws them; `generate` of transformers by default.
+        stop: a string, or several, that end a completion as an end token does; they belong to it.
 
     Example:
         >>> Sampler(temperature=0.5).distribution.temperature
@@ -39,12 +41,16 @@ class Sampler:
         top_k: int | None = None,
         top_p: float = 1.0,
         engine: Engine | None = None,
+        stop: str | list[str] | None = None,
     ) -> None:
         check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k)
         check_range(f"[0, {max_new_tokens}]", "sampler", min_new_tokens=min_new_tokens)
         check_range("(0, inf)", "sampler", temperature=temperature)
         check_range("(0, 1]", "sampler", top_p=top_p)
-        self.distribution = Distribution(max_new_tokens, min_new_tokens, temperature, top_k, top_p)
+        strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if "" in strings:
+            raise InputError("sampler.stop: an empty string would end every completion; write another or leave it out")
+        self.distribution = Distribution(max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings)
         self.engine = engine or TransformersEngine()
 
     @property
@@ -64,6 +70,8 @@ class Sampler:
         """
         self.engine.sync(policy, step)
         rollout = self.engine.generate(policy, self.distribution, prompts)
+        if not rollout.stop:  # an engine that knows of turns has ended each of them
+            rollout = cut(rollout, self.distribution.stop)
         if int(rollout.lengths.max()) < rollout.completion_ids.shape[1]:  # the engine pads to a width of its own
             rollout = rollout.select(torch.arange(len(rollout.ids)))
         return rollout if groups is None else replace(rollout, groups=groups)
@@ -81,4 +89,5 @@ class Sampler:
             eos_token_id=policy.eos_ids or None,
             pad_token_id=policy.tokenizer.pad_token_id,
             bos_token_id=policy.tokenizer.bos_token_id,
+            stop_strings=list(own.stop) or None,
         )

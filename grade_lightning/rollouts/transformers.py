@@ -19,6 +19,7 @@ from grade_lightning.records import Prompts, Rollout
 from .caches import keys_and_values
 from .distribution import Distribution
 from .engine import Engine
+from .stopping import stopped
 
 Caching = Literal["shared", "own", "static", "none"]
 """Prompts in a row that are the same are read once; the model's own cache; one of fixed size; no cache."""
@@ -116,7 +117,10 @@ class TransformersEngine(Engine):
                 span = slice(done, done + new.shape[1])
                 completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1]).to(logps.dtype)
                 done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
-                going = (~torch.isin(new, ends).any(-1)).nonzero().squeeze(1)
+                over = torch.isin(new, ends).any(-1)
+                if distribution.stop:
+                    over |= stopped(policy.tokenizer, completion[live, :done], distribution.stop)
+                going = (~over).nonzero().squeeze(1)
                 if len(going) < len(live):
                     ids, mask, live = ids[going], mask[going], live[going]
                     if cache is not None:

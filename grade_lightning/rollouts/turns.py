@@ -16,6 +16,7 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
+from .stopping import cut
 from .transformers import TransformersEngine
 
 Message = dict[str, str]
@@ -109,7 +110,7 @@ class Turns(Engine):
         episodes = {row: self.begin(policy, distribution, prompts, row) for row in range(len(prompts))}
         while not all(episode.done for episode in episodes.values()):
             self.speak(policy, distribution, prompts, episodes)
-        return joined([episodes[row] for row in range(len(prompts))], prompts, policy)
+        return joined([episodes[row] for row in range(len(prompts))], prompts, policy, distribution)
 
     def begin(self, policy: Policy, distribution: Distribution, prompts: Prompts, row: int) -> Episode:
         """A conversation up to the policy's first turn."""
@@ -138,7 +139,9 @@ class Turns(Engine):
         ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
         begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
-        said = self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun)
+        said = cut(
+            self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun), distribution.stop
+        )
         for i, (row, episode) in enumerate(zip(rows, live, strict=True)):
             length = min(int(said.lengths[i]), room[i])
             tokens = said.completion_ids[i, :length].tolist()
@@ -202,7 +205,7 @@ def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tens
     return torch.tensor(joined), here.flip(1) if left else here
 
 
-def joined(episodes: list[Episode], prompts: Prompts, policy: Policy) -> Rollout:
+def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distribution: Distribution) -> Rollout:
     """The rollout of conversations that are over, in the order of the prompts."""
     device = prompts.ids.device
     ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
@@ -218,6 +221,7 @@ def joined(episodes: list[Episode], prompts: Prompts, policy: Policy) -> Rollout
         tokenizer=policy.tokenizer,
         columns=prompts.columns | {"returns": [episode.reward for episode in episodes]},
         eos_ids=policy.eos_ids,
+        stop=list(distribution.stop),
         sampled=sampled.to(device),
         turns=turns.to(device),
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
+from grade_lightning.errors import InputError
 from grade_lightning.functional.gumbel import exponential_noise
 from grade_lightning.methods import Grade
 from grade_lightning.methods.grade import RelaxedExperience
@@ -294,3 +295,8 @@ def test_a_reward_that_abstains_counts_as_nothing() -> None:
     torch.manual_seed(3)
     (-whole.collect(make_prompts()).reward[1:].sum() / len(rewards)).backward()
     torch.testing.assert_close(gradient, gradients(whole))
+
+
+def test_soft_tokens_say_no_stop_strings() -> None:
+    with pytest.raises(InputError, match=r"--model.sampler.stop: soft tokens say no strings; .* use GradeSTE"):
+        Grade(sampler=Sampler(stop="w3"))

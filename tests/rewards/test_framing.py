@@ -1,5 +1,7 @@
 """Completions in their own tokens within a chat template: the tokens of the whole rendered conversation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,3 +50,13 @@ def test_a_framed_completion_is_the_rendered_conversation(kind: str, template: s
         places = places[:-1]
     assert found.ids[0][places].tolist() == rollout.completion_ids[0][: len(places)].tolist()
     assert places.diff().eq(1).all()
+
+
+def test_a_completion_that_a_stop_string_ended_keeps_its_words() -> None:
+    tokenizer = make_tokenizer("bytes", "chatml")
+    plain = rollout_of(tokenizer, "It is four.", None)
+    stopped = replace(plain, stop=["four."])
+    assert stopped.ended.all()
+    one, two = frame(plain, tokenizer), frame(stopped, tokenizer)
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(one.places, two.places)

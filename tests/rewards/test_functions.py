@@ -44,6 +44,32 @@ def test_a_function_gets_texts_and_columns_by_keyword() -> None:
     assert not reward.differentiable
 
 
+def test_a_function_that_names_them_gets_tokens_and_conversations() -> None:
+    seen: dict[str, Any] = {}
+
+    def rule(completion_ids: list[list[int]], *, messages: Any, **columns: Any) -> list[float]:
+        seen.update(completion_ids=completion_ids, messages=messages, columns=columns)
+        return [1.0] * 3
+
+    ask, begun = {"role": "user", "content": "w3"}, {"role": "assistant", "content": "w9 "}
+    rollout = make_rollout(prompt=[[ask], [ask, begun], "w3"], completion_ids=[0, 0, 0])
+    FunctionReward(rule).score(rollout)
+    assert seen["completion_ids"] == [[4, 5, 6, 7], [8, 0], [0]]
+    assert seen["messages"] == [
+        [ask, {"role": "assistant", "content": "w4 w5 w6 w7"}],
+        [ask, {"role": "assistant", "content": "w9 w8"}],
+        None,
+    ]
+    assert seen["columns"].keys() == {"prompt", "prompts", "completions"}
+
+    def other(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen["columns"] = columns
+        return [1.0] * 3
+
+    FunctionReward(other).score(make_rollout(label=[1, 2, 3]))
+    assert seen["columns"].keys() == {"label"}
+
+
 @pytest.mark.parametrize("values", [[1.0], [1.0] * 4, []])
 def test_a_function_of_the_wrong_length_is_named(values: list[float]) -> None:
     with pytest.raises(InputError, match=rf"rule: {len(values)} values for 3 completions"):

@@ -177,3 +177,19 @@ def test_the_seed_decides() -> None:
         found.append(engine.generate(policy, Distribution(max_new_tokens=6), prompts).ids)
     assert torch.equal(found[0], found[1])
     assert found[0].tolist() != found[2].tolist()
+
+
+class Chatty(Scripted):
+    """Says 6 7 8 in each turn, whatever it is to stop at."""
+
+    def generate(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Rollout:
+        tokens = torch.tensor([[6, 7, 8]]).repeat(len(prompts), 1)
+        return Rollout(prompts.ids, prompts.mask, tokens, tokens > 0, None, policy.tokenizer, eos_ids=[0])
+
+
+def test_a_stop_string_ends_each_turn() -> None:
+    sampler = Sampler(engine=Turns(Talks, max_turns=2, engine=Chatty()), stop="w7")
+    rollout = sampler(make_policy(), Prompts.of(make_prompts((3,))))
+    assert rollout.completion_ids.tolist() == [[6, 7, 4, 5, 6, 7]]
+    assert rollout.ended.tolist() == [True]
+    assert not rollout.has_eos.any()
