@@ -5,7 +5,7 @@ from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
 from grade_lightning.columns import Columns
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, Source, TextDataModule
+from grade_lightning.data import BundledReviews, BundledSums, HubDataset, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.gates import by_advantage
@@ -94,6 +94,7 @@ __all__ = [
     "AlignmentModule",
     "Batching",
     "BundledReviews",
+    "BundledSums",
     "Checkpoint",
     "ClassifierReward",
     "Columns",
