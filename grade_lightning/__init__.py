@@ -6,7 +6,7 @@ from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientV
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.data import BundledReviews, HubDataset, InMemory, LocalFiles, Source, TextDataModule
+from grade_lightning.data import BundledReviews, BundledSums, HubDataset, InMemory, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.gates import by_advantage
@@ -98,6 +98,7 @@ __all__ = [
     "Batching",
     "Branching",
     "BundledReviews",
+    "BundledSums",
     "Checkpoint",
     "ClassifierReward",
     "Columns",

@@ -37,6 +37,8 @@ RECIPES = {
 }
 PLANS = ["compare_bundled", "paper_compat", "paper_corrected"]
 """Not for one run, but for grade-compare."""
+LARGE_PLANS = ["compare_sums"]
+"""Of many methods, which takes a while to read."""
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +85,11 @@ def stated(recipe: object, config: Any, place: str = "") -> Iterator[str]:
 
 
 def test_every_recipe_is_here() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*RECIPES, *PLANS}
+    names = {*RECIPES, *PLANS, *LARGE_PLANS}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == names
 
 
-@pytest.mark.parametrize("name", mostly_slow(PLANS, "compare_bundled"))
+@pytest.mark.parametrize("name", mostly_slow([*PLANS, *LARGE_PLANS], "compare_bundled"))
 def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Path) -> None:
     written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     plan = import_module("grade_lightning_cli.compare.plan").plan(**written)

@@ -60,7 +60,8 @@ class Comparison:
         Raises:
             InputError: it is not in the plan.
         """
-        points = itertools.product(self.plan.methods, self.plan.settings(), self.plan.seeds)
+        seeds = dict.fromkeys(self.plan.searched + self.plan.seeds)
+        points = itertools.product(self.plan.methods, self.plan.settings(), seeds)
         known = {run.name: run for run in itertools.starmap(partial(Run, self.out), points)}
         if name not in known:
             raise InputError(f"--run {name}: not in the plan; give METHOD/SETTING/seed_N, such as {next(iter(known))}")
@@ -70,29 +71,33 @@ class Comparison:
         """The setting that is best on validation, once it is known."""
         return self._choice(method)[0]
 
-    def _choice(self, method: str) -> tuple[str | None, dict[str, float]]:
+    def _choice(self, method: str) -> tuple[str | None, dict[str, float | None]]:
         settings = list(self.plan.settings())
         if len(settings) == 1:
             return settings[0], {}
-        found: dict[str, float] = {}
+        found: dict[str, float | None] = {}
         for setting in settings:
-            result = Run(self.out, method, setting, self.plan.seeds[0]).result
-            if result is None:
+            results = [Run(self.out, method, setting, seed).result for seed in self.plan.searched]
+            objectives = [result["objective"] for result in results if result is not None]
+            if len(objectives) < len(results):
                 return None, found
-            found[setting] = result["objective"]
+            found[setting] = None if None in objectives else sum(objectives) / len(objectives)
         finite = {setting: value for setting, value in found.items() if value is not None and math.isfinite(value)}
         return (max(finite, key=finite.__getitem__) if finite else None), found
 
     def runs(self) -> list[Run]:
         """All whose setting is known: those of the grid first."""
-        first, *rest = self.plan.seeds
-        grid = [Run(self.out, m, setting, first) for m in self.plan.methods for setting in self.plan.settings()]
+        searched = self.plan.searched if len(self.plan.settings()) > 1 else []
+        points = itertools.product(self.plan.methods, self.plan.settings(), searched)
+        grid = list(itertools.starmap(partial(Run, self.out), points))
         chosen = {method: setting for method in self.plan.methods if (setting := self.chosen(method))}
+        rest = [seed for seed in self.plan.seeds if seed not in searched]
         return grid + [Run(self.out, method, setting, seed) for seed in rest for method, setting in chosen.items()]
 
     def finished(self, run: Run) -> bool:
         """Whether nothing is left to do for it now."""
-        return run.result is not None and (run.tested or self.chosen(run.method) != run.setting)
+        tested = run.tested or run.seed not in self.plan.seeds or self.chosen(run.method) != run.setting
+        return run.result is not None and tested
 
     def complete(self) -> bool:
         """Whether nothing is left to do at all."""

@@ -4,7 +4,6 @@ import inspect
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def compare(args: Sequence[str] | None = None) -> None:
                     print(shlex.join(["grade-compare", "--out", o.out, "--run", run.name]))
         else:
             _end_by_signals()
-            workers = Workers(comparison, o.jobs, o.threads)
+            workers = Workers(comparison, o.jobs, o.threads, compare)
             compare_all(comparison, workers)
             Console().print(progress(comparison, workers))
             trouble = []
@@ -105,7 +104,7 @@ def compare_all(comparison: Comparison, workers: Workers) -> None:
                         print(f"{run.name}: {state_of(comparison, workers, run)}", flush=True)
                 if comparison.complete() or not (workers.at or workers.elsewhere):
                     break
-                time.sleep(1)
+                workers.wait(5 if console.is_terminal else 30)
         finally:
             workers.stop()
 

@@ -32,8 +32,15 @@ class Plan:
     completions: int
     beta: float
     validations: int
+    grid_seeds: list[int] = field(default_factory=list)
+    """With which the grid is searched; the first of the seeds where there are none."""
     files: dict[str, str] = field(default_factory=dict)
     """A digest of each configuration file that is named, once it lies in a comparison's folder."""
+
+    @property
+    def searched(self) -> list[int]:
+        """The seeds with which the grid is searched."""
+        return self.grid_seeds or self.seeds[:1]
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Each point of the grid by its name."""
@@ -52,18 +59,21 @@ def plan(
     completions: int | None = None,
     beta: float = 0.0,
     validations: int = 3,
+    grid_seeds: str | list[int] | None = None,
 ) -> Plan:
     """Say what is compared, and what is equal.
 
     Args:
         methods: names, or for each name the arguments that it alone has (`model`, if it is not the name).
         arguments: of grade-fit, for all; `config` is one file or a list of them.
-        grid: values of arguments that are tried, all with all, with the first seed. A method is compared with those
-            that are best on validation.
+        grid: values of arguments that are tried, all with all. A method is compared with those that are best on
+            validation.
         seeds: of the runs.
         completions: sampled in each run; how many steps that takes follows from the method. Must be given.
         beta: β of the objective, reward − β KL, by which the best of the grid is chosen; reward per nat.
         validations: how often a run is measured on the way.
+        grid_seeds: with which the grid is searched: the first of the seeds by default. Give others, and no run that
+            decides the choice is among those that are compared.
 
     Raises:
         InputError: something is missing, twice there, out of range, or not for the user to set.
@@ -74,11 +84,13 @@ def plan(
     """
     names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     own = methods if isinstance(methods, dict) else {}
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")] if isinstance(seeds, str) else seeds
-    except ValueError:
-        raise InputError(f"seeds = {seeds}: give whole numbers, such as 1,2,3") from None
+    numbers = _whole_numbers("seeds", seeds)
+    searching = [] if grid_seeds is None else _whole_numbers("grid_seeds", grid_seeds)
+    if searching and not grid:
+        raise InputError("grid_seeds: there is no grid to search; take them away")
     lists: dict[str, list[Any]] = {"methods": names, "seeds": numbers, **(grid or {})}
+    if searching:
+        lists["grid_seeds"] = searching
     for name, values in lists.items():
         if not values or len(set(map(str, values))) < len(values):
             raise InputError(f"{name}: must hold something, and nothing twice")
@@ -89,17 +101,24 @@ def plan(
         raise InputError("completions: say how many each run samples, such as 9600")
     check_range("[1, inf)", validations=validations, completions=completions)
     check_range("[0, inf)", beta=beta)
-    for seed in numbers:
+    for seed in numbers + searching:
         check_range("[0, 4294967295]", seeds=seed)
     each = {name: dict(own.get(name) or {}) for name in names}
     given = [*option_names(arguments or {}), *option_names(grid or {})]
     given += [key for one in each.values() for key in option_names(one) if key != "model"]
     if planned := sorted(_PLANNED.intersection(given)):
         raise InputError(f"{planned[0]}: the plan itself sets it for each run; take it away")
-    found = Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations)
+    found = Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations, searching)
     if len(found.settings()) < math.prod(map(len, found.grid.values())):
         raise InputError("grid: two of its points have the same name, in which / is _; give other values")
     return found
+
+
+def _whole_numbers(name: str, values: str | list[int]) -> list[int]:
+    try:
+        return [int(value) for value in values.split(",")] if isinstance(values, str) else values
+    except ValueError:
+        raise InputError(f"{name} = {values}: give whole numbers, such as 1,2,3") from None
 
 
 def beside(value: Any, folder: Path, key: str = "") -> Any:
@@ -128,7 +147,7 @@ def load(path: Path) -> Plan:
         written = yaml.safe_load(path.read_text())
         files = written.pop("files", {})
         found = plan(**written)
-        if asdict(found) == written | {"files": {}}:
+        if asdict(found) == {"grid_seeds": []} | written | {"files": {}}:  # an older plan has none
             return replace(found, files=files)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError):
         pass
@@ -138,9 +157,10 @@ def load(path: Path) -> Plan:
 def joined(there: Plan, plan: Plan, path: Path) -> Plan:
     """Methods and seeds are added; what is equal for all, or decides the choice, may not change."""
     old, new = asdict(there), asdict(plan)
-    differ = [key for key in ("arguments", "grid", "completions", "beta", "validations") if old[key] != new[key]]
+    equal = ("arguments", "grid", "completions", "beta", "validations", "grid_seeds")
+    differ = [key for key in equal if old[key] != new[key]]
     differ += [f"methods.{m}" for m in old["methods"] if old["methods"][m] != new["methods"].get(m, old["methods"][m])]
-    if there.seeds[0] != plan.seeds[0]:
+    if not (there.grid_seeds or plan.grid_seeds) and there.searched != plan.searched:
         differ.append("first seed")
     if differ:
         raise InputError(f"{path}: the runs there were made with other {', '.join(differ)}; give --out another name")

@@ -14,13 +14,14 @@ def progress(comparison: Comparison, workers: Workers) -> Table:
     """A line for each method and setting, a column for each seed."""
     plan = comparison.plan
     table = Table(title=f"{comparison.out}: validation reward, * the setting that was chosen")
-    for name in ("method", "setting", *(f"seed {seed}" for seed in plan.seeds)):
+    seeds = list(dict.fromkeys(plan.searched + plan.seeds))
+    for name in ("method", "setting", *(f"seed {seed}" for seed in seeds)):
         table.add_column(name)
     known = set(comparison.runs())
     for method in plan.methods:
         chosen = comparison.chosen(method)
         for setting in plan.settings():
-            runs = [Run(comparison.out, method, setting, seed) for seed in plan.seeds]
+            runs = [Run(comparison.out, method, setting, seed) for seed in seeds]
             cells = [state_of(comparison, workers, run) if run in known else "" for run in runs]
             table.add_row(*map(escape, (method, f"{setting} *" if setting == chosen else setting, *cells)))
     return table

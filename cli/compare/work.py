@@ -33,7 +33,7 @@ def work(comparison: Comparison, run: Run) -> None:
     if run.result is None:
         _train(comparison, run)
     comparison.note_choices()
-    if comparison.chosen(run.method) == run.setting and not run.tested:
+    if not comparison.finished(run):
         _test(comparison, run)
 
 

@@ -1,13 +1,14 @@
 """The processes that are at runs."""
 
 import os
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 
 import torch
 
 from .comparison import Comparison
 from .run import Run
+from .start import Process, start
 from .watch import PARENT
 
 ELSEWHERE = 75
@@ -15,12 +16,22 @@ ELSEWHERE = 75
 
 
 class Workers:
-    """Processes that are at runs, so many at a time; each has a GPU or its part of the cores."""
+    """Processes that are at runs, so many at a time; each has a GPU or its part of the cores.
 
-    def __init__(self, comparison: Comparison, jobs: int, threads: int | None) -> None:
+    Args:
+        comparison: with the runs.
+        jobs: how many processes.
+        threads: of each; None: its part of the cores.
+        work: the command that does one run, as a function of its arguments.
+    """
+
+    def __init__(
+        self, comparison: Comparison, jobs: int, threads: int | None, work: Callable[[list[str]], object]
+    ) -> None:
+        self.work = work
         self.comparison, self.jobs = comparison, jobs
         self.threads = threads or max(1, _cores() // jobs)
-        self.at: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
+        self.at: dict[Run, tuple[Process, int]] = {}
         self.failed: set[Run] = set()
         self.elsewhere: set[Run] = set()
 
@@ -36,13 +47,10 @@ class Workers:
                 self.elsewhere.add(run)
                 continue
             slot = free.pop(0)
-            command = [sys.executable, "-m", "grade_lightning_cli.compare", f"--out={run.out}", f"--run={run.name}"]
-            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-            environment[PARENT] = str(os.getpid())
+            variables = {PARENT: str(os.getpid())}
             if torch.cuda.device_count() > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = _gpus()[slot % len(_gpus())]
-            with (run.folder / "log.txt").open("ab") as log:
-                self.at[run] = subprocess.Popen(command, stdout=log, stderr=log, env=environment), slot
+                variables["CUDA_VISIBLE_DEVICES"] = _gpus()[slot % len(_gpus())]
+            self.at[run] = start(run, self.threads, variables, self.work), slot
 
     def collect(self) -> None:
         """See which have ended."""
@@ -52,6 +60,16 @@ class Workers:
                 del self.at[run]
                 if status != ELSEWHERE and (status or run.result is None):
                     self.failed.add(run)
+
+    def wait(self, longest: float) -> None:
+        """Until a process has ended. To look at all runs takes cores away from those that are at work.
+
+        Args:
+            longest: seconds; after them another process may have ended a run of its own.
+        """
+        until = time.monotonic() + longest
+        while time.monotonic() < until and all(process.poll() is None for process, _ in self.at.values()):
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """End them all."""

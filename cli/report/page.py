@@ -227,7 +227,7 @@ def _settings(study: Study) -> Table:
         ]
         objective = study.objectives.get((arm.method, arm.setting), math.nan)
         cells = [arm.method, arm.setting, ", ".join(str(run.seed) for run in arm.runs), *(number(e.mean) for e in last)]
-        rows.append([*cells, number(objective), "chosen" if arm.runs[0].chosen and arm.runs[0].about else ""])
+        rows.append([*cells, number(objective), "chosen" if any(run.chosen and run.about for run in arm.runs) else ""])
     by = " and ".join(f"{beta:g}" for beta in sorted(study.betas))
     chosen_by = f"objective, β = {by}" if by else "objective"
     header = ["method", "setting", "seeds", "validation reward", "KL, nats", chosen_by, ""]

@@ -22,17 +22,20 @@ class Planned:
     origin: str
     """All that is equal for its runs."""
     points: list[dict[str, Any]]
-    """Of the grid, which is gone through with the first seed."""
+    """Of the grid."""
+    searched: list[int]
+    """The seeds with which it is gone through; they may be none of those that are compared."""
 
     def absent(self, runs: Sequence[Run]) -> Iterator[str]:
         """What a method's finished runs lack."""
         seeds = {run.seed for run in runs if run.chosen} or {run.seed for run in runs}
         if lost := [str(seed) for seed in self.seeds if seed not in seeds]:
             yield f"no finished run with seed {', '.join(lost)}"
-        there = [run.about.get("setting") for run in runs if run.seed == self.seeds[0]]
-        points = [",".join(f"{key}={x}" for key, x in point.items()) for point in self.points if point not in there]
-        if points and there:
-            yield f"no finished run with seed {self.seeds[0]} at {'; '.join(points)}"
+        for seed in self.searched:
+            there = [run.about.get("setting") for run in runs if run.seed == seed]
+            points = [",".join(f"{key}={x}" for key, x in point.items()) for point in self.points if point not in there]
+            if points and there:
+                yield f"no finished run with seed {seed} at {'; '.join(points)}"
 
 
 def read_plan(path: Path, study: Study) -> Planned | None:
@@ -53,4 +56,6 @@ def read_plan(path: Path, study: Study) -> Planned | None:
     study.betas.add(as_number(beta))
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     origin = json.dumps({k: v for k, v in plan.items() if k not in ("methods", "seeds")}, sort_keys=True, default=str)
-    return Planned({str(method): own for method, own in methods.items()}, seeds, origin, points)
+    own_seeds = plan.get("grid_seeds")
+    searched = own_seeds if isinstance(own_seeds, list) and own_seeds else seeds[:1]
+    return Planned({str(method): own for method, own in methods.items()}, seeds, origin, points, searched)

@@ -68,7 +68,7 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
         if not seed.isdigit():
             continue
         methods[method] = None
-        if plan is not None and (method not in plan.methods or int(seed) not in plan.seeds):
+        if plan is not None and (method not in plan.methods or int(seed) not in plan.seeds + plan.searched):
             foreign.append(f"{method}/{setting}/{place.name}")
             continue
         lost = "the run is not finished and is left out"
@@ -79,6 +79,7 @@ def _comparison(folder: Path, study: Study) -> list[Run]:
             continue
         tested = (place / "test.json").exists()
         is_chosen = chosen[method] == setting if method in chosen else tested
+        is_chosen &= plan is None or int(seed) in plan.seeds  # else it only served the choice
         run = Run(place, method, called(method, setting), int(seed), is_chosen, about)
         for logs in _logs(place, about, study.missing):
             run.curves = scalars(logs, study.missing)

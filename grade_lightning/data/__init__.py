@@ -11,8 +11,10 @@ from grade_lightning.data.reviews import grammar_positive as grammar_positive
 from grade_lightning.data.reviews import grammar_valid as grammar_valid
 from grade_lightning.data.reviews import judge_sentences as judge_sentences
 from grade_lightning.data.sources import BundledReviews as BundledReviews
+from grade_lightning.data.sources import BundledSums as BundledSums
 from grade_lightning.data.sources import HubDataset as HubDataset
 from grade_lightning.data.sources import InMemory as InMemory
 from grade_lightning.data.sources import LocalFiles as LocalFiles
 from grade_lightning.data.sources import Source as Source
+from grade_lightning.data.sums import generate_sums as generate_sums
 from grade_lightning.data.texts import opening as opening

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from grade_lightning.data.mapping import table_of
 from grade_lightning.data.normalise import normalise as normalise
 from grade_lightning.data.reviews import generate_reviews
+from grade_lightning.data.sums import MOST, generate_sums
 from grade_lightning.errors import InputError, check_range
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -67,6 +68,42 @@ class BundledReviews(Source):
             split: {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
             for split, rows in parts.items()
         }
+        return DatasetDict({split: Dataset.from_dict(table) for split, table in tables.items()})
+
+
+class BundledSums(Source):
+    r"""Sums of two to four terms, worked out by someone who often forgets to carry: `grade_lightning.data.sums`.
+
+    Rows have `prompt`, `completion` and `answer`: `SupervisedFineTuning` learns the careless workings from them, and
+    a policy gradient with `NumericMatch` learns to carry.
+
+    Args:
+        num_train: Sums to train on.
+        num_test: Sums to test on, none of which is trained on.
+        carries: The share of carries that the workings remember.
+        seed: Another seed gives other sums.
+
+    Example:
+        >>> BundledSums(num_train=3, num_test=1).load()["test"][0]
+        {'prompt': '71+9+8+0=', 'completion': '70\n78', 'answer': '88'}
+    """
+
+    def __init__(self, num_train: int = 12_000, num_test: int = 1_000, carries: float = 0.25, seed: int = 0) -> None:
+        check_range("[1, inf)", "data.source", num_train=num_train)
+        check_range("[0, inf)", "data.source", num_test=num_test)
+        check_range("[0, 1]", "data.source", carries=carries)
+        if num_train + num_test > MOST:
+            raise InputError(
+                f"data.source: {num_train + num_test} sums are asked for; there are {MOST}; lower num_train or num_test"
+            )
+        self.num_train, self.num_test, self.carries, self.seed = num_train, num_test, carries, seed
+
+    def load(self) -> DatasetDict:
+        """Write the sums."""
+        sums = generate_sums(self.num_train + self.num_test, self.seed, self.carries)
+        parts = {"train": sums[: self.num_train], "test": sums[self.num_train :]}
+        names = ("prompt", "completion", "answer")
+        tables = {split: {name: [row[name] for row in rows] for name in names} for split, rows in parts.items()}
         return DatasetDict({split: Dataset.from_dict(table) for split, table in tables.items()})
 
 

@@ -123,7 +123,7 @@ def test_choices_are_ours_and_can_be_made() -> None:
             return progress
 
     assert choices(Schedule) == ["Constant", "Cosine", "Exponential", "Linear"]
-    assert choices(Source) == ["BundledReviews", "HubDataset", "InMemory", "LocalFiles"]
+    assert choices(Source) == ["BundledReviews", "BundledSums", "HubDataset", "InMemory", "LocalFiles"]
     assert choices(Reward) == [
         *("ClassifierReward", "ExactMatch", "FormatReward", "FunctionReward"),
         *("GroupNormalizedSum", "JSONSchema", "MathAnswer", "NoReward"),

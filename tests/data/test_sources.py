@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 
-from grade_lightning.data import BundledReviews, HubDataset, LocalFiles, sources
+from grade_lightning.data import BundledReviews, BundledSums, HubDataset, LocalFiles, sources
 from grade_lightning.errors import InputError
 
 TEXTS = ["Great film.<br /><br />See it.", "Dull, slow."]
@@ -191,3 +191,12 @@ def test_bundled_reviews_are_quiet_and_reproducible(capfd: pytest.CaptureFixture
     assert sum(data["test"]["label"]) == 10
     assert data["train"][:] == BundledReviews(num_train=40, num_test=20, seed=5).load()["train"][:]
     assert capfd.readouterr() == ("", "")
+
+
+def test_bundled_sums_are_split_and_counted() -> None:
+    data = BundledSums(num_train=40, num_test=20, carries=1.0, seed=5).load()
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 40, "test": 20}
+    assert not set(data["train"]["prompt"]) & set(data["test"]["prompt"])
+    assert data["test"]["answer"] == [text.split("\n")[-1] for text in data["test"]["completion"]]
+    with pytest.raises(InputError, match=r"data\.source: 51598 sums are asked for; there are 51597"):
+        BundledSums(num_train=51_000, num_test=598)

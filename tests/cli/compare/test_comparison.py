@@ -60,6 +60,40 @@ def test_the_best_on_validation_is_chosen_when_all_are_there(tmp_path: Path) -> 
     assert not comparison.complete()
 
 
+def test_seeds_of_the_grid_decide_and_are_not_compared(tmp_path: Path) -> None:
+    """The mean over them does; the best single one would choose another. Those that are compared come afterwards."""
+    comparison = Comparison(tmp_path / "out", plan("A", grid=GRID, grid_seeds="7,8", seeds=[1, 2]))
+    grid = comparison.runs()
+    assert [run.name for run in grid] == [f"A/lr={lr}/seed_{seed}" for lr in (0.001, 0.1) for seed in (7, 8)]
+    assert comparison.run(grid[0].name) == grid[0]
+    for run, objective in zip(grid, (0.6, 0.6, 0.9, 0.1), strict=True):
+        assert comparison.chosen("A") is None
+        finish(comparison, run, objective)
+    assert comparison.chosen("A") == "lr=0.001"
+    left = [run for run in comparison.runs() if not comparison.finished(run)]
+    assert [run.name for run in left] == ["A/lr=0.001/seed_1", "A/lr=0.001/seed_2"]
+    for run in left:
+        finish(comparison, run, 0.5)
+        assert not comparison.finished(run)
+        finish(comparison, run, 0.5, tested=True)
+    assert comparison.complete()
+
+
+def test_a_seed_of_the_grid_without_a_number_spoils_the_point(tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path / "out", plan("A", grid=GRID, grid_seeds="7,8", seeds=[1]))
+    for run, objective in zip(comparison.runs(), (0.9, None, 0.1, 0.1), strict=True):
+        finish(comparison, run, objective)
+    assert comparison.chosen("A") == "lr=0.1"
+
+
+def test_a_plan_from_before_there_were_seeds_of_the_grid(tmp_path: Path) -> None:
+    Comparison(tmp_path, plan("A", grid=GRID, seeds=[1, 2]))
+    written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    del written["grid_seeds"]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
+    assert Comparison(tmp_path, None).plan.searched == [1]
+
+
 @pytest.mark.parametrize("diverged", [None, float("inf")])
 def test_what_did_not_end_in_a_number_is_not_chosen(diverged: float | None, tmp_path: Path) -> None:
     comparison = Comparison(tmp_path / "out", plan("A", grid=GRID, seeds=[1]))
@@ -108,6 +142,7 @@ def test_many_begin_at_once(tmp_path: Path) -> None:
         ({"grid": GRID}, "grid"),
         ({"grid": {"data.seed": [1, 2, 3]}}, "grid"),
         ({"seeds": [2, 1]}, "first seed"),
+        ({"grid_seeds": [9]}, "grid_seeds"),
     ],
 )
 def test_what_is_equal_for_all_may_not_change(other: dict[str, Any], what: str, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_what_diverged_is_not_chosen_and_not_tried_again(shelf: Shelf, tmp_path:
     assert "it has diverged" in bad.result["diverged"]
     assert comparison.chosen("RLOO") == good.setting
     assert (good.tested, comparison.complete()) == (True, True)
-    workers = Workers(comparison, jobs=1, threads=None)
+    workers = Workers(comparison, jobs=1, threads=None, work=print)
     assert state_of(comparison, workers, bad) == "diverged"
 
 

@@ -44,9 +44,16 @@ def write_study(folder: Path, methods: Sequence[str], seeds: int) -> Path:
     return folder
 
 
-def plan(folder: Path, methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float] = ()) -> None:
+def plan(
+    folder: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float] = (),
+    searched: Sequence[int] = (),
+) -> None:
     """Write down what a comparison was to have."""
     known = {"methods": {method: {} for method in methods}, "seeds": list(seeds), "beta": 0.01}
+    known["grid_seeds"] = list(searched)
     (folder / "plan.yaml").write_text(yaml.safe_dump(known | {"grid": {"lr": list(rates)} if rates else {}}))
 
 

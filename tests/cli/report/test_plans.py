@@ -32,6 +32,21 @@ def test_a_plan_that_was_carried_out(make: Make, seed: int) -> None:
     assert f"RLOO: no finished run with seed {seed}, which the plan has." in read(folder)[2]
 
 
+def test_what_only_served_the_choice_is_not_compared(make: Make) -> None:
+    """Though it has the chosen setting, and even a test."""
+    folder = make()
+    plan(folder, ("GradeSTE", "RLOO"), (2, 3), rates=(0.001,), searched=(1,))
+    for method in ("GradeSTE", "RLOO"):
+        path = place(folder, method) / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"setting": {"lr": 0.001}}))
+    study, arms, missing = read(folder)
+    assert {label: arm.seeds for label, arm in arms.items()} == {"GradeSTE": [2, 3], "RLOO": [2, 3]}
+    assert {run.seed for run in study.runs} == {1, 2, 3}
+    assert missing == ""
+    (place(folder, seed=1) / "run.json").unlink()
+    assert "RLOO: no finished run with seed 1 at lr=0.001, which the plan has." in read(folder)[2]
+
+
 @pytest.mark.parametrize(
     "text",
     ["methods: many", "methods: [A]\nseeds: [1]\ngrid: {}", "methods: {A: }\nseeds: [x]\ngrid: {}", "{", "- 1", "\x00",
