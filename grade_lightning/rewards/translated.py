@@ -22,7 +22,8 @@ class TranslatedReward(DifferentiableReward):
         Σ_j s_tj G_j   at the table   Ē_v = mean of E over the pieces that token v is read as,
 
     s_tj the share of the piece's characters that comes from the token. Soft tokens move the pieces by
-    Σ_t s_tj (soft − hard embedding). If the vocabularies are the same, nothing is translated.
+    Σ_t s_tj (soft − hard embedding). The end of a completion is the reward's EOS, if it has one. If the vocabularies
+    are the same, nothing is translated.
 
     Args:
         reward: a network with a tokenizer of its own.
@@ -57,6 +58,8 @@ class TranslatedReward(DifferentiableReward):
         check_fast(tokenizer, "policy")
         check_fast(foreign, f"reward {self.reward.path}")
         pieces = pieces_of_vocabulary(tokenizer, vocabulary, foreign)
+        if tokenizer.eos_token_id is not None and foreign.eos_token_id is not None:
+            pieces[tokenizer.eos_token_id] = [foreign.eos_token_id]
         self.words = translated_table(pieces, self.reward.table())
 
     def table(self) -> Tensor:
