@@ -37,7 +37,7 @@ class Grade(AlignmentModule):
 
     Args:
         policy: the language model.
-        reward: a differentiable reward of the policy's vocabulary.
+        reward: a differentiable reward of the policy's vocabulary; of another through :class:`.TranslatedReward`.
         judges: further rewards that are logged and never trained on.
         sampler: how tokens are drawn; its top-k, if it has one, is the support of the soft tokens.
         top_k: the support otherwise, of soft tokens alone: evaluation samples as it does for every method. None: the

@@ -29,7 +29,7 @@ class GradeSTE(AlignmentModule):
 
     Args:
         policy: the language model.
-        reward: a differentiable reward of the policy's vocabulary.
+        reward: a differentiable reward of the policy's vocabulary; of another through :class:`.TranslatedReward`.
         judges: further rewards that are logged and never trained on.
         sampler: how completions are drawn. Its top-k restricts the relaxed tokens, too (the paper's k is 256).
         estimator: how a sampled token passes its gradient on. The paper's is `Gumbel`; plain straight-through, the

@@ -12,6 +12,8 @@ from .no_reward import NoReward as NoReward
 from .remote_judge import RemoteJudge as RemoteJudge
 from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward
+from .similarity import SimilarityReward as SimilarityReward
+from .translated import TranslatedReward as TranslatedReward
 from .verifiers import ExactMatch as ExactMatch
 from .verifiers import FormatReward as FormatReward
 from .verifiers import JSONSchema as JSONSchema

@@ -12,14 +12,14 @@ from grade_lightning.policies.loading import embedding_table, load_pretrained, r
 from grade_lightning.records import RelaxedRollout, Rollout, Scores
 
 from .differentiable import DifferentiableReward
-from .retokenize import retokenize
+from .retokenize import Pieces, retokenize
 
 
 class NetworkReward(DifferentiableReward):
     """A reward that is a frozen network, read from a folder with its tokenizer.
 
     Differentiable if it shares the policy's vocabulary. Else the text is decoded and read in the reward's own tokens,
-    which gives the exact score and no gradient.
+    which gives the exact score and, but through :class:`.TranslatedReward`, no gradient.
 
     Args:
         path: a folder or a name on the Hub.
@@ -86,11 +86,16 @@ class NetworkReward(DifferentiableReward):
         """Scores of the sampled tokens, or of the same text in the reward's own tokens."""
         if self.foreign is None:
             return super().forward(rollout)
-        ids, mask = self.translate(rollout, self.foreign)
-        return self.score_embeddings(self._loaded.get_input_embeddings()(ids), mask)
+        pieces = self.translate(rollout, self.foreign)
+        return self.score_embeddings(self.embed(pieces.ids), pieces.mask)
 
-    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the same text in the reward's own tokens, (B, L), padded on the right."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of the reward's own tokens, (…) → (…, width)."""
+        embeddings: Tensor = self._loaded.get_input_embeddings()(ids)
+        return embeddings
+
+    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+        """The same text in the reward's own tokens."""
         return retokenize(rollout, tokenizer, self.room)
 
     def pathwise(self, rollout: Rollout) -> Scores:
@@ -102,7 +107,8 @@ class NetworkReward(DifferentiableReward):
         if self.foreign is not None:
             raise InputError(
                 f"reward {self.path}: its vocabulary ({len(self.foreign)} tokens) is not the policy's "
-                f"({len(self._policy)}), and GRADE sends the reward's gradient through the tokens; use a method that "
+                f"({len(self._policy)}), and GRADE sends the reward's gradient through the tokens; wrap it "
+                f"(--model.reward TranslatedReward --model.reward.reward {type(self).__name__} …), use a method that "
                 "needs its score alone (RLOO, GRPO …), or train a reward model on the policy's own backbone: "
                 f"grade-fit --model RewardModel --model.backbone {self._policy.name_or_path or 'POLICY'}"
             )
@@ -123,5 +129,5 @@ class NetworkReward(DifferentiableReward):
         return super().train(False)
 
     def table(self) -> Tensor:
-        """Embedding table of the network, (vocabulary, width)."""
-        return embedding_table(self._loaded, self.vocabulary or None)
+        """Embedding table, (vocabulary of the policy, width); of another vocabulary that of the reward's own tokens."""
+        return embedding_table(self._loaded, self.vocabulary if self.foreign is None and self.vocabulary else None)

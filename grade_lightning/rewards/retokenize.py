@@ -1,6 +1,7 @@
 """Completions in the tokens of another tokenizer: for rewards that do not share the policy's vocabulary."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,6 +11,23 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.records import Rollout
 
 from .conversations import answered, conversations
+
+
+class Pieces(NamedTuple):
+    """Texts in the tokens of another tokenizer: pieces, B rows of at most L."""
+
+    ids: Tensor
+    """(B, L), padded on the right."""
+    mask: Tensor
+    """(B, L), 0 for padding."""
+    spans: Tensor
+    """(B, L, 2), on the CPU: where in its text each piece begins and ends. Special tokens have no length, but for the
+    EOS of a completion that ended by itself, which is one character behind the text. Of a slow tokenizer none has
+    any."""
+    texts: list[str]
+    """As they were read: prompt and completion, or what the chat template wrote."""
+    plain: list[bool]
+    """Whether it is the former."""
 
 
 def texts_of(rollout: Rollout) -> list[str]:
@@ -22,7 +40,7 @@ def texts_of(rollout: Rollout) -> list[str]:
 
 def retokenize(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, room: int | None = None, chat: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> Pieces:
     """Prompt and completion in the tokens of another tokenizer, with what it puts around a text.
 
     The EOS is there where the completion ended by itself, and only there.
@@ -33,25 +51,31 @@ def retokenize(
         room: the most tokens; what is longer is cut at its end, with a warning. None: as many as it likes.
         chat: whether conversations are written by the other tokenizer's chat template, if it has one. Of those the
             template says how they end.
-
-    Returns:
-        Token ids and mask, (B, L), padded on the right.
     """
-    eos = tokenizer.eos_token_id
+    eos, fast = tokenizer.eos_token_id, tokenizer.is_fast
     rows: list[list[int]] = []
+    places: list[list[tuple[int, int]]] = []
+    texts: list[str] = []
     talks = conversations(rollout) if chat and tokenizer.chat_template else [None] * len(rollout.ids)
     plain = zip(texts_of(rollout), rollout.completions, rollout.has_eos.tolist(), talks, strict=True)
     for text, completion, ended, talk in plain:
-        if talk is not None:
-            written = answered(tokenizer, talk, completion)
-            rows.append(tokenizer.encode(written, add_special_tokens=False, verbose=False))
-            continue
-        ids: list[int] = tokenizer.encode(text, verbose=False)
-        if eos is not None:
-            ids = ids[:-1] if ids[-1:] == [eos] else ids
-            ids = [*ids, eos] if ended or not ids else ids
+        texts.append(text if talk is None else answered(tokenizer, talk, completion))
+        read = tokenizer(texts[-1], add_special_tokens=talk is None, return_offsets_mapping=fast, verbose=False)
+        ids: list[int] = read["input_ids"]
+        spans: list[tuple[int, int]] = read["offset_mapping"] if fast else [(0, 0)] * len(ids)
+        if talk is None and eos is not None:
+            if ids[-1:] == [eos]:
+                ids, spans = ids[:-1], spans[:-1]
+            if ended or not ids:
+                ids, spans = [*ids, eos], [*spans, (len(text), len(text) + fast)]
         rows.append(ids)
-    return pack(rows, room, rollout.ids.device)
+        places.append(spans)
+    tokens, mask = pack(rows, room, rollout.ids.device)
+    where = torch.zeros(*tokens.shape, 2, dtype=torch.int64)
+    for row, spans in enumerate(places):
+        kept = spans[: tokens.shape[1]]
+        where[row, : len(kept)] = torch.tensor(kept)
+    return Pieces(tokens, mask, where, texts, [talk is None for talk in talks])
 
 
 def pack(rows: Sequence[list[int]], room: int | None, device: torch.device) -> tuple[Tensor, Tensor]:

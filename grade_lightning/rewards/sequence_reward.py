@@ -12,7 +12,7 @@ from grade_lightning.records import Rollout
 from .conversations import around
 from .framing import frame
 from .network import NetworkReward
-from .retokenize import retokenize
+from .retokenize import Pieces, retokenize
 from .sequence_classifier import SequenceClassifier
 
 
@@ -78,11 +78,11 @@ class SequenceClassifierReward(NetworkReward):
         rooms = [super().room, self.tokenizer.model_max_length]
         return min((room for room in rooms if room is not None and room < 10**9), default=None)
 
-    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the same text, or of the conversation as the classifier's template writes it."""
+    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+        """The same text, or the conversation as the classifier's template writes it."""
         assert self.classifier is not None
-        ids, mask = retokenize(rollout, tokenizer, self.room, chat=True)
-        return ids, self.classifier.readable(ids, mask)
+        pieces = retokenize(rollout, tokenizer, self.room, chat=True)
+        return pieces._replace(mask=self.classifier.readable(pieces.ids, pieces.mask))
 
     def place(self, rollout: Rollout, completion: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of the framed text, padded on the right."""
