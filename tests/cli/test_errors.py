@@ -310,6 +310,15 @@ def test_a_method_without_its_gradient_takes_a_reward_of_another_vocabulary(run:
     run("fit", *shelf.all, "--model=RLOO", "--model.reward.path=other")
 
 
+def test_grade_takes_it_translated(run: Run, shelf: Shelf) -> None:
+    shutil.copytree(shelf.reward, "other")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained("other")
+    run("fit", *shelf.all, "--model.reward=TranslatedReward", "--model.reward.reward=ClassifierReward",
+        "--model.reward.reward.path=other")  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["GradeSTE", "RLOO"])
 def test_no_reward_for_a_model_of_ones_own(method: str, refuse: Refuse, shelf: Shelf, tmp_path: Path) -> None:
     """The bundled one, which has another vocabulary: nobody chose it."""

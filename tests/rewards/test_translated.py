@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from torch import Tensor
 
 from grade_lightning.errors import InputError
+from grade_lightning.methods import GradeSTE
 from grade_lightning.records import RelaxedRollout, Rollout
 from grade_lightning.rewards import ClassifierReward, SequenceClassifierReward, TranslatedReward
 from grade_lightning.rewards.retokenize import texts_of
 from tests.conftest import VOCABULARY, make_tokenizer
+from tests.methods.toy_task import assert_same, batches, fit, make, trainer, weights
 from tests.rewards.making import adjoint, make_classifier, make_rollout, words_in
-from tests.rewards.sequences import said_by_pipeline, write_classifier
+from tests.rewards.sequences import said_by_pipeline, words, write_classifier
 from tests.rewards.tongues import byte_tokenizer, rollout_of, word_pieces
 
 POLICY = byte_tokenizer()
@@ -195,3 +198,31 @@ def test_no_gradient_reaches_the_reward_and_nothing_of_it_is_saved(tmp_path: Pat
     reward.load(POLICY, len(POLICY))  # before each stage
     assert reward.table() is before
     assert not reward.train().training
+
+
+def another(folder: Path) -> TranslatedReward:
+    """Of a policy of words, read by a classifier that numbers them otherwise and puts its own around them."""
+    tokenizer = words("[CLS]", "[SEP]", "w99", framed=True)
+    write_classifier(folder, "bert", tokenizer, vocab_size=len(tokenizer))
+    return TranslatedReward(SequenceClassifierReward(str(folder)))
+
+
+def aligned(folder: Path, seed: int = 0) -> GradeSTE:
+    module = make(GradeSTE, seed=seed)
+    assert isinstance(module, GradeSTE)
+    module.reward = another(folder)
+    return module
+
+
+def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
+    """The same bits; the checkpoint holds nothing of the reward."""
+    whole = aligned(tmp_path)
+    fit(whole, 2, batches(2), max_epochs=2)
+    first = aligned(tmp_path)
+    run = trainer(max_epochs=1)
+    run.fit(first, batches(2))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = aligned(tmp_path, seed=9)
+    seed_everything(0, verbose=False)
+    trainer(max_epochs=2).fit(resumed, batches(2), ckpt_path=tmp_path / "half.ckpt")
+    assert_same(weights(resumed), weights(whole))
