@@ -79,7 +79,8 @@ class SupervisedFineTuning(TrainableModule):
         """One micro-batch; each token of the optimizer step weighs the same, wherever it is."""
         self.seed("train", batch_idx)
         parts = self.batching.steps_per_batch
-        part = {name: rows.chunk(parts)[batch_idx % parts] for name, rows in batch.items()}
+        rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        part = {name: value.chunk(parts)[batch_idx % parts] for name, value in rows.items()}
         loss = self._nll(part) / self.reduce.mean(_targets(batch).sum() / parts).clamp(min=1 / parts)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss

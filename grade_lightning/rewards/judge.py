@@ -103,7 +103,7 @@ class JudgeReward(NetworkReward):
         room = super().context_length
         return None if room is None else room - sum(map(len, self._around("")))
 
-    def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    def own_tokens(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         """Ids and mask of the whole question in the judge's own tokens, (B, L), padded on the left."""
         rows = []
         for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):

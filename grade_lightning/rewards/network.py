@@ -86,8 +86,13 @@ class NetworkReward(DifferentiableReward):
         """Scores of the sampled tokens, or of the same text in the reward's own tokens."""
         if self.foreign is None:
             return super().forward(rollout)
-        pieces = self.translate(rollout, self.foreign)
-        return self.score_embeddings(self.embed(pieces.ids), pieces.mask)
+        ids, mask = self.own_tokens(rollout, self.foreign)
+        return self.score_embeddings(self.embed(ids), mask)
+
+    def own_tokens(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """Ids and mask of what the reward reads, (B, L), in its own tokens."""
+        pieces = self.translate(rollout, tokenizer)
+        return pieces.ids, pieces.mask
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings of the reward's own tokens, (…) → (…, width)."""

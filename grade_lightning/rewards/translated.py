@@ -3,6 +3,7 @@
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.errors import InputError
 from grade_lightning.functional.spans import shares
 from grade_lightning.records import Rollout
 
@@ -27,10 +28,19 @@ class TranslatedReward(DifferentiableReward):
 
     Args:
         reward: a network with a tokenizer of its own.
+
+    Raises:
+        InputError: the reward reads something else than the text, as a judge does.
     """
 
     def __init__(self, reward: NetworkReward) -> None:
         super().__init__()
+        if type(reward).own_tokens is not NetworkReward.own_tokens:
+            raise InputError(
+                f"TranslatedReward: {type(reward).__name__} reads more than prompt and completion, and what of it "
+                "is the completion's is not known; give a judge of the policy's vocabulary, or use a method that needs "
+                "its score alone (RLOO, GRPO …)"
+            )
         self.reward = reward
         self.words: Tensor | None
         self.register_buffer("words", None, persistent=False)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.compared import row, samples_to, table
 from tests.cli.report.conftest import arms, write_study
 
-runs = import_module("grade_lightning_cli.report.runs")
+compared, runs = import_module("benchmarks.compared"), import_module("grade_lightning_cli.report.runs")
+row, samples_to, table = compared.row, compared.samples_to, compared.table
 
 
 def _run(rewards: list[float]) -> Any:

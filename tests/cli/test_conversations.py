@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -17,7 +18,12 @@ SIZES += ["--data.prompt_size=16", "--data.max_text_tokens=64"]
 def chat(tmp_path: Path) -> list[str]:
     """A tiny random Llama with a chat template."""
     tokenizer = make_tokenizer("bytes", "chatml")
-    size = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 24,
+    }
     config = LlamaConfig(vocab_size=len(tokenizer), **size, bos_token_id=0, eos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")

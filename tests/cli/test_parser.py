@@ -125,9 +125,10 @@ def test_choices_are_ours_and_can_be_made() -> None:
     assert choices(Schedule) == ["Constant", "Cosine", "Exponential", "Linear"]
     assert choices(Source) == ["BundledReviews", "BundledSums", "HubDataset", "InMemory", "LocalFiles"]
     assert choices(Reward) == [
-        *("ClassifierReward", "ExactMatch", "FormatReward", "FunctionReward"),
-        *("GroupNormalizedSum", "JSONSchema", "MathAnswer", "NoReward"),
-        *("NumericMatch", "SequenceClassifierReward", "WeightedSum"),
+        *("ClassifierReward", "Constrained", "ExactMatch", "FormatReward", "FunctionReward"),
+        *("GroupNormalizedSum", "JSONSchema", "JudgeReward", "MathAnswer", "NoReward"),
+        *("NumericMatch", "RemoteJudge", "SequenceClassifierReward", "SimilarityReward"),
+        *("TranslatedReward", "WeightedSum"),
     ]
     methods = [name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type)]
     assert choices(parser.BASES["model"]) == sorted(methods)

@@ -12,7 +12,7 @@ from torch import Tensor
 from grade_lightning.errors import InputError
 from grade_lightning.methods import GradeSTE
 from grade_lightning.records import RelaxedRollout, Rollout
-from grade_lightning.rewards import ClassifierReward, SequenceClassifierReward, TranslatedReward
+from grade_lightning.rewards import ClassifierReward, JudgeReward, SequenceClassifierReward, TranslatedReward
 from grade_lightning.rewards.retokenize import texts_of
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.methods.toy_task import assert_same, batches, fit, make, trainer, weights
@@ -226,3 +226,8 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     trainer(max_epochs=2).fit(resumed, batches(2), ckpt_path=tmp_path / "half.ckpt")
     assert_same(weights(resumed), weights(whole))
+
+
+def test_a_judge_is_not_translated() -> None:
+    with pytest.raises(InputError, match="JudgeReward reads more than prompt and completion"):
+        TranslatedReward(JudgeReward("judge"))
