@@ -85,6 +85,7 @@ def ranks(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_both_processes_end_with_the_same_weights(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     _, (one, two) = ranks
     assert one["world"] == two["world"] == 2
@@ -92,6 +93,7 @@ def test_both_processes_end_with_the_same_weights(ranks: tuple[Path, list[dict[s
     assert one["weights"] == two["weights"]
 
 
+@pytest.mark.slow
 def test_each_process_has_prompts_of_its_own(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     """Together they see each of the sixteen prompts of the epoch once."""
     _, found = ranks
@@ -99,11 +101,13 @@ def test_each_process_has_prompts_of_its_own(ranks: tuple[Path, list[dict[str, A
     assert len(set(prompts)) == len(prompts) == 16
 
 
+@pytest.mark.slow
 def test_no_two_rollouts_share_their_noise(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     _, found = ranks
     assert len({step["seed"] for rank in found for step in rank["steps"]}) == 4
 
 
+@pytest.mark.slow
 def test_there_is_one_log_one_checkpoint_and_one_model(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = ranks
     run = folder / version(method="Watched")

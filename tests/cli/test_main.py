@@ -36,6 +36,7 @@ def test_main_is_importable_and_takes_arguments(shelf: Shelf) -> None:
     assert (version() / "export" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_module_is_grade_fit(tmp_path: Path) -> None:
     """As a process, so that its status is what a shell sees."""
     command = [sys.executable, "-m", "grade_lightning_cli", "--model", "GradeSTF"]
