@@ -8,8 +8,8 @@ passes once; on a CPU they are those of the processor, which other work on the m
 does not lengthen. The ratio is the median of the ratios within a round. Memory is the peak of a pass above what was
 there before it, in another process with the C library told to give freed tensors back at once; on a GPU, of tensors.
 
-`tokens` is the share of tokens that goes through the network, (P + G·T) / (G·(P + T)), and `pairs` that of the pairs of
-positions that attention computes, (P + G·T)² / (G·(P + T)²).
+`k` is how many completions stand behind one copy of the prompt, `tokens` the share of tokens that goes through the network,
+and `pairs` that of the pairs of positions that attention computes.
 
 python benchmarks/prefix.py --rounds 5
 python benchmarks/prefix.py --device cuda --width 1024 --layers 24 --dtype bfloat16
@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grade_lightning import SharedPrefixPass
 from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.functional.packing import completions_per_row
 from grade_lightning.kl import KL
 from grade_lightning.methods import RLOO
 from grade_lightning.modules import PolicyGradientModule
@@ -48,17 +49,13 @@ class Setting(NamedTuple):
     completion: int
     group: int
 
-    @property
-    def tokens(self) -> float:
-        """Share of the tokens."""
+    def shares(self, width: int) -> tuple[int, float, float]:
+        """Completions in a row, and the shares of tokens and of pairs of positions."""
         p, t, g = self
-        return (p + g * t) / (g * (p + t))
-
-    @property
-    def pairs(self) -> float:
-        """Share of the pairs of positions."""
-        p, t, g = self
-        return (p + g * t) ** 2 / (g * (p + t) ** 2)
+        k = completions_per_row(p, t, g, width)
+        rows = [k] * (g // k) + [g % k] * (g % k > 0)
+        tokens, pairs = sum(p + n * t for n in rows), sum((p + n * t) ** 2 for n in rows)
+        return k, tokens / (g * (p + t)), pairs / (g * (p + t) ** 2)
 
 
 def module(o: argparse.Namespace, name: str) -> PolicyGradientModule:
@@ -182,12 +179,13 @@ def main() -> None:
         return
     found = times(o, settings)
     memory = peaks(o) if not o.no_memory else [[]] * len(settings)
-    print("| P | T | G | tokens | pairs | whole, s | shared, s | ratio | (range) | whole, MB | shared, MB |")
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print("| P | T | G | k | tokens | pairs | whole, s | shared, s | ratio | (range) | whole, MB | shared, MB |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for setting, used in zip(settings, memory, strict=True):
         whole, shared = (found[setting][name] for name in PASSES)
         ratios = [two / one for one, two in zip(whole, shared, strict=True)]
-        figures = [f"{setting.tokens:.2f}", f"{setting.pairs:.2f}", f"{median(whole):.2f}", f"{median(shared):.2f}"]
+        k, tokens, pairs = setting.shares(o.width)
+        figures = [str(k), f"{tokens:.2f}", f"{pairs:.2f}", f"{median(whole):.2f}", f"{median(shared):.2f}"]
         spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
         row = [*map(str, setting), *figures, f"{median(ratios):.2f}", spread, *(f"{x / 1e6:,.0f}" for x in used)]
         print(f"| {' | '.join(row)} |", flush=True)

@@ -77,6 +77,25 @@ def pack(
     return Packing(source, positions, segments, row.unsqueeze(1) * n + read)
 
 
+def completions_per_row(p: int, t: int, most: int, width: int) -> int:
+    """With how many completions behind it a copy of the prompt costs least.
+
+    A row of n = p + k·t tokens costs n linear layers and n² pairs of positions, of which about 6·width cost as much as
+    the linear layers of one token (measured on CPUs): n (6·width + n) / k for each completion.
+
+    Args:
+        p: tokens of the prompt.
+        t: tokens of a completion.
+        most: completions of the prompt.
+        width: of the hidden states.
+
+    Example:
+        >>> completions_per_row(p=512, t=32, most=16, width=256), completions_per_row(p=32, t=512, most=16, width=256)
+        (16, 1)
+    """
+    return min(range(1, most + 1), key=lambda k: (p + k * t) * (6 * width + p + k * t) / k)
+
+
 def block_causal(segments: Int[Tensor, "r n"]) -> Bool[Tensor, "r n n"]:
     """What each position of a packed row sees: the prompt and its own completion, up to itself.
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grade_lightning.functional.packing import pack
+from grade_lightning.functional.packing import completions_per_row, pack
 from grade_lightning.records import Rollout
 
 from .network import Network
@@ -37,7 +37,8 @@ class SharedPrefixPass(WholePass):
     """The prompt of a group goes through the network once, with all its completions behind it.
 
     Attention costs (P + G·T)² then instead of G·(P + T)², for prompts of P tokens with G completions of T; everything
-    else P + G·T instead of G·(P + T). It gains by long prompts, and loses by short ones.
+    else P + G·T instead of G·(P + T). So a large group has several copies of its prompt, as many as cost least, and
+    behind a short prompt each completion goes through by itself.
 
     Where the model's attention does not allow it (a line at loading says so), while dropout is on, and where each
     completion has a prompt of its own, sequences go through the network as in :class:`WholePass`.
@@ -58,10 +59,13 @@ class SharedPrefixPass(WholePass):
         obstacle = network.anatomy.obstacle
         if obstacle is None:
             raise RuntimeError("SharedPrefixPass: give it to the policy before Policy.load()")
-        if obstacle or rollout.layout.shape[1] < 2 or self._drops(network):
-            return super().hidden(network, rollout)
         p, t = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
-        return packed_hidden(network, rollout.ids, pack(*rollout.host_lengths, rollout.layout.row, p, t))
+        row, column, (_, largest) = rollout.layout
+        together = completions_per_row(p, t, largest, network.anatomy.width)
+        if obstacle or together < 2 or self._drops(network):
+            return super().hidden(network, rollout)
+        copies = row * largest + column // together
+        return packed_hidden(network, rollout.ids, pack(*rollout.host_lengths, copies, p, t))
 
     def _drops(self, network: Network) -> bool:
         with network.ready():

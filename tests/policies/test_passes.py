@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grade_lightning.functional.packing import completions_per_row
 from grade_lightning.modules.measuring import measure
 from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass, WholePass, passes, sharing
 from grade_lightning.records import Rollout
@@ -130,6 +131,24 @@ def test_groups_of_all_sizes(labels: tuple[int, ...], packed: Shapes) -> None:
     seen = rollout(labels)
     assert_the_same(figures(make("llama", WholePass()), seen), figures(make("llama", SharedPrefixPass()), seen))
     assert len(packed) == 3
+
+
+def test_a_large_group_has_several_copies_of_its_prompt(packed: Shapes) -> None:
+    """Four completions behind the first, three behind the second: 4 + 3 + 5 + 2 tokens, and 4 + 1 + 4."""
+    assert completions_per_row(p=6, t=6, most=7, width=16) == 4
+    figures(make("gpt2", SharedPrefixPass()), rollout((0,) * 7))
+    assert set(packed) == {(2, 14)}
+
+
+def test_completions_go_alone_behind_a_short_prompt(packed: Shapes) -> None:
+    seen = rollout()
+    ids, mask = (
+        nn.functional.pad(x, (0, 40), value=value)
+        for x, value in ((seen.completion_ids, 1), (seen.completion_mask, False))
+    )
+    seen = replace(seen, completion_ids=ids, completion_mask=mask, sampled=mask)
+    figures(make("gpt2", SharedPrefixPass()), seen)
+    assert packed == []
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
