@@ -8,8 +8,8 @@ passes once; on a CPU they are those of the processor, which other work on the m
 does not lengthen. The ratio is the median of the ratios within a round. Memory is the peak of a pass above what was
 there before it, in another process with the C library told to give freed tensors back at once; on a GPU, of tensors.
 
-`k` is how many completions stand behind one copy of the prompt, `tokens` the share of tokens that goes through the network,
-and `pairs` that of the pairs of positions that attention computes.
+`k` is how many completions stand behind one copy of the prompt, `tokens` the share of tokens that goes through the
+network, and `pairs` that of the pairs of positions that attention computes.
 
 python benchmarks/prefix.py --rounds 5
 python benchmarks/prefix.py --device cuda --width 1024 --layers 24 --dtype bfloat16
