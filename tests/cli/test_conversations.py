@@ -54,6 +54,7 @@ def test_two_steps(method: str, chat: list[str], run: Run, tmp_path: Path, capsy
         "GRPO": [
             *("--model.reward=NumericMatch", "--model.reward.column=answer", "--data.columns.prompt=question"),
             *("--data.system_prompt=Count.", "--model.sampler.stop=!", "--model.sampler.max_new_tokens=6"),
+            "--model.num_generations=4",
         ],
         "DPO": ["--model.pairs=data", "--model.sampler.max_new_tokens=6"],
     }.get(method, [])
