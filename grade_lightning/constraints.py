@@ -53,7 +53,7 @@ class Constraint:
 
 
 class Multipliers(Stateful):
-    """λ ≥ 0 of each constraint: it grows while the mean of the reward is beyond the bound.
+    """λ ≥ 0 of each constraint: it grows while the mean of the reward, over what is trained on, is beyond the bound.
 
     Args:
         constraints: by name.

@@ -25,6 +25,11 @@ from grade_lightning.rewards.conversations import answered
 Row = dict[str, Any]
 
 
+def _column(row: Row, name: str) -> Any:
+    """A value as rewards get it: messages without what Arrow adds, everything else as it is."""
+    return plain(row[name]) if name in ("prompt", "completion", "chosen", "rejected", "tools") else row[name]
+
+
 class PromptBatch(TypedDict):
     """Prompts, padded on the left (`[B, P]`), and the rows' columns for rewards, "prompt" among them."""
 
@@ -71,7 +76,7 @@ class CollatePrompts:
     def __call__(self, rows: Sequence[Row]) -> PromptBatch:
         """Tokenise and pad."""
         ids = self._encode(rows)
-        columns = {name: [plain(row[name]) for row in rows] for name in rows[0] if name not in ("text", "messages")}
+        columns = {name: [_column(row, name) for row in rows] for name in rows[0] if name not in ("text", "messages")}
         if "prompt" not in columns:
             ids = self.cut("prompt from text", ids, self.max_tokens)
             columns["prompt"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -111,7 +116,7 @@ class CollatePairs:
             "chosen_mask": chosen_mask,
             "rejected_ids": rejected,
             "rejected_mask": rejected_mask,
-            "columns": {name: [plain(row[name]) for row in rows] for name in names},
+            "columns": {name: [_column(row, name) for row in rows] for name in names},
         }
 
     def _encode(self, rows: Sequence[Row]) -> tuple[list[list[int]], dict[str, list[list[int]]]]:

@@ -76,7 +76,8 @@ def encode_conversation(
             "mend its {% generation %}, or drop the row"
         )
     whole = with_end(tokenizer, ids, end_of_turn(tokenizer), ends)
-    return whole, [*mask, *[1] * (len(whole) - len(ids))][: len(whole)]
+    said = int(chat.messages[-1]["role"] == "assistant")
+    return whole, [*mask, *[said] * (len(whole) - len(ids))][: len(whole)]
 
 
 def assistant_spans(

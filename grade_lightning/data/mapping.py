@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from grade_lightning.errors import InputError
 
@@ -31,6 +31,7 @@ def rename(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
         >>> rename(Dataset.from_dict({"question": ["2+2?"]}), {"prompt": "question"}, "mine")[0]
         {'question': '2+2?', 'prompt': '2+2?'}
     """
+    rows = with_label_names(rows)
     for new, old in columns.items():
         if old not in rows.column_names:
             raise InputError(
@@ -42,6 +43,23 @@ def rename(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
         rows = rows.remove_columns(column)
     kept = {column: rows[column][:] for column in rows.column_names}
     return Dataset.from_dict(kept | found)
+
+
+def with_label_names(rows: Dataset) -> Dataset:
+    """Labels that are numbers of names as these names: a table that is written anew does not know them.
+
+    Example:
+        >>> from datasets import Features
+        >>> features = Features({"label": ClassLabel(names=["positive", "negative"])})
+        >>> with_label_names(Dataset.from_dict({"label": [1, 0]}, features=features))[:]
+        {'label': ['negative', 'positive']}
+    """
+    found: dict[str, list[str | None]] = {}
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel):
+            labels = rows[column][:]
+            found[column] = [None if label is None or label < 0 else feature.int2str(label) for label in labels]
+    return Dataset.from_dict({name: found.get(name) or rows[name][:] for name in rows.column_names}) if found else rows
 
 
 def transform_rows(rows: Dataset, transform: Transform, name: str) -> Dataset:
@@ -61,7 +79,7 @@ def transform_rows(rows: Dataset, transform: Transform, name: str) -> Dataset:
         {'text': ['a']}
     """
     called, found = getattr(transform, "__name__", type(transform).__name__), []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(with_label_names(rows)):
         try:
             new = transform(row)
         except Exception as error:

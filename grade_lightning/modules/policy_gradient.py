@@ -186,8 +186,7 @@ class PolicyGradientModule(AlignmentModule):
         groups = torch.arange(len(prompts)).repeat_interleave(self.num_generations)
         given = prompts.repeat(torch.full((len(prompts),), self.num_generations))
         distribution = replace(own, temperature=own.temperature * temperature)
-        rollout = replace(self.sampler.engine.generate(self.policy, distribution, given), groups=groups)
-        rollout = rollout.select(torch.arange(len(rollout.ids)))
+        rollout = self.sampler.draw(self.policy, distribution, given, groups)
         with torch.no_grad(), self.policy.evaluating():
             rollout = replace(rollout, engine_logps=self.measure(rollout).logps)
         other = self._finished(Experience(rollout, self.score(rollout)))

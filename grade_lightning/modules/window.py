@@ -53,7 +53,7 @@ def plan_steps(
 
     The rows are shuffled in each epoch, if it has several optimizer steps. Micro-batches of an optimizer step hold
     completions of similar length, so that little of them is padding. Which micro-batch of a step has which rows changes
-    nothing in the step's gradient.
+    nothing in the step's gradient, but with gates that look at all tokens at once (GPPO's centred ratios).
 
     Args:
         seen: the completions.

@@ -7,6 +7,7 @@ from http import HTTPStatus
 from random import Random
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -69,10 +70,14 @@ class ChatAPI:
             InputError: one of them fails for good.
         """
         gate = asyncio.Semaphore(self.concurrency)
-        key = os.environ.get(self.key_variable)
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key.isprintable():
+            raise self._error("no try", f"the environment variable {self.key_variable} has control characters in it")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limit = aiohttp.ClientTimeout(total=self.timeout)
-        async with aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=True) as session:
+        async with aiohttp.ClientSession(
+            headers=headers, timeout=limit, connector=aiohttp.TCPConnector(limit=self.concurrency)
+        ) as session:
 
             async def one(request: dict[str, Any]) -> Any:
                 async with gate:
@@ -88,9 +93,10 @@ class ChatAPI:
     async def _persist(self, session: aiohttp.ClientSession, request: dict[str, Any], retries: int) -> Any:
         """Ask until there is an answer; it is `error` that ends the last try."""
         for tried in range(retries + 1):
+            text = ""
             wait = min(self.backoff * 2**tried * (0.5 + self._noise.random()), LONGEST_WAIT)
             try:
-                async with session.post(self.url, json=request, allow_redirects=False) as response:
+                async with session.post(self.url, json=request, allow_redirects=False, proxy=self._proxy) as response:
                     text = await response.text(errors="replace")
                     if response.status == HTTPStatus.OK:
                         return await response.json(content_type=None)
@@ -105,10 +111,16 @@ class ChatAPI:
             except ValueError as failure:
                 if isinstance(failure, InputError):
                     raise
-                error = self._error(f"answers {self._quoted(text)}, which is no JSON", "check base_url")
+                error = self._error(f"answers {self.quoted(text)}, which is no JSON", "check base_url")
             if tried < retries:
                 await asyncio.sleep(wait)
         raise error if retries == 0 else InputError(f"{error} ({retries + 1} tries)")
+
+    @property
+    def _proxy(self) -> str | None:
+        """That of the environment. aiohttp would send the passwords of a `.netrc` along with it."""
+        parts = urlsplit(self.url)
+        return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
     def _refusal(self, status: int, text: str) -> InputError:
         """What a status other than 200 means."""
@@ -122,13 +134,14 @@ class ChatAPI:
             advice = "lower concurrency, or raise retries"
         elif status >= 500:
             advice = "look at the server's own log"
-        return self._error(f"{said}: {self._quoted(text)}", advice)
+        return self._error(f"{said}: {self.quoted(text)}", advice)
 
     def _error(self, what: str, advice: str) -> InputError:
         return InputError(f"reward {self.owner}: {self.url}: {what}; {advice}")
 
-    def _quoted(self, text: str) -> str:
-        key = os.environ.get(self.key_variable)
+    def quoted(self, text: str) -> str:
+        """The beginning of a server's answer, without the key."""
+        key = os.environ.get(self.key_variable, "").strip()
         text = text.replace(key, "***") if key else text
         return f"{' '.join(text.split())!r:.120}"
 

@@ -121,7 +121,7 @@ class JudgeReward(NetworkReward):
         """The questions, and where in them the completions' tokens are; an EOS is nowhere."""
         known: dict[str, tuple[list[int], list[int]]] = {}
         rows, numbers = [], []
-        lengths = (rollout.lengths - rollout.ended.long()).tolist()
+        lengths = (rollout.lengths - rollout.has_eos.long()).tolist()
         for prompt, ids, length in zip(rollout.prompts, rollout.completion_ids.tolist(), lengths, strict=True):
             if prompt not in known:
                 known[prompt] = self._around(prompt)

@@ -80,7 +80,11 @@ class NetworkReward(DifferentiableReward):
     @property
     def room(self) -> int | None:
         """The longest text that the network reads, in its own tokens."""
-        return context_length(self._loaded.config)
+        longest = context_length(self._loaded.config)
+        for name, module in self._loaded.named_modules():  # RoBERTa's positions begin behind that of padding
+            if longest and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                longest -= int(module.padding_idx) + 1
+        return longest
 
     def forward(self, rollout: Rollout) -> Tensor:
         """Scores of the sampled tokens, or of the same text in the reward's own tokens."""

@@ -18,7 +18,7 @@ from .base import Reward
 from .chat_api import ChatAPI
 from .rubric import RUBRIC, Rubric
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 class RemoteJudge(Reward):
@@ -68,6 +68,9 @@ class RemoteJudge(Reward):
         self.yes, self.no = yes.strip().lower(), no.strip().lower()
         if self.yes == self.no:
             raise InputError(f"RemoteJudge: yes and no are both {yes!r}; choose two words")
+        for word in (self.yes, self.no):
+            if not re.fullmatch(r"\w+", word):
+                raise InputError(f"RemoteJudge: {word!r} is no single word, as an answer must be; choose another")
         asked = {"temperature": 0.0, "max_tokens": 8 if output == "number" else 1}
         if output == "probability":
             asked |= {"logprobs": True, "top_logprobs": 20}
@@ -139,12 +142,12 @@ class RemoteJudge(Reward):
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"reward {self.api.owner}: {self.api.url}: answers {' '.join(str(answer).split())!r:.120}, which is no "
+                f"reward {self.api.owner}: {self.api.url}: answers {self.api.quoted(str(answer))}, which is no "
                 "chat completion; check base_url"
             ) from error
         if self.output == "number":
             number = _NUMBER.search(text)
-            return float(number[0]) if number else math.nan
+            return float(number[0].replace(",", "")) if number else math.nan
         words = re.findall(r"\w+", text.lower())[:1]
         return {self.yes: 1.0, self.no: 0.0}.get(words[0], math.nan) if words else math.nan
 

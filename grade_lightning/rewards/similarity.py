@@ -60,6 +60,10 @@ class SimilarityReward(NetworkReward):
         )
         self.encoder = model.eval()
         ids = torch.tensor([tokenizer.encode(self.target)])
+        if self.room is not None and ids.shape[1] > self.room:
+            raise InputError(
+                f"reward {self.path}: the target has {ids.shape[1]} tokens, and {self.room} are read; shorten it"
+            )
         with torch.no_grad():
             goal = self._pool(model.get_input_embeddings()(ids), torch.ones_like(ids))
         self.goal: Tensor

@@ -44,7 +44,7 @@ def rollout_spans(rollout: Rollout, pieces: Pieces) -> Tensor:
     """
     spans = torch.zeros(*rollout.ids.shape, 2, dtype=torch.int64)
     prompt = rollout.prompt_ids.shape[1]
-    ids, mask, ended = rollout.ids.cpu(), rollout.mask.cpu().bool(), rollout.ended.tolist()
+    ids, mask, ended = rollout.ids.cpu(), rollout.mask.cpu().bool(), rollout.has_eos.tolist()
     for row, (text, plain) in enumerate(zip(pieces.texts, pieces.plain, strict=True)):
         here = mask[row].clone()
         here[: 0 if plain else prompt] = False

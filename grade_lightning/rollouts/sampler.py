@@ -69,9 +69,15 @@ class Sampler:
             step: optimizer steps that the policy's weights have behind them.
         """
         self.engine.sync(policy, step)
-        rollout = self.engine.generate(policy, self.distribution, prompts)
+        return self.draw(policy, self.distribution, prompts, groups)
+
+    def draw(
+        self, policy: Policy, distribution: Distribution, prompts: Prompts, groups: torch.Tensor | None = None
+    ) -> Rollout:
+        """The same from another distribution, with the weights that the engine has."""
+        rollout = self.engine.generate(policy, distribution, prompts)
         if not rollout.stop:  # an engine that knows of turns has ended each of them
-            rollout = cut(rollout, self.distribution.stop)
+            rollout = cut(rollout, distribution.stop)
         if int(rollout.lengths.max()) < rollout.completion_ids.shape[1]:  # the engine pads to a width of its own
             rollout = rollout.select(torch.arange(len(rollout.ids)))
         return rollout if groups is None else replace(rollout, groups=groups)

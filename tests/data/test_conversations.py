@@ -122,3 +122,14 @@ def test_a_template_that_fails_and_one_that_is_missing() -> None:
         learned(make_tokenizer("bytes", "gemma"), [{"role": "system", "content": "no"}, *TALK])
     with pytest.raises(InputError, match=r"column 'messages' holds messages, but the tokenizer has no chat template"):
         learned(make_tokenizer("bytes", "none"), TALK)
+
+
+def test_the_end_after_a_user_is_not_learned() -> None:
+    tokenizer = make_tokenizer("bytes", "chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ids, mask = encode_conversation(tokenizer, Chat(TALK[:3]))
+    assert ids[-1] == tokenizer.eos_token_id
+    assert mask[-1] == 0
+    assert any(mask)

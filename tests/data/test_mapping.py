@@ -4,7 +4,7 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from grade_lightning.data import InMemory
 from grade_lightning.data.mapping import rename, table_of, transform_rows
@@ -95,3 +95,12 @@ def test_a_stream_of_the_hub_is_read_as_far_as_asked(monkeypatch: pytest.MonkeyP
     data = HubDataset("a/b", max_rows=2).load()
     assert asked == [("train", True), ("test", True)]
     assert data["train"]["text"][:] == ["train 0", "train 1"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: rename(t, {"text": "review"}, "a"), lambda t: transform_rows(t, dict, "a")]
+)
+def test_names_of_labels_are_not_lost(change: Any) -> None:
+    features = Features({"review": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
+    rows = Dataset.from_dict({"review": ["good", "bad"], "label": [0, 1]}, features=features)
+    assert change(rows)["label"][:] == ["positive", "negative"]

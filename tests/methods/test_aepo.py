@@ -85,3 +85,14 @@ def test_it_draws_at_that_temperature() -> None:
     assert temperatures[:2] == [0.5, 0.6]
     assert states(module)["control"]["entropy"] > 0
     assert math.isfinite(states(module)["control"]["entropy"])
+
+
+def test_a_stop_string_ends_those_too() -> None:
+    module = build(AEPO, **plain(AEPO, sampler=Sampler(12, stop="w7")))
+    rollout = module.collect(prompts(16)).rollout
+    last = torch.tensor(rollout.tokenizer.convert_tokens_to_ids("w7"))
+    said = rollout.completion_ids.masked_fill(~rollout.sampled, -1)[64:]
+    stops = said == last
+    assert stops.any(1).sum() > 1
+    for row, place in zip(*stops.nonzero(as_tuple=True), strict=True):
+        assert (said[row, place + 1 :] == -1).all()

@@ -1,5 +1,6 @@
 """A language model as a judge: against a plain forward pass of transformers, and against finite differences."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,11 @@ def test_the_questions_end_together(tmp_path: Path) -> None:
     found = [row[keep.bool()].tolist() for row, keep in zip(framed.ids, framed.mask, strict=True)]
     assert found == [words().encode(text) for text in questions(rollout)]
     assert framed.mask[:, -1].all()
+
+
+def test_what_a_stop_string_ended_is_read_whole(tmp_path: Path) -> None:
+    reward, rollout = loaded(write_judge(tmp_path)), make_rollout()
+    rollout = replace(rollout, eos_ids=[])
+    stopped = replace(rollout, stop=[rollout.completions[0].split()[-1]])
+    assert stopped.ended.any()
+    assert torch.equal(reward(stopped), reward(rollout))

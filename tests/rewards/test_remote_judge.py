@@ -136,3 +136,17 @@ def test_a_server_that_is_down_is_noticed_before_training() -> None:
 def test_two_words_are_two() -> None:
     with pytest.raises(InputError, match="yes and no are both"):
         judge("http://localhost:8000/v1", yes="No", no=" no ")
+
+
+@pytest.mark.parametrize(
+    ("said", "number"), [("about 1,000.5", 1000.5), (".5 of it", 0.5), ("-5e-1", -0.5), ("4", 4.0)]
+)
+def test_numbers_as_they_are_written(said: str, number: float) -> None:
+    judge = RemoteJudge("a judge", output="number")
+    assert judge._score({"choices": [{"message": {"content": said}}]}) == number
+
+
+@pytest.mark.parametrize("word", ["very good", "A+", ""])
+def test_an_answer_is_one_word(word: str) -> None:
+    with pytest.raises(InputError, match="is no single word"):
+        RemoteJudge("a judge", yes=word)

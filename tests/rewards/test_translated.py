@@ -231,3 +231,12 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
 def test_a_judge_is_not_translated() -> None:
     with pytest.raises(InputError, match="JudgeReward reads more than prompt and completion"):
         TranslatedReward(JudgeReward("judge"))
+
+
+def test_the_token_of_a_stop_string_has_its_gradient(tmp_path: Path) -> None:
+    reward, rollout = translated(tmp_path), rollout_of(POLICY, ("the cat", " played."))
+    stopped = replace(rollout, stop=["."])
+    assert stopped.ended.all()
+    (found,), (truth,) = reward.pathwise(stopped).adjoints, reward.pathwise(rollout).adjoints
+    assert torch.equal(found.gradient, truth.gradient)
+    assert truth.gradient[0, -1].any()
