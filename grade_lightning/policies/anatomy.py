@@ -126,7 +126,7 @@ def distance(found: Tensor, right: Tensor) -> float:
     if found.shape != right.shape:
         return float("inf")
     finite = right.isfinite()
-    found, right = found[finite].double(), right[finite].double()
+    found, right = (x.detach()[finite].double() for x in (found, right))
     return float((found - right).square().mean().sqrt() / right.std())
 
 

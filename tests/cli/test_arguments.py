@@ -55,7 +55,7 @@ def test_help_of_one_of_several_classes(run: Run, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as exit:
         run("fit", "--model=RLOO", "--model.reward.help")
     assert exit.value.code == 2
-    assert "--model.reward.help: say of which class: ClassifierReward, ExactMatch" in capsys.readouterr().err
+    assert "--model.reward.help: say of which class: ClassifierReward, Constrained" in capsys.readouterr().err
 
 
 def test_a_learning_rate_where_it_is_not(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

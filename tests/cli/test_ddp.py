@@ -201,7 +201,7 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
     """What each of two processes does: by DDP, for these cases of methods, and by FSDP2 if that is among them."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {}
-    for name in [name for name in CASES if name in {*ORDINARY, *cases}]:
+    for name in [name for name in CASES if name in {*ORDINARY, *RESUMED, *cases}]:
         module, watch, _ = fit_case(name, rank, folder)
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged

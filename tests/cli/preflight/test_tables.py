@@ -30,7 +30,7 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     assert set(memory.phases) >= ({"sampling", "reward", "reference"} if sampled else {"loss", "backward"})
     assert memory.unit == {"DPO": 4, "IPO": 4, "GRPO": 8}.get(method, memory.unit)
     weights = {"policy", "reference", "reward"} if sampled else {"classifier" if method == "RewardModel" else "policy"}
-    weights |= {"critic"} if method == "PPO" else set()
+    weights |= {"critic"} if method in ("PPO", "TurnPPO", "STPPO") else set()
     assert set(memory.parts) == weights | {"gradients", "optimizer state"}
 
 
