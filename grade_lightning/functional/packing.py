@@ -1,5 +1,6 @@
 """Packing: the completions of a prompt behind one copy of it, in one row."""
 
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def completions_per_row(p: int, t: int, most: int, width: int) -> int:
     """With how many completions behind it a copy of the prompt costs least.
 
     A row of n = p + k·t tokens costs n linear layers and n² pairs of positions, of which about 6·width cost as much as
-    the linear layers of one token (measured on CPUs): n (6·width + n) / k for each completion.
+    the linear layers of one token (measured on CPUs): n (6·width + n) for each copy, of rows that are about even.
 
     Args:
         p: tokens of the prompt.
@@ -93,7 +94,8 @@ def completions_per_row(p: int, t: int, most: int, width: int) -> int:
         >>> completions_per_row(p=512, t=32, most=16, width=256), completions_per_row(p=32, t=512, most=16, width=256)
         (16, 1)
     """
-    return min(range(1, most + 1), key=lambda k: (p + k * t) * (6 * width + p + k * t) / k)
+    even = sorted({ceil(most / copies) for copies in range(1, most + 1)})
+    return min(even, key=lambda k: ceil(most / k) * (p + k * t) * (6 * width + p + k * t))
 
 
 def block_causal(segments: Int[Tensor, "r n"]) -> Bool[Tensor, "r n n"]:

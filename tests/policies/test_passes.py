@@ -135,8 +135,12 @@ def test_groups_of_all_sizes(labels: tuple[int, ...], packed: Shapes) -> None:
 
 def test_a_large_group_has_several_copies_of_its_prompt(packed: Shapes) -> None:
     """Four completions behind the first, three behind the second: 4 + 3 + 5 + 2 tokens, and 4 + 1 + 4."""
-    assert completions_per_row(p=6, t=6, most=7, width=16) == 4
-    figures(make("gpt2", SharedPrefixPass()), rollout((0,) * 7))
+    assert completions_per_row(p=24, t=18, most=7, width=16) == 4
+    assert completions_per_row(p=24, t=12, most=7, width=16) == 7
+    seen = rollout((0,) * 7)
+    wider = {"prompt_ids": (18, 0), "prompt_mask": (18, 0), "completion_ids": (0, 12), "completion_mask": (0, 12)}
+    padded: dict[str, Any] = {name: nn.functional.pad(getattr(seen, name), more) for name, more in wider.items()}
+    figures(make("gpt2", SharedPrefixPass()), replace(seen, **padded, sampled=padded["completion_mask"]))
     assert set(packed) == {(2, 14)}
 
 
