@@ -42,7 +42,7 @@ ELSEWHERE = {
     "grade_lightning/records/relaxed_rollout.py": "tests/rollouts/test_relaxed.py",
     "grade_lightning/records/step_output.py": "tests/methods/test_contract.py",
     "grade_lightning/records/token_stats.py": "tests/modules/test_window.py tests/test_kl.py",
-    "grade_lightning/rewards/background.py": "tests/rewards/test_functions.py tests/rewards/test_chat_api.py",
+    "grade_lightning/rewards/background.py": "tests/rewards/test_functions.py tests/modules/test_drawing.py",
     "grade_lightning/rewards/conversations.py": "tests/rewards/test_sequence_reward.py",
     "grade_lightning/rewards/network.py": "tests/rewards/test_classifier.py tests/rewards/test_sequence_reward.py",
     "grade_lightning/rewards/no_reward.py": "tests/modules/test_preference.py",

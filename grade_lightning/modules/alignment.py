@@ -278,9 +278,10 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         """Draw completions with a fixed seed and measure each."""
         with self._fixed_noise(stage, batch_idx):
             rollout = self.sampler(self.policy, Prompts.of(batch), step=self.global_step)
+        begun = [reward.begin(rollout) for reward in self.rewards]
         with self.policy.evaluating():
             found = self.measure(rollout)
-        mask, scores = rollout.sampled, [reward.score(rollout) for reward in self.rewards]
+        mask, scores = rollout.sampled, [finish() for finish in begun]
         length = mask.sum(-1)
         parts: dict[str, Tensor] = {}
         for score in scores:

@@ -1,11 +1,14 @@
 """What all policy gradients share: the line of stages, and several optimizer steps on what was drawn at once."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from grade_lightning.advantages import Advantage
 from grade_lightning.columns import Columns
@@ -25,6 +28,7 @@ from grade_lightning.selection import Selection
 from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, TokenTerm, furthest
 
 from .alignment import AlignmentModule
+from .drawing import draw_and_score
 from .measuring import measure
 from .window import Window, plan_steps
 
@@ -210,13 +214,14 @@ class PolicyGradientModule(AlignmentModule):
 
     def _draw_scored(self, prompts: Prompts) -> Experience:
         counts = self.selection.allocate(prompts, self.num_generations * len(prompts))
-        groups = torch.arange(len(prompts)).repeat_interleave(counts)
-        rollout = self.draw(prompts.repeat(counts), groups)
-        # a group is scored together, and no more rows at once than a step trains on
-        chunks = torch.arange(len(prompts)).chunk(self.batching.parts)
-        rows = [torch.isin(groups, chunk).nonzero().squeeze(1) for chunk in chunks]
-        scores = [self.score(rollout.select(part)) for part in rows]
-        return Experience(rollout, Scores.join(scores))
+        at_once = math.ceil(len(prompts) / self.batching.parts)  # no more are scored than a step trains on
+        return draw_and_score(self.draw, self.begin_scoring, prompts, counts, self.sampler.batch_size, at_once)
+
+    @record_function("reward")
+    def begin_scoring(self, rollout: Rollout) -> Callable[[], Scores]:
+        """Begin to score; what is returned waits for the scores."""
+        self.meter.count(rollout)
+        return self.reward.begin(rollout)
 
     def _finished(self, seen: Experience) -> Experience:
         """With the length penalty, and the share of groups that say nothing."""

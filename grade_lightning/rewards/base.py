@@ -1,6 +1,7 @@
 """What a reward is: a scalar of prompt and completion, differentiable in the completion's tokens or not."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,15 @@ class Reward(nn.Module, ABC):
         with torch.no_grad():
             total = self(rollout)
         return Scores(total, {self.name: total})
+
+    def begin(self, rollout: Rollout) -> Callable[[], Scores]:
+        """Begin to score; what is returned waits for the scores.
+
+        A reward that waits for something, such as a server, goes on in the background, so that the next completions
+        are drawn meanwhile (see `batch_size` of :class:`.Sampler`). Any other is done when this returns.
+        """
+        scores = self.score(rollout)
+        return lambda: scores
 
     def relaxed(self, rollout: RelaxedRollout) -> Scores:
         """Scores of the soft tokens, with their graph.

@@ -4,11 +4,11 @@ import inspect
 import logging
 import math
 import sysconfig
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
-from concurrent.futures import Future
+from concurrent.futures import wait
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -17,12 +17,11 @@ from torch import Tensor
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.records import Rollout
 
-from .background import wait_for
-from .base import Reward
+from .background import BackgroundReward, begun, wait_for
 from .conversations import Messages, conversations, with_answer
 
 
-class FunctionReward(Reward):
+class FunctionReward(BackgroundReward):
     """A Python function `f(prompts, completions, **columns) -> list[float | None]`, as in TRL; or `async def f(…)`.
 
     Args:
@@ -33,6 +32,8 @@ class FunctionReward(Reward):
             completion as the assistant's last words (None where the prompt is no conversation).
         timeout: seconds that a call may take; None: as many as it likes. After that the run ends with an error.
             Python cannot stop the call: it goes on in a thread that ends with the process.
+        background: go on drawing completions during the call, `batch_size` of the sampler at a time. For a function
+            that waits for a server or another process; it must not draw from torch's global random numbers.
 
     Example:
         >>> def shortness(prompts, completions, **columns):
@@ -41,11 +42,12 @@ class FunctionReward(Reward):
         'shortness'
     """
 
-    def __init__(self, function: Callable[..., Any], timeout: float | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], timeout: float | None = None, background: bool = False) -> None:
         super().__init__()
         check_range("(0, inf)", "reward", timeout=timeout)
         self.function = function
         self.timeout = timeout
+        self.background = background
         self._wanted = _parameters(function)
 
     @property
@@ -53,11 +55,12 @@ class FunctionReward(Reward):
         """The function's name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def forward(self, rollout: Rollout) -> Tensor:
+    def ask(self, rollout: Rollout) -> Callable[[], Tensor]:
         """Call the function.
 
         Raises:
-            InputError: it raises, takes too long, or does not return one number or None for each completion.
+            InputError: it raises, takes too long, or does not return one number or None for each completion; in the
+                background, from what is returned.
         """
         columns = {key: value for key, value in rollout.columns.items() if key not in ("prompts", "completions")}
         columns |= {"prompts": rollout.prompts, "completions": rollout.completions}
@@ -70,14 +73,21 @@ class FunctionReward(Reward):
                 values = wait_for(_result(values))
             return list(values) if isinstance(values, Iterator) else values
 
-        answer = _answer(call, self.timeout)
-        if not answer.done():
+        values = call if self.timeout is None and not self.background else _within(self.timeout, call)
+        if self.background:
+            return lambda: self._scores(rollout, values)
+        scores = self._scores(rollout, values)
+        return lambda: scores
+
+    def _scores(self, rollout: Rollout, call: Callable[[], Any]) -> Tensor:
+        """What a call returns, as scores."""
+        try:
+            values = call()
+        except _TooLongError:
             raise InputError(
                 f"reward {self.name}: no answer within {self.timeout} s for {len(rollout.completions)} completions; "
                 "make the function faster or raise its timeout"
-            )
-        try:
-            values = answer.result()
+            ) from None
         except Exception as error:
             reason, (where, frames) = " ".join(str(error).split()), _raised_at(error)
             _log.error("reward %s: raised %s, called from\n%s", self.name, type(error).__name__, frames)
@@ -130,23 +140,21 @@ def _raised_at(error: BaseException) -> tuple[str, str]:
 _NO_LISTS = (str, bytes, Mapping, Set)
 
 
-def _answer(call: Callable[[], Any], timeout: float | None) -> Future[Any]:
-    """What a call returns or raises; with a timeout it is made in a thread of its own, and may not be done."""
-    answer: Future[Any] = Future()
+class _TooLongError(Exception):
+    """A call has not returned in time."""
 
-    def work() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
 
-    if timeout is None:
-        work()
-    else:
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(timeout)
-    return answer
+def _within(timeout: float | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Begin a call in a thread of its own; what is returned waits for its result, up to `timeout` seconds from now."""
+    answer, began = begun(call), time.monotonic()
+
+    def result() -> Any:
+        left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+        if wait([answer], left).not_done:
+            raise _TooLongError
+        return answer.result()
+
+    return result
 
 
 async def _result(values: Awaitable[Any]) -> Any:

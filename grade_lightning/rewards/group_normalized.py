@@ -35,25 +35,6 @@ class GroupNormalizedSum(WeightedSum):
         super().load(tokenizer, vocabulary)
         self.differentiable = False
 
-    def score(self, rollout: Rollout) -> Scores:
-        """The sum of the normalised parts, and each part as it is.
-
-        Raises:
-            InputError: in training there is one completion for each prompt.
-        """
-        groups, found = rollout.layout, [reward.score(rollout) for reward in self.parts]
-        plain = self._add(rollout, found)
-        if groups.shape[1] < 2:
-            if self.training:
-                self._refuse()
-            return plain
-        normalised = []
-        for score in found:
-            values = groups.rows(group_standardised(groups.table(score.total)))
-            values = values.where(score.total.isfinite(), score.total)  # abstentions, and mistakes that end the step
-            normalised.append(Scores(values, {}))
-        return Scores(self._add(rollout, normalised).total, plain.parts)
-
     def pathwise(self, rollout: Rollout) -> Scores:
         """Not to be had.
 
@@ -71,6 +52,20 @@ class GroupNormalizedSum(WeightedSum):
         """
         self._refuse()
         return super().relaxed(rollout)
+
+    def _add(self, rollout: Rollout, scores: list[Scores]) -> Scores:
+        """The sum of the normalised parts, and each part as it is."""
+        groups, plain = rollout.layout, super()._add(rollout, scores)
+        if groups.shape[1] < 2:
+            if self.training:
+                self._refuse()
+            return plain
+        normalised = []
+        for score in scores:
+            values = groups.rows(group_standardised(groups.table(score.total)))
+            values = values.where(score.total.isfinite(), score.total)  # abstentions, and mistakes that end the step
+            normalised.append(Scores(values, {}))
+        return Scores(super()._add(rollout, normalised).total, plain.parts)
 
     def _refuse(self) -> None:
         raise InputError(

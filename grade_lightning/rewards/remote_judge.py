@@ -3,6 +3,7 @@
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,15 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.records import Rollout
 
-from .background import wait_for
-from .base import Reward
+from .background import BackgroundReward, begun, wait_for
 from .chat_api import ChatAPI
 from .rubric import RUBRIC, Rubric
 
 _NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
-class RemoteJudge(Reward):
+class RemoteJudge(BackgroundReward):
     """What a model behind an OpenAI-compatible server answers to a question about prompt and completion.
 
     The server is tried once before training. The same question is asked once, as far as the cache goes; each process of
@@ -94,20 +94,26 @@ class RemoteJudge(Reward):
             self.scores_of([self.rubric.ask("Hello there", "Fine thanks")], retries=0)
             self._tried = True
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Scores, (B,); NaN where the answer says nothing.
+    def ask(self, rollout: Rollout) -> Callable[[], Tensor]:
+        """Send the questions. The scores are NaN where an answer says nothing.
 
         Raises:
-            InputError: the server fails for good.
+            InputError: the server fails for good; from what is returned.
         """
         pairs = zip(rollout.prompts, rollout.completions, strict=True)
-        found = torch.tensor(self.scores_of([self.rubric.ask(*pair) for pair in pairs]))
-        if dumb := int(found.isnan().sum()):
-            rank_zero_warn(
-                f"reward {self.name}: {dumb} of {len(found)} answers say neither {self.yes!r} nor {self.no!r}, nor a "
-                "number where one is wanted; they count as no reward"
-            )
-        return found.to(rollout.completion_ids.device)
+        questions = [self.rubric.ask(*pair) for pair in pairs]
+        answers = begun(lambda: self.scores_of(questions))
+
+        def finish() -> Tensor:
+            found = torch.tensor(answers.result())
+            if dumb := int(found.isnan().sum()):
+                rank_zero_warn(
+                    f"reward {self.name}: {dumb} of {len(found)} answers say neither {self.yes!r} nor {self.no!r}, nor "
+                    "a number where one is wanted; they count as no reward"
+                )
+            return found.to(rollout.completion_ids.device)
+
+        return finish
 
     def scores_of(self, questions: list[str], retries: int | None = None) -> list[float]:
         """The score of each question; what is known already is not asked."""

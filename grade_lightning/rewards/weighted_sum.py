@@ -1,5 +1,7 @@
 """Several rewards, added with weights."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -56,7 +58,12 @@ class WeightedSum(Reward):
 
     def score(self, rollout: Rollout) -> Scores:
         """The weighted sum and each part."""
-        return self._add(rollout, [reward.score(rollout) for reward in self.parts])
+        return self.begin(rollout)()
+
+    def begin(self, rollout: Rollout) -> Callable[[], Scores]:
+        """Begin with every part."""
+        begun = [reward.begin(rollout) for reward in self.parts]
+        return lambda: self._add(rollout, [finish() for finish in begun])
 
     def pathwise(self, rollout: Rollout) -> Scores:
         """The weighted sum, each part, and the gradients of all."""
