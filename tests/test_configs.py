@@ -101,7 +101,7 @@ def test_every_run_of_a_plan_is_understood(name: str, printed: Any, tmp_path: Pa
         assert config["model"]["class_path"].endswith(f".{own.rpartition('.')[2]}")
 
 
-@pytest.mark.parametrize("name", mostly_slow(sorted(RECIPES), "bundled", "imdb_local"))
+@pytest.mark.parametrize("name", mostly_slow(sorted(RECIPES), "bundled"))
 def test_a_recipe_does_what_it_says(name: str, printed: Any) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     for method in RECIPES[name]:

@@ -145,7 +145,7 @@ def check_rollout(case: Case) -> None:
             assert found.abs().max() < 1e-6
 
 
-@cases(40, 400)
+@cases(20, 400)
 def test_rollouts(count: int) -> None:
     check_all(count, check_rollout, drawn_cases())
 
@@ -160,7 +160,7 @@ def content(rollout: Rollout) -> list[Any]:
     return list(zip(prompts, completions, logps, rollout.ended.tolist(), *texts, strict=True))
 
 
-@cases(20, 200)
+@cases(10, 200)
 def test_rollouts_are_taken_apart_and_joined(count: int) -> None:
     def check(case: Case, data: st.DataObject) -> None:
         rollout = case.sampled()
@@ -223,7 +223,7 @@ class Steps:
 methods = st.sampled_from(METHODS)
 
 
-@cases(6, 300)
+@cases(4, 300)
 def test_a_step_of_any_method_is_finite_and_knows_no_padding(count: int) -> None:
     """With more padding the losses are the same, also after updates."""
 

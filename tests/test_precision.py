@@ -24,6 +24,7 @@ from tests.methods.toy_task import (
     every_method,
     fit,
     make,
+    some_methods,
     trainer,
     weights,
 )
@@ -52,7 +53,7 @@ def floats(owner: Any) -> dict[str, torch.dtype]:
     return {name: x.dtype for name, x in values.items() if isinstance(x, Tensor) and x.is_floating_point()}
 
 
-@every_method
+@some_methods
 @half_precision
 def test_what_must_be_float32_is(
     method: type[AlignmentModule], precision: str, monkeypatch: pytest.MonkeyPatch

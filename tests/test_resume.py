@@ -45,7 +45,7 @@ from tests.methods.toy_task import METHODS, Toy
 resume = import_module("grade_lightning_cli.resume")  # its name once it is installed
 
 NAMES = sorted(method.__name__ for method in [*METHODS, RewardModel, SupervisedFineTuning])
-QUICK = ["GradeSTE", "PPO"]
+QUICK = ["PPO"]
 STEPS, EVERY, VALIDATE = 11, 3, 4  # checkpoints also in the middle of a window, and after validations
 
 

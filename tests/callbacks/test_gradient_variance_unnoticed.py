@@ -23,6 +23,7 @@ from grade_lightning.modules import AlignmentModule
 from grade_lightning.rollouts import Sampler
 from tests.callbacks.test_frozen import random_state
 from tests.callbacks.watching import assert_logged_alike, read, undisturbed
+from tests.conftest import mostly_slow
 from tests.methods.toy_task import (
     Recorder,
     assert_same,
@@ -54,7 +55,7 @@ def assert_trains_alike(
     assert random_with == random_without
 
 
-@over("GradeSTE", "PPO")
+@over("PPO")
 def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) -> None:
     watch = GradientVariance(probe_every_n_steps=5, prompts=2, draws=2)
     assert_trains_alike(lambda: make(method, sampler=Sampler(max_new_tokens=3)), batches(20, repeat=1), watch)
@@ -63,7 +64,7 @@ def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) 
 
 
 @pytest.mark.parametrize(
-    ("method", "lora"), [(GradeSTE, True), pytest.param(Reinforce, False, marks=pytest.mark.slow), (DPO, False)]
+    ("method", "lora"), [(GradeSTE, True), *(pytest.param(m, False, marks=pytest.mark.slow) for m in (Reinforce, DPO))]
 )
 def test_so_it_is_with_micro_batches_and_adapters(method: type[AlignmentModule], lora: bool) -> None:
     watch = GradientVariance(probe_every_n_steps=2, prompts=2, draws=2)
@@ -153,7 +154,7 @@ def blobs(kind: type[Classifier]) -> DataLoader[Any]:
     return DataLoader(data, batch_size=24, shuffle=True)
 
 
-@pytest.mark.parametrize("kind", [Classifier, OfDicts, WithoutIndex])
+@pytest.mark.parametrize("kind", mostly_slow([Classifier, OfDicts, WithoutIndex], OfDicts))
 def test_any_module_trains_as_it_would_without_it(kind: type[Classifier], tmp_path: Path) -> None:
     found = []
     watch = GradientVariance(window=2, probe_every_n_steps=2, prompts=3, draws=8)

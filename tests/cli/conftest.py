@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2Model
 
 from grade_lightning.rewards import Classifier
 from tests.cli.ranks import launch
-from tests.conftest import VOCABULARY, make_model, make_tokenizer
+from tests.conftest import VOCABULARY, make_model, make_tokenizer, mostly_slow
 
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -253,6 +253,10 @@ def together(request: pytest.FixtureRequest, backbone: Path, tmp_path_factory: p
     done = launch("-m", "tests.cli.test_ddp", str(folder), str(backbone), *cases, folder=folder, timeout=1200)
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+LORA = ["--model.policy.lora.r=2"]
+full_and_lora = pytest.mark.parametrize("lora", mostly_slow([[], LORA], LORA), ids=["full", "lora"])
 
 
 def version(number: int = 0, method: str = "GradeSTE") -> Path:

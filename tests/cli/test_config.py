@@ -194,6 +194,7 @@ def test_a_part_of_a_policy_gradient_by_flag_and_by_file(part: str, run: Run, ow
         assert by_flag.keys() > without.keys()
 
 
+@pytest.mark.slow
 def test_a_critic_needs_no_arguments(run: Run, own: str, shelf: Shelf) -> None:
     """Its tokens weigh the same, as in PPO; the configuration that is saved makes the same run."""
     args = [*(arg for arg in shelf.grade if arg != "--model=GradeSTE"), "--model=RLOO", "--model.critic=Critic"]

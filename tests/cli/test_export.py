@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.cli.conftest import QUIET, Run, Shelf, checkpoint, version
+from tests.cli.conftest import QUIET, Run, Shelf, checkpoint, full_and_lora, version
 
 FAST = ["--model.optimizer=torch.optim.Adam", "--model.optimizer.lr=0.2", "--trainer.limit_val_batches=0"]
 
@@ -16,7 +16,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("lora", [[], ["--model.policy.lora.r=2"]], ids=["full", "merged"])
+@full_and_lora
 def test_the_same_completions_and_rewards_as_from_the_checkpoint(lora: list[str], run: Run, shelf: Shelf) -> None:
     """But for the KL: to an exported policy the reference is itself."""
     run("fit", *shelf.all, *lora, *FAST)

@@ -13,7 +13,19 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.cli.conftest import OFTEN, Finished, Run, Shelf, assert_same, checkpoint, events, scalar, version, weights
+from tests.cli.conftest import (
+    OFTEN,
+    Finished,
+    Run,
+    Shelf,
+    assert_same,
+    checkpoint,
+    events,
+    full_and_lora,
+    scalar,
+    version,
+    weights,
+)
 from tests.rewards.sequences import words, write_classifier
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -142,7 +154,7 @@ def test_fast_dev_run_writes_nothing(run: Run, shelf: Shelf) -> None:
 # ---- resuming -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [[], ["--model.policy.lora.r=2"]], ids=["full", "lora"])
+@full_and_lora
 def test_resuming_is_never_having_stopped(lora: list[str], run: Run, shelf: Shelf) -> None:
     """Six steps, and three more from what lay on the disk after three: within an epoch, and over its end."""
     keep = [

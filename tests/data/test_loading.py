@@ -18,7 +18,7 @@ from grade_lightning.data.loading import EpochSampler, ResumableLoader
 from grade_lightning.modules import TrainableModule
 from grade_lightning.records import Batching
 from tests.cli.ranks import launch
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, mostly_slow
 
 ROWS = 64
 
@@ -198,7 +198,7 @@ CHANGES: dict[str, tuple[int, int, int, int]] = {
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("part", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", mostly_slow(CHANGES, "larger batches", "no accumulation"))
 def test_a_resumed_run_sees_each_row_of_an_epoch_once(change: str, part: float, windows: bool, tmp_path: Path) -> None:
     """Each epoch's order is that of a run that changed nothing, and each optimizer step has its rows."""
     before, after, one, two = CHANGES[change]

@@ -5,6 +5,7 @@ import json
 import re
 import traceback
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import PolicyLoss
 from tests.conftest import make_model, make_prompts, make_tokenizer, mostly_slow
 from tests.methods.toy_task import (
+    CORE,
     METHODS,
+    QUICK,
     SCALE,
     Recorder,
     Toy,
@@ -37,6 +40,7 @@ from tests.methods.toy_task import (
     each_method,
     every_method,
     fit,
+    full_and_lora,
     make,
     some_methods,
     trained_names,
@@ -85,22 +89,26 @@ def test_methods_are_found() -> None:
     assert "GradeSTE" in {method.__name__ for method in METHODS}
 
 
-@each_method
-@with_and_without_lora
-def test_every_trained_parameter_gets_a_gradient(method: type[AlignmentModule], lora: bool) -> None:
-    """A of LoRA has none at the very first step, where B is zero; afterwards everything that is trained has one."""
+@cache
+def eight_steps(method: type[AlignmentModule], lora: bool) -> tuple[AlignmentModule, dict[str, torch.Tensor], Recorder]:
+    """A module that was trained, with the weights that it began with."""
     module = make(method, lora)
     module.configure_model()
     start = weights(module)
-    run = fit(module, steps=8)
+    return module, start, fit(module, steps=8)
+
+
+@full_and_lora((method.__name__ for method in METHODS), CORE)
+def test_every_trained_parameter_gets_a_gradient(method: type[AlignmentModule], lora: bool) -> None:
+    """A of LoRA has none at the very first step, where B is zero; afterwards everything that is trained has one."""
+    module, start, run = eight_steps(method, lora)
     assert run.without_gradient[0] == {name for name in trained_names(module) if ".lora_A" in name}
     assert not any(run.without_gradient[1:])
     assert [name for name, value in module.state_dict().items() if torch.equal(value, start[name])] == []
     assert abs(run.steps[0]["train/kl"]) < 1e-3
 
 
-@some_methods
-@with_and_without_lora
+@full_and_lora(QUICK, ["PPO"])
 def test_the_reward_rises(method: type[AlignmentModule], lora: bool) -> None:
     run = assert_the_reward_rises(method, lora)
     assert run.steps[-1]["train/kl"] > 0.1
@@ -109,7 +117,7 @@ def test_the_reward_rises(method: type[AlignmentModule], lora: bool) -> None:
 @each_method
 def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule]) -> None:
     """And no more than that, where docs/metrics.md says who logs what."""
-    module = make(method)
+    module, _, run = eight_steps(method, False)
     called = {method.__name__}
     if isinstance(module, PolicyGradientModule):
         first = module.terms[0]
@@ -123,11 +131,14 @@ def test_what_is_logged_in_training_is_documented(method: type[AlignmentModule])
             if unit not in ("text", "histogram") and (not who or called & set(who[0].split(", "))):
                 documented |= set(re.findall(r"`([^`]+)`", names))
     expected = {name.replace("{stage}", "train").replace("{name}", "Toy") for name in documented if "{val" not in name}
-    assert set(fit(module, 5).steps[-1]) - {"reward", "kl", "tok/s"} == expected
+    assert set(run.steps[-1]) - {"reward", "kl", "tok/s"} == expected
+
+
+STEPS = [{"epochs": 4, "minibatches": 1}, {"epochs": 2, "minibatches": 2}]
 
 
 @pytest.mark.parametrize("name", ["PPO", pytest.param("GRPO", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("steps", [{"epochs": 4, "minibatches": 1}, {"epochs": 2, "minibatches": 2}], ids=str)
+@pytest.mark.parametrize("steps", mostly_slow(STEPS, STEPS[1]), ids=str)
 def test_the_reward_rises_with_four_steps_for_each_rollout(name: str, steps: dict[str, Any]) -> None:
     run = assert_the_reward_rises(getattr(grade_lightning.methods, name), settings=steps)
     assert max(step["train/clip_fraction"] for step in run.steps) > 0
@@ -147,8 +158,7 @@ def test_the_seed_decides(method: type[AlignmentModule]) -> None:
     assert runs[0][0][-1]["train/loss"] != runs[2][0][-1]["train/loss"]
 
 
-@every_method
-@with_and_without_lora
+@full_and_lora(CORE, ["GradeSTE", "PPO"])
 def test_a_resumed_run_is_the_run(method: type[AlignmentModule], lora: bool, tmp_path: Path) -> None:
     """Two epochs at once, and one epoch, a checkpoint, a new module, and the other epoch: the same bits."""
     whole = make(method, lora)

@@ -43,6 +43,7 @@ def two_windows(method: type[PolicyGradientModule], **kwargs: Any) -> Watch:
     return run(build(method, **settings), prompts(4), prompts(4, seed=1))
 
 
+@pytest.mark.slow
 def test_without_virtual_completions_it_is_dapo_without_its_sampling_and_its_penalty() -> None:
     """Bit for bit, over two windows of four steps."""
     bounds = {"epsilon_low": 0.16, "epsilon_high": 0.24}

@@ -165,7 +165,7 @@ def long_prompts(prompts: list[str], **_: Any) -> list[float | None]:
     return [float(len(prompt.split()) - 4) for prompt in prompts]
 
 
-@pytest.mark.parametrize(("trunk", "share"), [("detached", 0.35), ("shared", 0.7)])
+@pytest.mark.parametrize(("trunk", "share"), [pytest.param("detached", 0.35, marks=pytest.mark.slow), ("shared", 0.7)])
 def test_values_learn(trunk: str, share: float) -> None:
     """A reward that the prompt decides: at first nothing of its variance is explained, soon most of it."""
     module = build(

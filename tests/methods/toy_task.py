@@ -1,6 +1,7 @@
 """A toy task for every method: a small random model, a reward of its tokens, and a real Trainer."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,18 @@ def over(*ordinary: str) -> pytest.MarkDecorator:
 each_method = over(*(method.__name__ for method in METHODS))
 every_method = over(*CORE)
 some_methods = over(*QUICK)
+
+
+def full_and_lora(full: Iterable[str], lora: Iterable[str]) -> pytest.MarkDecorator:
+    """All methods, with all weights trained and with LoRA; those that are not named are in the slow set."""
+    marked = [
+        pytest.param(m, own, marks=[] if m.__name__ in named else pytest.mark.slow, id=f"{kind}-{m.__name__}")
+        for own, kind, named in ((False, "full", {*full}), (True, "lora", {*lora}))
+        for m in METHODS
+    ]
+    return pytest.mark.parametrize(("method", "lora"), marked)
+
+
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 

@@ -21,7 +21,7 @@ from grade_lightning.policies import Policy
 from grade_lightning.records import Rollout
 from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Sampler
-from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer
+from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer, mostly_slow
 from tests.methods.toy_task import Toy, trainer
 from tests.modules.toys import Prescribed, Watch, constant, distance, flat, loader, prompts
 
@@ -242,7 +242,7 @@ class Batches(Callback):
         assert set(batch["columns"]) == {"prompt"}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", mostly_slow([".jsonl", ".parquet"], ".jsonl"))
 @pytest.mark.parametrize(
     ("method", "settings"),
     [(DPO, {}), (DPO, {"label_smoothing": 0.2}), (IPO, {}), (DPO, {"sampler": Sampler(8, temperature=0.6, top_k=3)})],

@@ -27,7 +27,12 @@ METHODS: list[type[PolicyGradientModule]] = [
     for value in vars(grade_lightning.methods).values()
     if isinstance(value, type) and issubclass(value, PolicyGradientModule)
 ]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+QUICK = "Reinforce", "RLOO", "GRPO", "PPO", "DAPO", "GSPO"
+"""Those of the ordinary set where a test runs over all."""
+every_method = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[] if m.__name__ in QUICK else pytest.mark.slow, id=m.__name__) for m in METHODS],
+)
 
 
 class Prescribed(Engine):

@@ -53,6 +53,7 @@ def test_what_a_run_would_refuse(wrong: str, part: str, refuse: Any, shelf: Shel
     assert part in refuse(*shelf.all, wrong)
 
 
+@pytest.mark.slow
 def test_an_export_is_looked_at_as_by_the_run(
     look: Look, run: Run, shelf: Shelf, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from grade_lightning.functional.vocabulary import ELEMENTS
 from grade_lightning.modules import AlignmentModule
-from tests.cli.conftest import Shelf, assert_same
+from tests.cli.conftest import Shelf, assert_same, full_and_lora
 from tests.cli.preflight.conftest import FULL, METHODS, Look, arguments, cell
 from tests.conftest import VOCABULARY, mostly_slow
 
@@ -18,7 +18,7 @@ config = import_module("grade_lightning_cli.config")
 preflight = import_module("grade_lightning_cli.preflight").preflight
 
 
-@pytest.mark.parametrize("lora", [[], ["--model.policy.lora.r=2"]], ids=["full", "lora"])
+@full_and_lora
 def test_what_does_not_depend_on_the_batch_is_exact(lora: list[str], look: Look, shelf: Shelf) -> None:
     out, memory = look(*shelf.all, *lora)
     policy, reward, adapters = 7920, 4785, 2 * 2 * (16 + 48) if lora else 0
@@ -40,6 +40,7 @@ def test_nothing_is_trained(shelf: Shelf) -> None:
     assert_same(cli.model.state_dict(), before)
 
 
+@pytest.mark.slow
 def test_any_optimizer(look: Look, shelf: Shelf) -> None:
     _, memory = look(*shelf.all, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
     assert memory.parts["optimizer state"] == 0
@@ -70,7 +71,7 @@ class Watch(Callback):
         self.steps_to_come -= 1
 
 
-@pytest.mark.parametrize("method", mostly_slow(["GradeSTE", "Grade", "PPO", "SupervisedFineTuning"], "GradeSTE", "PPO"))
+@pytest.mark.parametrize("method", mostly_slow(["GradeSTE", "Grade", "PPO", "SupervisedFineTuning"], "PPO"))
 def test_the_estimate_of_a_larger_batch(method: str, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """From two small batches to four times the larger, beside the profiler's count in a real run of such texts."""
     monkeypatch.setitem(ELEMENTS, "cpu", 12 * VOCABULARY)  # a tiny model fills a chunk, too

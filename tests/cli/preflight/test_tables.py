@@ -8,12 +8,12 @@ import pytest
 from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Run, Shelf, checkpoint, version
 from tests.cli.preflight.conftest import METHODS, Look, arguments, cell
-from tests.methods.toy_task import QUICK
+from tests.conftest import mostly_slow
 
 inventory = import_module("grade_lightning_cli.preflight.inventory")
 
 
-@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "GradeSTE", "PPO"))
 def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     out, memory = look(*arguments(shelf, method))
     assert cell(out, "method") == method
@@ -55,6 +55,7 @@ def test_the_trained_policy_of_a_checkpoint(look: Look, run: Run, shelf: Shelf) 
     assert start.partition("A batch")[2] != then.partition("A batch")[2]
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_known(look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "room", lambda *_: None)
     out, _ = look(*shelf.all)
