@@ -175,7 +175,7 @@ class Export(Callback):
             _table(("", ""), [fact for fact in facts.items() if fact[1]]),
             *_figures(trainer),
             "## Loading",
-            _loading(name, base, getattr(module, "classifier", None) if labelled else None, adapters),
+            module.usage() or _loading(name, base, getattr(module, "classifier", None) if labelled else None, adapters),
         ]
         return ModelCard(f"---\n{about}\n---\n\n" + "\n\n".join(lines) + "\n")
 

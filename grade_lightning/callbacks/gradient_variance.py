@@ -19,7 +19,7 @@ from grade_lightning.callbacks.probe import loss_scale, probe, trained
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.intervals import Interval, pseudo_values, ratio_interval
 from grade_lightning.functional.moments import moments_from_norms, variance_components
-from grade_lightning.modules.trainable import batching_of
+from grade_lightning.modules.trainable import TrainableModule, batching_of
 from grade_lightning.records import batch_rows
 
 
@@ -94,6 +94,11 @@ class GradientVariance(Callback):
                 f"GradientVariance: {type(pl_module).__name__} sets automatic_optimization = False, so nobody but "
                 "itself knows when a gradient is complete; leave the callback out"
             )
+        if self.probe_every_n_steps and not _has_gradient(pl_module):
+            raise InputError(
+                f"gradient_variance.probe_every_n_steps = {self.probe_every_n_steps}: {type(pl_module).__name__} has "
+                "no gradient to probe; set 0"
+            )
         if self.probe_every_n_steps and isinstance(
             trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
         ):
@@ -104,6 +109,8 @@ class GradientVariance(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch what is trained; probe when it is time."""
+        if not _has_gradient(pl_module):
+            return
         if not self._micro:
             self._watch(trained(pl_module, trainer.optimizers[0]))
         due = self.probe_every_n_steps > 0 and trainer.global_step // self.probe_every_n_steps > self._probed
@@ -156,6 +163,8 @@ class GradientVariance(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The gradient of a step is complete, averaged and not yet clipped."""
+        if not _has_gradient(pl_module):
+            return
         gradients = [p.grad for p in trained(pl_module, optimizer).values() if p.grad is not None]
         micro, self._micro = self._micro, []
         if not gradients:
@@ -272,6 +281,11 @@ class GradientVariance(Callback):
         figure = Figure(figsize=(10, 0.25 * len(shares) + 3), layout="constrained")
         draw_noise(figure, self.history, shares)
         trainer.logger.experiment.add_figure("probe/noise", figure, trainer.global_step, close=False)
+
+
+def _has_gradient(module: LightningModule) -> bool:
+    """Whether its steps are made of a gradient; those of a search are not."""
+    return not isinstance(module, TrainableModule) or module.has_gradient
 
 
 def _ratios(noise: Interval, rows: float) -> dict[str, float]:

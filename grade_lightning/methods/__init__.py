@@ -28,6 +28,7 @@ from .ipo import IPO as IPO
 from .knapsack_rl import KnapsackRL as KnapsackRL
 from .ngrpo import NGRPO as NGRPO
 from .ppo import PPO as PPO
+from .prompt_search import PromptSearch as PromptSearch
 from .reinforce import Reinforce as Reinforce
 from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus
 from .reward_model import RewardModel as RewardModel

@@ -92,14 +92,7 @@ class GradeSTE(AlignmentModule):
         reference_inputs = frozen.embed(rollout.ids[:, :-1]).requires_grad_(self.kl_prefix == "full")
         with torch.set_grad_enabled(self.kl_prefix == "full"):
             reference = frozen.vocabulary(rollout.take(frozen.hidden(reference_inputs, attention, length)))
-        seed = int(torch.randint(2**62, ()))
-
-        def token(logits: Tensor, rows: slice, adjoint: Tensor) -> Tensor:
-            """Through the sampled tokens: the same noise at each hop."""
-            generator = torch.Generator(logits.device).manual_seed(seed + rows.start)
-            sampled = distribution.sampled_logits(rollout, logits, rows)
-            found = self.estimator.cotangent(sampled, rollout.tokens[rows], adjoint, tau, generator)
-            return distribution.tempered(found)
+        token = distribution.through(self.estimator, rollout, tau)
 
         def kl_cotangent(dist: Tensor, ref_dist: Tensor, kl: Tensor) -> Tensor:
             return -self.beta * distribution.tempered(divergences.kl_cotangent(dist, ref_dist, kl))

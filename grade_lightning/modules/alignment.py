@@ -93,8 +93,16 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
 
     def collect(self, batch: dict[str, Any]) -> Experience:
         """Draw completions and score them; the scores have adjoints if the method backpropagates the reward."""
-        rollout = self.draw(Prompts.of(batch))
+        rollout = self.draw(self.prompts(batch))
         return Experience(rollout, self.score(rollout), self.beta)
+
+    def prompts(self, batch: dict[str, Any]) -> Prompts:
+        """What completions are drawn of: the prompts of a batch of the loader."""
+        return Prompts.of(batch)
+
+    def judged(self, rollout: Rollout) -> Rollout:
+        """What the rewards read."""
+        return rollout
 
     @abstractmethod
     def loss(self, experience: Experience) -> StepOutput:
@@ -108,7 +116,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     def score(self, rollout: Rollout) -> Scores:
         """Rewards, with their adjoints if the method backpropagates them."""
         self.meter.count(rollout)
-        return self.reward.pathwise(rollout) if self.backpropagates_reward else self.reward.score(rollout)
+        judged = self.judged(rollout)
+        return self.reward.pathwise(judged) if self.backpropagates_reward else self.reward.score(judged)
 
     def measure(self, rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
         """One pass of the policy and, unless it is `known`, of its reference; see :func:`.measuring.measure`."""
@@ -277,8 +286,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     def evaluate(self, batch: dict[str, Any], stage: Stage, batch_idx: int) -> Evaluation:
         """Draw completions with a fixed seed and measure each."""
         with self._fixed_noise(stage, batch_idx):
-            rollout = self.sampler(self.policy, Prompts.of(batch), step=self.global_step)
-        begun = [reward.begin(rollout) for reward in self.rewards]
+            rollout = self.sampler(self.policy, self.prompts(batch), step=self.global_step)
+        begun = [reward.begin(self.judged(rollout)) for reward in self.rewards]
         with self.policy.evaluating():
             found = self.measure(rollout)
         mask, scores = rollout.sampled, [finish() for finish in begun]

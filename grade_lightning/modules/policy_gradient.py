@@ -151,7 +151,7 @@ class PolicyGradientModule(AlignmentModule):
 
     def collect(self, batch: dict[str, Any]) -> Experience:
         """A window; if it is going to be used several times, it is measured here."""
-        seen = self.sample(Prompts.of(batch))
+        seen = self.sample(self.prompts(batch))
         rollout = seen.rollout
         counts = torch.stack([rollout.sampled.sum(), rollout.lengths.new_tensor(len(rollout.ids))])
         seen.normalizers = Normalizers(*self.reduce.mean(counts).tolist())
@@ -221,7 +221,7 @@ class PolicyGradientModule(AlignmentModule):
     def begin_scoring(self, rollout: Rollout) -> Callable[[], Scores]:
         """Begin to score; what is returned waits for the scores."""
         self.meter.count(rollout)
-        return self.reward.begin(rollout)
+        return self.reward.begin(self.judged(rollout))
 
     def _finished(self, seen: Experience) -> Experience:
         """With the length penalty, and the share of groups that say nothing."""

@@ -42,6 +42,8 @@ class TrainableModule(LightningModule):
 
     unrolls: ClassVar[bool] = False
     """Whether a step's graph goes through the network more than once."""
+    has_gradient: ClassVar[bool] = True
+    """Whether a step is made of the loss's gradient. That of a search is not, and there is none to measure."""
     loss_is_objective: ClassVar[bool] = True
     """Whether the *value* of the loss is what training lowers. Of policy gradients only the gradient has a meaning."""
 
@@ -63,6 +65,10 @@ class TrainableModule(LightningModule):
 
         Where it is spread over processes, all of them must call this.
         """
+
+    def usage(self) -> str | None:
+        """What the model card says of how it is loaded; None: as every model of its kind."""
+        return None
 
     @abstractmethod
     def draw_loss(self, batch: dict[str, Any]) -> Tensor:

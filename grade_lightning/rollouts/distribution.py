@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grade_lightning.estimators import TokenEstimator
+from grade_lightning.functional.replay import Cotangent
 from grade_lightning.functional.sequences import truncate_logits
 from grade_lightning.numerics import widened
 from grade_lightning.records import Rollout
@@ -43,6 +45,23 @@ class Distribution:
         """Divided by the temperature, in float32 or better: logits, or a cotangent on its way to them."""
         values = widened(values)
         return values if self.temperature == 1 else values / self.temperature
+
+    def through(self, estimator: TokenEstimator, rollout: Rollout, tau: float) -> Cotangent:
+        """The way of an adjoint through sampled tokens, for :func:`.replay`: with the same noise at each hop.
+
+        Args:
+            estimator: how a sampled token passes its gradient on.
+            rollout: the tokens.
+            tau: temperature of the relaxation.
+        """
+        seed = int(torch.randint(2**62, ()))
+
+        def token(logits: Tensor, rows: slice, adjoint: Tensor) -> Tensor:
+            generator = torch.Generator(logits.device).manual_seed(seed + rows.start)
+            sampled = self.sampled_logits(rollout, logits, rows)
+            return self.tempered(estimator.cotangent(sampled, rollout.tokens[rows], adjoint, tau, generator))
+
+        return token
 
     def log_distribution(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the sampling temperature with nothing masked: what KL and entropy are taken of.
