@@ -366,6 +366,36 @@ def test_one_process_that_fails_ends_all(launcher: str, rank: int, shelf: Shelf,
         assert "Traceback" not in done.stderr  # of the one that waited
 
 
+SEARCHING = """
+from pathlib import Path
+from grade_lightning.methods import PromptSearch
+
+class Searching(PromptSearch):
+    def on_train_end(self):
+        Path(f"rank{self.global_rank}.txt").write_text(f"{self.tokens} {self.policy.eos_ids}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_search_one_prompt(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "searching.py").write_text(SEARCHING)
+    args = [arg for arg in shelf.all if not arg.startswith("--model=")]
+    args += [
+        "--model.start=w3 w4 w5 w6",
+        "--trainer.max_steps=4",
+        "--model.candidates=19",
+        "--model.fluency=1",
+        *PARALLEL,
+    ]
+    done = launch("-m", "grade_lightning_cli", "--model=searching.Searching", *args, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
+    assert one == two
+    assert not one.startswith("[3, 4, 5, 6]")
+    (exported,) = tmp_path.rglob("prompt.json")
+    assert one.startswith(str(json.loads(exported.read_text())["tokens"]))
+
+
 STAGES: dict[str, tuple[list[str], int]] = {
     "SupervisedFineTuning": (["--model.policy.path={policy}"], 4),
     "RewardModel": (["--model.backbone={policy}"], 4),
