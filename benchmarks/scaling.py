@@ -32,7 +32,7 @@ from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, note, policy, wait
 
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.modules import AlignmentModule
-from grade_lightning.policies import Policy
+from grade_lightning.policies import ChunkedPass, Policy
 from grade_lightning.records import Experience
 from grade_lightning.rollouts import Sampler
 
@@ -62,7 +62,10 @@ class Setting(NamedTuple):
         """With room for the longest completion that is asked for."""
         torch.manual_seed(o.seed)
         positions = PROMPT + max(self.length, *o.length)
-        return policy(self.vocabulary, layers=o.layers, width=o.width, positions=positions).to(o.device)
+        found = policy(self.vocabulary, layers=o.layers, width=o.width, positions=positions).to(o.device)
+        if o.chunk:
+            found.training_pass = ChunkedPass(o.chunk)
+        return found
 
     def module(self, shared: Policy) -> AlignmentModule:
         """The method."""
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--ends", type=json.loads, default={"length": [64, 512]}, help="of the slopes, as JSON")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=0, help="positions of a ChunkedPass; 0: all at once")
     parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
     parser.add_argument("--no-memory", action="store_true", help="seconds alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes that measure memory at the same time")

@@ -44,7 +44,7 @@ from grade_lightning.methods import (
     TurnPPO,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
-from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass
+from grade_lightning.policies import ChunkedPass, LoRA, Pass, Policy, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
@@ -103,6 +103,7 @@ __all__ = [
     "BundledReviews",
     "BundledSums",
     "Checkpoint",
+    "ChunkedPass",
     "ClassifierReward",
     "Columns",
     "Completions",

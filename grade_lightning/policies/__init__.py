@@ -1,5 +1,6 @@
 """A causal language model with adapters, and its frozen reference."""
 
+from .chunked import ChunkedPass as ChunkedPass
 from .loading import bundled_folder as bundled_folder
 from .loading import resolve_model as resolve_model
 from .lora import LoRA as LoRA

@@ -1,5 +1,6 @@
 """A causal network in two halves: from input embeddings to hidden states, and from these to logits."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +41,11 @@ class Network(ABC):
         name = self.anatomy.body
         below: Callable[..., Any] = self.base if name is None else self.base.get_submodule(name)
         return below
+
+    @property
+    def cache_name(self) -> str:
+        """What the model calls its key-value cache: `cache`, or `past_key_values` before transformers 5.24."""
+        return "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
 
     def ready(self) -> AbstractContextManager[Any]:
         """In which its parts are called."""

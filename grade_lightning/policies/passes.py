@@ -23,6 +23,18 @@ class Pass(ABC):
     def hidden(self, network: Network, rollout: Rollout) -> Tensor:
         """Final hidden states from which the completion's tokens are predicted, (B, T, width)."""
 
+    def check(self, network: Network) -> None:
+        """Look at a network when it is loaded, in evaluation mode.
+
+        Raises:
+            InputError: the pass is not for this network.
+        """
+        return None
+
+    def states(self, network: Network, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Final hidden states of embeddings, with their graph; arguments as :meth:`.Network.states`."""
+        return Network.states(network, inputs, attention_mask, positions)
+
 
 class WholePass(Pass):
     """Each sequence by itself, prompt and completion, all at once."""

@@ -1,7 +1,6 @@
 """The policy: a causal language model, perhaps with LoRA adapters, beside its frozen reference."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -120,6 +119,7 @@ class Policy(nn.Module, Network):
             self.model = with_adapters(model, self.lora)
         with self.evaluating():
             self._anatomy = examine(self.base, self.path)
+            self.training_pass.check(self)
             if self.training_pass.shares_prompts:
                 self._anatomy = replace(self._anatomy, obstacle=obstacle(self))
         embedding: Any = self.base.get_input_embeddings()
@@ -167,11 +167,6 @@ class Policy(nn.Module, Network):
         """The transformers model itself, without the wrapper of its adapters."""
         model: PreTrainedModel = self.model if self.lora is None else self.model.get_base_model()
         return model
-
-    @property
-    def cache_name(self) -> str:
-        """What the model calls its key-value cache: `cache`, or `past_key_values` before transformers 5.24."""
-        return "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
 
     @property
     def anatomy(self) -> Anatomy:
@@ -225,6 +220,10 @@ class Policy(nn.Module, Network):
         """The reference as a network."""
         model: Any = self.base if self.reference is None else self.reference
         return Frozen(model, self.anatomy, self.as_reference)
+
+    def states(self, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As of any network, in the way of the training pass."""
+        return self.training_pass.states(self, inputs, attention_mask, positions)
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
