@@ -70,6 +70,12 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{document.name}: {link}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_are_named_are_there(document: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", document.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_every_page_is_in_the_index() -> None:
     listed = {link.partition("#")[0] for link in links(ROOT / "docs" / "index.md")}
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= listed

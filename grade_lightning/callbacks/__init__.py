@@ -1,5 +1,6 @@
 """What one sees and keeps of a run."""
 
+from .beta_by_judge import BetaByJudge as BetaByJudge
 from .checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoint import Checkpoint as Checkpoint
 from .completions import Completions as Completions

@@ -70,7 +70,7 @@ def probe(
     key = (int(os.environ.get("PL_GLOBAL_SEED", "0")), "probe", trainer.global_step)
     named = trained(module, trainer.optimizers[0])
     metrics: list[Sequence[Tensor | None]] = [[None] * len(named)]
-    adam = _adam_scales(trainer.optimizers[0], list(named.values()))
+    adam = adam_scales(trainer.optimizers[0], list(named.values()))
     metrics += [adam] if adam else []
     layers: dict[str, list[int]] = {}
     for index, name in enumerate(named):
@@ -142,7 +142,7 @@ def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     return loss
 
 
-def _adam_scales(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[Tensor | None] | None:
+def adam_scales(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[Tensor | None] | None:
     """1 / (√v̂ + ε) for each parameter; None if the optimizer keeps no v, or not yet."""
     settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     scales: list[Tensor | None] = []

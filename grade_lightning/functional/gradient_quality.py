@@ -3,6 +3,7 @@
 Letters in shapes: n draws, r draws of a reference, s settings that are averaged over.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,3 +83,32 @@ def alignment(
     lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
     directed = torch.where(lengths == 0, 0.0, cross.mean(-1) / lengths)  # a gradient of zero goes nowhere
     return Alignment(own.squared_norm, own.trace, cross.mean((-2, -1)), other.squared_norm, directed.mean(-1))
+
+
+def scaled_cosine(
+    one: Sequence[Tensor | None],
+    two: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None] | None = None,
+    average: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Float[Tensor, ""]:
+    """⟨g, P h⟩ / √(⟨g, P g⟩ ⟨h, P h⟩) of two gradients, tensor by tensor.
+
+    Args:
+        one: g; None is 0.
+        two: h.
+        scales: the diagonal P ≥ 0; None is 1.
+        average: over processes, of the three products.
+
+    Example:
+        >>> scaled_cosine([torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 1.0])], [torch.tensor([1.0, 0.0])])
+        tensor(1.)
+    """
+    products = []
+    for index, (g, h) in enumerate(zip(one, two, strict=True)):
+        scale = None if scales is None else scales[index]
+        for a, b in ((g, h), (g, g), (h, h)):
+            part = torch.zeros(()) if a is None or b is None else (a * b if scale is None else a * scale * b).sum()
+            products.append(part.float())
+    dot, first, second = average(torch.stack([x.to(products[0].device) for x in products]).view(-1, 3).sum(0))
+    cosine: Tensor = dot / (first * second).sqrt()
+    return cosine
