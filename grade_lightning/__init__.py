@@ -74,7 +74,17 @@ from grade_lightning.rewards import (
     Verifier,
     WeightedSum,
 )
-from grade_lightning.rollouts import Branching, Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
+from grade_lightning.rollouts import (
+    Branching,
+    Calculator,
+    Distribution,
+    Engine,
+    Environment,
+    Sampler,
+    Search,
+    TransformersEngine,
+    Turns,
+)
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
@@ -111,6 +121,7 @@ __all__ = [
     "Branching",
     "BundledReviews",
     "BundledSums",
+    "Calculator",
     "Checkpoint",
     "ChunkedPass",
     "ClassifierReward",
@@ -177,6 +188,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Scores",
+    "Search",
     "Selection",
     "SequenceClassifierReward",
     "SharedPrefixPass",

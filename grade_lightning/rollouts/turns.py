@@ -1,12 +1,12 @@
 """Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +58,8 @@ class Episode:
     turns: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     reward: float = 0.0
+    error: InputError | None = None
+    """What the environment failed with."""
     done: bool = False
     known: bool = True
     """Whether the engine says with which probabilities it drew."""
@@ -75,7 +77,8 @@ class Turns(Engine):
 
     A completion is the opening, all turns and all answers together, of `max_new_tokens` at most; an answer that would
     leave no room for another turn is left out, and ends it. What the environment says is appended as plain text. A
-    column `returns` has the sum of each completion's rewards, for a reward function that names it.
+    column `returns` has the sum of each completion's rewards, for a reward function that names it. Where an environment
+    raises an exception in a turn, that completion ends there, with None as its return; where all do, the run ends.
 
     Args:
         environment: makes an environment for each completion.
@@ -115,8 +118,10 @@ class Turns(Engine):
     def begin(self, policy: Policy, distribution: Distribution, prompts: Prompts, row: int) -> Episode:
         """A conversation up to the policy's first turn."""
         episode = Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist())
-        with _errors_of(episode.environment):
+        try:
             messages = episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
+        except Exception as error:
+            raise _error_of(episode.environment, error) from error
         opening = _encoded(policy.tokenizer, messages)
         _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
         episode.add(opening, turn=0, sampled=False)
@@ -150,8 +155,12 @@ class Turns(Engine):
             episode.known = episode.known and logps is not None
             episode.add(tokens, episode.turn, sampled=True, logps=logps)
             text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-            with _errors_of(episode.environment):
+            try:
                 messages, reward, done = episode.environment.step(text)
+            except Exception as error:
+                episode.error, episode.done = _error_of(episode.environment, error), True
+                rank_zero_warn(f"{episode.error}; the completion ends here, without a return")
+                continue
             episode.reward += reward or 0.0
             answer = _encoded(tokenizer, messages)
             full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
@@ -171,15 +180,12 @@ class Turns(Engine):
         return None
 
 
-@contextmanager
-def _errors_of(environment: Environment) -> Iterator[None]:
+def _error_of(environment: Environment, error: Exception) -> InputError:
     """An exception of the user's code is an error that says whose it is."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        name = type(environment).__name__
-        raise InputError(f"environment {name}: it raised {type(error).__name__}: {reason}") from error
+    reason, name = " ".join(str(error).split()), type(environment).__name__
+    found = InputError(f"environment {name}: it raised {type(error).__name__}: {reason}")
+    found.__cause__ = error
+    return found
 
 
 def _check_opening(environment: Environment, opening: int, most: int) -> None:
@@ -206,7 +212,14 @@ def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tens
 
 
 def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distribution: Distribution) -> Rollout:
-    """The rollout of conversations that are over, in the order of the prompts."""
+    """The rollout of conversations that are over, in the order of the prompts.
+
+    Raises:
+        InputError: the environment failed in all of them.
+    """
+    errors = [episode.error for episode in episodes if episode.error is not None]
+    if errors and len(errors) == len(episodes):
+        raise errors[0] from errors[0].__cause__
     device = prompts.ids.device
     ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
     sampled, _ = _padded([episode.sampled for episode in episodes], False)
@@ -219,7 +232,7 @@ def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distributi
         completion_mask=mask.to(device),
         engine_logps=logps.to(device, torch.float32) if all(episode.known for episode in episodes) else None,
         tokenizer=policy.tokenizer,
-        columns=prompts.columns | {"returns": [episode.reward for episode in episodes]},
+        columns=prompts.columns | {"returns": [None if e.error else e.reward for e in episodes]},
         eos_ids=policy.eos_ids,
         stop=list(distribution.stop),
         sampled=sampled.to(device),

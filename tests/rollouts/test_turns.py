@@ -145,6 +145,21 @@ def test_an_environment_that_raises_is_named(when: str, monkeypatch: pytest.Monk
     assert isinstance(raised.value.__cause__, ConnectionError)
 
 
+def test_where_one_environment_raises_its_completion_ends_and_the_others_go_on() -> None:
+    class Fragile(Talks):
+        def step(self, text: str) -> tuple[list[dict[str, str]], float | None, bool]:
+            if self.last == 0:
+                raise TimeoutError("no answer")
+            return super().step(text)
+
+    engine, policy = Scripted(), make_policy()
+    prompts = Prompts.of(make_prompts((3, 2)) | {"columns": {"last": [0, 2]}})
+    with pytest.warns(UserWarning, match=r"Fragile: it raised TimeoutError: no answer; the completion ends"):
+        rollout = Turns(Fragile, engine=engine).generate(policy, Distribution(), prompts)
+    assert rollout.lengths.tolist() == [2, 7]
+    assert rollout.columns["returns"] == [None, 3.0]
+
+
 def learned(policy: Policy, rollout: Rollout, distribution: Distribution) -> Tensor:
     """Log-probabilities of the sampled tokens in one pass over all turns."""
     with torch.no_grad():
