@@ -26,6 +26,7 @@ from grade_lightning.methods import (
     GRPO,
     GSPO,
     IPO,
+    KTO,
     NGRPO,
     PPO,
     RLOO,
@@ -42,7 +43,13 @@ from grade_lightning.methods import (
     SupervisedFineTuning,
     TurnPPO,
 )
-from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
+from grade_lightning.modules import (
+    AlignmentModule,
+    PolicyGradientModule,
+    PreferenceModule,
+    TrainableModule,
+    UnpairedModule,
+)
 from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
@@ -90,6 +97,7 @@ __all__ = [
     "GSPO",
     "IPO",
     "KL",
+    "KTO",
     "NGRPO",
     "PPO",
     "RLOO",
@@ -185,6 +193,7 @@ __all__ = [
     "TranslatedReward",
     "TurnPPO",
     "Turns",
+    "UnpairedModule",
     "Verifier",
     "WeightedSum",
     "by_advantage",

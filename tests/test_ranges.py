@@ -30,6 +30,7 @@ from grade_lightning.methods import (
     GRPO,
     GSPO,
     IPO,
+    KTO,
     NGRPO,
     PPO,
     RLOO,
@@ -154,6 +155,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
+    KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
 }
 CASES = [
     (make, name, value)

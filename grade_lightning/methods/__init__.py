@@ -26,6 +26,7 @@ from .grpo import GRPO as GRPO
 from .gspo import GSPO as GSPO
 from .ipo import IPO as IPO
 from .knapsack_rl import KnapsackRL as KnapsackRL
+from .kto import KTO as KTO
 from .ngrpo import NGRPO as NGRPO
 from .ppo import PPO as PPO
 from .reinforce import Reinforce as Reinforce

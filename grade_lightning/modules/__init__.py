@@ -5,3 +5,4 @@ from .clip_normalized import ClipNormalizedModule as ClipNormalizedModule
 from .policy_gradient import PolicyGradientModule as PolicyGradientModule
 from .preference import PreferenceModule as PreferenceModule
 from .trainable import TrainableModule as TrainableModule
+from .unpaired import UnpairedModule as UnpairedModule

@@ -145,13 +145,13 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         """What a completion leaves of the context, whether it is sampled or of the data."""
         self.policy.load()
         context = self.policy.context_length
-        completion = max(self.sampler.max_new_tokens, text if self.batching.view == "pairs" else 0)
+        completion = max(self.sampler.max_new_tokens, text if self.batching.reads_completions else 0)
         return None if context is None else context - completion
 
     def check_lengths(self, prompt: int, text: int) -> None:
         """Prompt and completion must fit into the contexts of policy and rewards, be they sampled or of the data."""
         completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
-        if self.batching.view == "pairs" and text > completion:
+        if self.batching.reads_completions and text > completion:
             completion, flag = text, "--data.max_text_tokens"
         self._load()
         parts = ("prompts", prompt, "--data.max_prompt_tokens"), ("completions", completion, flag)

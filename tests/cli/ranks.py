@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grade_lightning.methods import AEPO, AgenticAEPO, RewardModel, SupervisedFineTuning
-from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
+from grade_lightning.modules import (
+    AlignmentModule,
+    PolicyGradientModule,
+    PreferenceModule,
+    TrainableModule,
+    UnpairedModule,
+)
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
@@ -77,6 +83,8 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
         settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
+    if issubclass(method, UnpairedModule):
+        settings["z0"] = "exact"  # which row is before another one depends on the process
     options: dict[str, Any] = {"max_retries": 0, "hops": "exact"}
     options |= {"min_rollouts": 4, "max_rollouts": 4}  # KnapsackRL: each process has a budget of its own
     options |= {"row_share": Constant(1.0), "token_share": Constant(1.0)}  # D3S: each chooses among its own rows
