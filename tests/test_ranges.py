@@ -21,6 +21,7 @@ from grade_lightning.methods import (
     CAPO,
     CISPO,
     COPO,
+    CPL,
     D3S,
     DAPO,
     DCPO,
@@ -155,6 +156,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
+    CPL: {"alpha": [0], "contrastive_bias": [0, 1.1], "bc_coeff": [-0.1]},
     KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
 }
 CASES = [

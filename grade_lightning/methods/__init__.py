@@ -13,6 +13,7 @@ from .agentic_aepo import AgenticAEPO as AgenticAEPO
 from .capo import CAPO as CAPO
 from .cispo import CISPO as CISPO
 from .copo import COPO as COPO
+from .cpl import CPL as CPL
 from .d3s import D3S as D3S
 from .dapo import DAPO as DAPO
 from .dcpo import DCPO as DCPO

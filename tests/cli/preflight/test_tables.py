@@ -22,7 +22,7 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     assert cell(out, "pad token") == "'<pad>' (1)"
     assert int(cell(out, "largest data.batch_size")) > 8
     sampled = issubclass(METHODS[method], AlignmentModule)
-    assert len(re.findall(r"^│ w\d+ .* │$", out, re.MULTILINE)) == (2 if method in ("DPO", "IPO") else 4)
+    assert len(re.findall(r"^│ w\d+ .* │$", out, re.MULTILINE)) == (2 if method in ("CPL", "DPO", "IPO") else 4)
     assert ("a completion ends with │ '<eos>' (0)" in out) == sampled
     assert cell(out, "end of turn") == "none"
     beginning = cell(out, f"a {'prompt' if sampled else 'text'} begins with")
