@@ -27,6 +27,7 @@ from grade_lightning.methods import (
     DCPO,
     DPO,
     DRPO,
+    EGPO,
     GPPO,
     GRPO,
     GSPO,
@@ -42,6 +43,7 @@ from grade_lightning.methods import (
     Grade,
     GradeSTE,
     KnapsackRL,
+    OnlineIPO,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -49,7 +51,7 @@ from grade_lightning.methods import (
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
-from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
+from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, RewardPreference, WeightedSum
 from grade_lightning.rollouts import Branching, Environment, RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DropSolved, DynamicSampling
@@ -157,6 +159,9 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
     CPL: {"alpha": [0], "contrastive_bias": [0, 1.1], "bc_coeff": [-0.1]},
+    OnlineIPO: {"beta": [0], "num_generations": [1]},
+    EGPO: {"beta": [0], "num_generations": [1]},
+    RewardPreference: {"temperature": [0]},
     KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
 }
 CASES = [

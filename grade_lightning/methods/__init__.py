@@ -20,6 +20,7 @@ from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO
 from .drpo import DRPO as DRPO
+from .egpo import EGPO as EGPO
 from .gppo import GPPO as GPPO
 from .grade import Grade as Grade
 from .grade_ste import GradeSTE as GradeSTE
@@ -29,6 +30,7 @@ from .ipo import IPO as IPO
 from .knapsack_rl import KnapsackRL as KnapsackRL
 from .kto import KTO as KTO
 from .ngrpo import NGRPO as NGRPO
+from .online_ipo import OnlineIPO as OnlineIPO
 from .ppo import PPO as PPO
 from .reinforce import Reinforce as Reinforce
 from .reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus

@@ -2,6 +2,8 @@
 
 from .alignment import AlignmentModule as AlignmentModule
 from .clip_normalized import ClipNormalizedModule as ClipNormalizedModule
+from .extragradient import ExtragradientModule as ExtragradientModule
+from .pairwise import PairwiseModule as PairwiseModule
 from .policy_gradient import PolicyGradientModule as PolicyGradientModule
 from .preference import PreferenceModule as PreferenceModule
 from .trainable import TrainableModule as TrainableModule

@@ -60,6 +60,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
 
     backpropagates_reward: ClassVar[bool] = False
     """Whether the method needs a differentiable reward."""
+    redraws: ClassVar[bool] = False
+    """Whether each pass through a batch draws completions anew."""
 
     def __init__(
         self,
@@ -247,13 +249,14 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the speed of the whole step: sampling, reward, both passes and the optimizer.
 
-        A batch that is trained on several times counts as sampled once, over the time of all of them.
+        A batch that is trained on several times counts as sampled once, unless it is, over the time of all of them.
         """
         rollout, _, _ = self.last_rollout
         self._tokens += int(rollout.sampled.sum()) * self.trainer.world_size
         if (batch_idx + 1) % self.batching.steps_per_batch or self._began is None:
             return
-        speed = self._tokens / self.batching.epochs / (time.perf_counter() - self._began)
+        tokens = self._tokens if self.redraws else self._tokens / self.batching.epochs
+        speed = tokens / (time.perf_counter() - self._began)
         self._began = None
         self.log("train/tokens_per_second", speed, batch_size=len(rollout.lengths))
         self.log("tok/s", speed, prog_bar=True, logger=False, batch_size=len(rollout.lengths))

@@ -21,6 +21,7 @@ from grade_lightning.methods import (
     COPO,
     DAPO,
     DCPO,
+    EGPO,
     GRPO,
     PPO,
     RLOO,
@@ -128,7 +129,7 @@ class Short(Reward):
         return Toy().score(rollout).total.masked_fill(rollout.lengths > 6, torch.nan)
 
 
-CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
+CASES: dict[str, tuple[type[Any], dict[str, Any], int]] = {
     "token mean": (DAPO, {"max_retries": 0}, 1),
     "token mean, accumulated": (DAPO, {"max_retries": 0}, 2),
     "scaled by the batch": (GRPO, {"scale_rewards": "batch"}, 1),
@@ -147,6 +148,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "what is cut off": (STPPO, {"epochs": 2, "num_generations": 1}, 2),
     "prompts shared": (RLOO, {"training_pass": SharedPrefixPass(), "kl": KL(0.1), "epochs": 2}, 2),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
+    "a trial before each step": (EGPO, {}, 2),
 }
 
 
@@ -165,16 +167,20 @@ STATEFUL = (
     "turns",
 )
 RESUMED = "prompt memory", "success rates, in two epochs", "values"
+"""In the ordinary set, too."""
+RESUMED_SLOWLY = ("a trial before each step",)
 PARALLEL = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FIGURES = """train/loss train/reward train/reward_std train/objective train/kl train/kl_per_token train/kl_k2
 train/entropy train/response_length train/eos_rate"""
 
 
-def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[PolicyGradientModule, Watch, Trainer]:
+def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[Any, Watch, Trainer]:
     """Four steps on completions of 1 to 12 tokens: the first process has the short ones, or one process has all."""
     method, settings, accumulate = CASES[name]
-    module = build(method, **{"num_generations": 4, "minibatches": 1, "epochs": 1} | settings)
-    windows = [prompts(8, module.num_generations, seed) for seed in range(4 // module.epochs)]
+    steps = {"minibatches": 1, "epochs": 1} if issubclass(method, PolicyGradientModule) else {}
+    module: Any = build(method, **{"num_generations": 4} | steps | settings)
+    epochs = module.batching.epochs
+    windows = [prompts(8, module.num_generations, seed) for seed in range(4 // epochs)]
     if rank is not None:
         windows = [slice_rows(window, 4 * rank, 4) for window in windows]
     parallel: dict[str, Any] = {"devices": 1} if rank is None else {"devices": 2, "strategy": "ddp"}
@@ -193,7 +199,7 @@ def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[
         enable_checkpointing=not kwargs,
         **parallel,
     )
-    fitted.fit(module, loader(*windows, visits=module.epochs * accumulate), **kwargs)
+    fitted.fit(module, loader(*windows, visits=epochs * accumulate), **kwargs)
     return module, watch, fitted
 
 
@@ -206,7 +212,7 @@ def work(folder: Path, backbone: Path, cases: list[str]) -> None:
         found[name] = {"weights": own_weights(module), "parts": states(module), "gradients": watch.gradients}
         found[name]["logged"] = watch.logged
     found["resumed"] = {}
-    for name in RESUMED:
+    for name in [name for name in (*RESUMED, *RESUMED_SLOWLY) if name in {*RESUMED, *cases}]:
         middle = folder / name / "step=3.ckpt"
         module, _, trainer = fit_case(name, rank, folder, ckpt_path=middle, weights_only=True)
         found["resumed"][name] = {"weights": own_weights(module), "parts": states(module)}
@@ -303,13 +309,13 @@ def test_a_checkpoint_in_the_middle_of_a_window_holds_the_windows_of_both(togeth
     assert fitted.global_step == 4
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_two_processes_that_resume_end_as_if_they_had_not_stopped(name: str, together: Together) -> None:
+@pytest.mark.parametrize("case", mostly_slow([*RESUMED, *RESUMED_SLOWLY], *RESUMED))
+def test_two_processes_that_resume_end_as_if_they_had_not_stopped(case: str, together: Together) -> None:
     """Their weights, and what they remember of prompts and of statistics: the same on both."""
     one, two = together[1]
     for rank in (one, two):
-        assert_same(rank["resumed"][name]["weights"], one[name]["weights"])
-        assert flattened(rank["resumed"][name]["parts"]) == flattened(one[name]["parts"])
+        assert_same(rank["resumed"][case]["weights"], one[case]["weights"])
+        assert flattened(rank["resumed"][case]["parts"]) == flattened(one[case]["parts"])
 
 
 # ---- by the command line --------------------------------------------------------------------------------------------

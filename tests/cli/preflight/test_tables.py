@@ -28,7 +28,7 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     beginning = cell(out, f"a {'prompt' if sampled else 'text'} begins with")
     assert re.fullmatch(r"'<eos>' \(0\)(, 'w(\d+)' \(\2\))+", beginning)
     assert set(memory.phases) >= ({"sampling", "reward", "reference"} if sampled else {"loss", "backward"})
-    assert memory.unit == {"DPO": 4, "IPO": 4, "KTO": 2, "GRPO": 8}.get(method, memory.unit)
+    assert memory.unit == {"DPO": 4, "IPO": 4, "KTO": 2, "EGPO": 4, "GRPO": 8}.get(method, memory.unit)
     weights = {"policy", "reference", "reward"} if sampled else {"classifier" if method == "RewardModel" else "policy"}
     weights |= {"critic"} if method in ("PPO", "TurnPPO", "STPPO") else set()
     assert set(memory.parts) == weights | {"gradients", "optimizer state"}
