@@ -156,7 +156,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     | {"drift_penalty": [-1]},
     DriftPenalty: {"coefficient": [-1], "slack": [-1e-4]},
     DropSolved: {"best": [math.inf]},
-    DPO: {"label_smoothing": [-0.1, 0.6]},
+    DPO: {"label_smoothing": [-0.1, 0.6], "trace_weight": [-0.1, 1.1]},
     IPO: {"beta": [0], "num_generations": [1]},
     CPL: {"alpha": [0], "contrastive_bias": [0, 1.1], "bc_coeff": [-0.1]},
     OnlineIPO: {"beta": [0], "num_generations": [1]},

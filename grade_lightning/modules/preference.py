@@ -119,7 +119,11 @@ class PreferenceModule(AlignmentModule):
             "margin": margin.masked_fill(~decided, 0).sum() / count,
             "undecided": 1 - decided.float().mean(),
         }
-        return StepOutput(losses.masked_fill(~decided, 0).mean(), now.detach(), metrics)
+        return StepOutput(self.average(losses.masked_fill(~decided, 0), rollout), now.detach(), metrics)
+
+    def average(self, losses: Tensor, rollout: Rollout) -> Tensor:
+        """The loss of a step from those of its pairs, (b,)."""
+        return losses.mean()
 
     def _compare(self, rollout: Rollout, now: TokenStats) -> tuple[Tensor, Tensor]:
         """Loss and margin of each pair, (b,) both; the margin without a graph."""
