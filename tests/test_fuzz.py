@@ -202,7 +202,8 @@ class Steps:
             settings |= {"kl": kl, "minibatches": minibatches}
         self.case, self.module = case, method(policy=case.policy(), reward=Toy(), sampler=case.sampler, **settings)
         self.module.configure_model()
-        self.rows = self.module.batching.rows(rows * getattr(self.module, "num_generations", 1))
+        completions = rows * getattr(self.module, "num_generations", 1)
+        self.rows = self.module.batching.rows(max(completions, self.module.batching.least))
 
     def run(self, more: int = 0) -> list[Tensor]:
         prompts = tuple(islice(cycle(self.case.prompts), self.rows))

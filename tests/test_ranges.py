@@ -21,15 +21,18 @@ from grade_lightning.methods import (
     CAPO,
     CISPO,
     COPO,
+    CPL,
     D3S,
     DAPO,
     DCPO,
     DPO,
     DRPO,
+    EGPO,
     GPPO,
     GRPO,
     GSPO,
     IPO,
+    KTO,
     NGRPO,
     PPO,
     RLOO,
@@ -40,6 +43,7 @@ from grade_lightning.methods import (
     Grade,
     GradeSTE,
     KnapsackRL,
+    OnlineIPO,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -47,7 +51,7 @@ from grade_lightning.methods import (
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
-from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, WeightedSum
+from grade_lightning.rewards import FunctionReward, NoReward, OverlongPenalty, RewardPreference, WeightedSum
 from grade_lightning.rollouts import Branching, Environment, RelaxedEngine, Sampler, TransformersEngine
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear
 from grade_lightning.selection import DropSolved, DynamicSampling
@@ -152,8 +156,13 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     | {"drift_penalty": [-1]},
     DriftPenalty: {"coefficient": [-1], "slack": [-1e-4]},
     DropSolved: {"best": [math.inf]},
-    DPO: {"label_smoothing": [-0.1, 0.6]},
+    DPO: {"label_smoothing": [-0.1, 0.6], "trace_weight": [-0.1, 1.1]},
     IPO: {"beta": [0], "num_generations": [1]},
+    CPL: {"alpha": [0], "contrastive_bias": [0, 1.1], "bc_coeff": [-0.1]},
+    OnlineIPO: {"beta": [0], "num_generations": [1]},
+    EGPO: {"beta": [0], "num_generations": [1]},
+    RewardPreference: {"temperature": [0]},
+    KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
 }
 CASES = [
     (make, name, value)

@@ -131,7 +131,7 @@ def longest(batch: dict[str, Any], count: int, lengths: dict[str, int]) -> dict[
         if isinstance(values, Tensor):
             made[name] = torch.stack(rows(values))
             if values.dim() == 2:
-                length = lengths["completion" if name.startswith(("chosen", "rejected")) else "input"]
+                length = lengths["completion" if name.startswith(("chosen", "rejected", "completion")) else "input"]
                 made[name] = made[name].repeat(1, math.ceil(length / values.shape[1]))[:, :length]
                 made[name] = torch.ones_like(made[name]) if name.endswith("mask") else made[name]
         else:

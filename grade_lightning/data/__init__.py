@@ -5,6 +5,7 @@ from grade_lightning.data.batches import PairBatch as PairBatch
 from grade_lightning.data.batches import PreferenceBatch as PreferenceBatch
 from grade_lightning.data.batches import PromptBatch as PromptBatch
 from grade_lightning.data.batches import TextBatch as TextBatch
+from grade_lightning.data.batches import UnpairedBatch as UnpairedBatch
 from grade_lightning.data.datamodule import TextDataModule as TextDataModule
 from grade_lightning.data.reviews import generate_reviews as generate_reviews
 from grade_lightning.data.reviews import grammar_positive as grammar_positive

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -53,6 +53,20 @@ class PairBatch(TypedDict):
     columns: dict[str, list[Any]]
 
 
+class UnpairedBatch(TypedDict):
+    """Prompts, padded on the left (`[B, P]`), a completion of each (`[B, C]`), and whether it is desirable (`[B]`).
+
+    `columns` has the rows' other columns, "prompt" among them.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    desirable: Tensor
+    columns: dict[str, list[Any]]
+
+
 class PreferenceBatch(TypedDict):
     """The chosen texts, whole and padded on the right (`[B, T]`), the rejected ones (`[B, R]`), and margins (`[B]`)."""
 
@@ -93,38 +107,32 @@ class CollatePrompts:
 
 
 @dataclass
-class CollatePairs:
-    """Make a `PairBatch`: each `prompt` as it stands, completions cut to `max_tokens`, with an end where it fits."""
+class CollateCompletions:
+    """Prompts as they stand, and completions of each, cut to `max_tokens`, with an end where it fits."""
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
     ends: Sequence[int] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     cut: Cut = field(default_factory=Cut)
+    names: ClassVar[tuple[str, ...]]
+    """The columns of the completions."""
 
-    def __call__(self, rows: Sequence[Row]) -> PairBatch:
-        """Tokenise and pad."""
+    def _padded(self, rows: Sequence[Row]) -> tuple[list[Tensor], dict[str, list[Any]]]:
+        """Ids and mask of the prompts, then of the completions of each name; the rows' other columns."""
         prompts, completions = self._encode(rows)
-        tokens, mask = pad(prompts, self.tokenizer, left=True)
-        chosen, chosen_mask = self._complete(rows, completions, "chosen")
-        rejected, rejected_mask = self._complete(rows, completions, "rejected")
-        names = [name for name in rows[0] if name not in ("text", "messages", "chosen", "rejected")]
-        return {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "chosen_ids": chosen,
-            "chosen_mask": chosen_mask,
-            "rejected_ids": rejected,
-            "rejected_mask": rejected_mask,
-            "columns": {name: [_column(row, name) for row in rows] for name in names},
-        }
+        tensors = [*pad(prompts, self.tokenizer, left=True)]
+        for name in self.names:
+            tensors += self._complete(rows, completions, name)
+        others = [name for name in rows[0] if name not in ("text", "messages", *self.names)]
+        return tensors, {name: [_column(row, name) for row in rows] for name in others}
 
     def _encode(self, rows: Sequence[Row]) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
         prompts = _prompts(rows, self.variables)
         ids = encode_all(self.tokenizer, prompts)
         return ids, {
             name: encode_completions(self.tokenizer, prompts, ids, [row[name] for row in rows], self.ends)
-            for name in ("chosen", "rejected")
+            for name in self.names
         }
 
     def _complete(
@@ -141,6 +149,45 @@ class CollatePairs:
     def lengths(self, rows: Sequence[Row]) -> dict[str, list[int]]:
         """Tokens of each completion before anything is cut, by column."""
         return {name: [len(ids) for ids in found] for name, found in self._encode(rows)[1].items()}
+
+
+@dataclass
+class CollatePairs(CollateCompletions):
+    """Make a `PairBatch`."""
+
+    names = "chosen", "rejected"
+
+    def __call__(self, rows: Sequence[Row]) -> PairBatch:
+        """Tokenise and pad."""
+        (tokens, mask, chosen, chosen_mask, rejected, rejected_mask), columns = self._padded(rows)
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "chosen_ids": chosen,
+            "chosen_mask": chosen_mask,
+            "rejected_ids": rejected,
+            "rejected_mask": rejected_mask,
+            "columns": columns,
+        }
+
+
+@dataclass
+class CollateUnpaired(CollateCompletions):
+    """Make an `UnpairedBatch`."""
+
+    names = ("completion",)
+
+    def __call__(self, rows: Sequence[Row]) -> UnpairedBatch:
+        """Tokenise and pad."""
+        (tokens, mask, completions, completion_mask), columns = self._padded(rows)
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "completion_ids": completions,
+            "completion_mask": completion_mask,
+            "desirable": torch.tensor([bool(row["label"]) for row in rows]),
+            "columns": columns,
+        }
 
 
 @dataclass
@@ -198,17 +245,19 @@ def _whole(name: str) -> str:
 
 
 @dataclass
-class CollateHeldOutPairs(CollatePrompts):
-    """Make a `PromptBatch` to draw completions for; a `PairBatch` where all rows have both completions."""
+class CollateHeldOut(CollatePrompts):
+    """Make a `PromptBatch` to draw completions for; where all rows have completions, too, a batch of these."""
 
-    pairs: CollatePairs | None = None
+    completions: CollatePairs | CollateUnpaired | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> PromptBatch | PairBatch:
+    def __call__(self, rows: Sequence[Row]) -> PromptBatch | PairBatch | UnpairedBatch:
         """Tokenise and pad."""
-        prompts = super().__call__(rows)
-        if self.pairs is None or not all(isinstance(row.get(name), str) for row in rows for name in _SIDES):
+        prompts, given = super().__call__(rows), self.completions
+        if given is None or not all(isinstance(row.get(name), str) for row in rows for name in given.names):
             return prompts
-        return {**self.pairs(rows), "columns": prompts["columns"]}
+        if isinstance(given, CollateUnpaired):
+            return {**given(rows), "columns": prompts["columns"]} if "label" in rows[0] else prompts
+        return {**given(rows), "columns": prompts["columns"]}
 
 
-Collate = CollatePrompts | CollateTexts | CollateLabelled | CollatePairs | CollatePreferences
+Collate = CollatePrompts | CollateTexts | CollateLabelled | CollatePairs | CollateUnpaired | CollatePreferences

@@ -35,8 +35,8 @@ class TextDataModule(LightningDataModule):
     How the rows are read is said by the module's :class:`~grade_lightning.records.Batching`: its `view` "prompts" gives
     `PromptBatch`es and trains on `prompts`; "labelled" gives `LabelledBatch`es and trains on `reward`; "text" gives
     `TextBatch`es and trains on `prompts`; "pairs" trains on `PairBatch`es of `prompts` and otherwise gives
-    `PairBatch`es or, without completions, `PromptBatch`es; "preferences" gives `PreferenceBatch`es and trains on
-    `reward`. All validate on `validation` and test on `test`.
+    `PairBatch`es or, without completions, `PromptBatch`es; "unpaired" is the same with `UnpairedBatch`es;
+    "preferences" gives `PreferenceBatch`es and trains on `reward`. All validate on `validation` and test on `test`.
 
     Args:
         source: Where the rows come from; `None` for the bundled reviews.
@@ -44,7 +44,8 @@ class TextDataModule(LightningDataModule):
             each prompt draws fewer prompts.
         eval_batch_size: Rows in a batch to validate, test or predict.
         reward_size: Rows in the split `reward`; `None` for 5,000, or fewer where the table is smaller. It is 0 where
-            rows have no label, unless a reward model is trained on them as pairs.
+            rows have no label, unless a reward model is trained on them as pairs; and, by default, where the label is
+            that of a completion that the policy learns from.
         prompt_size: Rows in the split `prompts`; `None` for 10,000, or fewer.
         val_size: Rows in the split `validation`; `None` for 2,000, or fewer.
         test_size: Rows in the split `test`; `None` for all test rows, or `val_size` if the source has none.
@@ -191,8 +192,10 @@ class TextDataModule(LightningDataModule):
 
     def _reward_size(self, train: Dataset) -> int | None:
         """As given where the rows have labels, or are read as pairs to train a reward model on; else 0."""
-        pairs = self._reading is not None and self._reading[1].view == "preferences"
-        return self.reward_size if "label" in train.column_names or pairs else 0
+        view = None if self._reading is None else self._reading[1].view
+        if view == "unpaired":
+            return self.reward_size or 0
+        return self.reward_size if "label" in train.column_names or view == "preferences" else 0
 
     def _reasons(self) -> str:
         return (

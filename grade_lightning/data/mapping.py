@@ -10,7 +10,7 @@ from grade_lightning.errors import InputError
 Transform = Callable[[dict[str, Any]], dict[str, Any] | None]
 """A row in, a row out; None drops it."""
 
-_ROLES = {"text", "label", "prompt", "completion", "messages", "chosen", "rejected", "margin", "tools"}
+_ROLES = {"text", "label", "prompt", "completion", "messages", "chosen", "rejected", "margin", "trace", "tools"}
 """Columns that mean something here."""
 
 

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.data.batches import (
     Collate,
-    CollateHeldOutPairs,
+    CollateHeldOut,
     CollateLabelled,
     CollatePairs,
     CollatePreferences,
     CollatePrompts,
     CollateTexts,
+    CollateUnpaired,
 )
 from grade_lightning.errors import InputError
 from grade_lightning.records import batching
@@ -83,11 +84,37 @@ class PairView(View):
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
         """`PairBatch`; to evaluate, `PromptBatch` where there are no completions."""
         pairs = CollatePairs(tokenizer, limits.max_text_tokens, limits.ends, limits.variables)
-        if train:
-            return pairs
-        return CollateHeldOutPairs(
-            tokenizer, limits.max_prompt_chars, limits.max_prompt_tokens, limits.variables, pairs=pairs
-        )
+        return pairs if train else _held_out(pairs, limits)
+
+
+class UnpairedView(View):
+    """Prompts with a completion that is labelled desirable or not, of which evaluation may have prompts alone."""
+
+    reads_prompts = True
+
+    def check(self, rows: Dataset, numbers: Sequence[int]) -> None:
+        """All three columns are there, the completions are texts, and there are both labels."""
+        if missing := [name for name in ("prompt", "completion", "label") if name not in rows.column_names]:
+            raise InputError(
+                f"data.source: no column {' or '.join(map(repr, missing))} to train on labelled completions; add a "
+                "'prompt', a 'completion' of it, and a 'label': true where it is desirable"
+            )
+        _check_texts(rows, numbers, self.split, "completion")
+        if len(set(rows["label"])) == 1:
+            raise InputError(
+                f"column 'label' (split '{self.split}'): all rows have {bool(rows['label'][0])}, and there is nothing "
+                "to tell apart; add rows of the other label"
+            )
+
+    def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
+        """`UnpairedBatch`; to evaluate, `PromptBatch` where there are no completions."""
+        rows = CollateUnpaired(tokenizer, limits.max_text_tokens, limits.ends, limits.variables)
+        return rows if train else _held_out(rows, limits)
+
+
+def _held_out(completions: CollatePairs | CollateUnpaired, limits: Limits) -> CollateHeldOut:
+    sizes = limits.max_prompt_chars, limits.max_prompt_tokens
+    return CollateHeldOut(completions.tokenizer, *sizes, limits.variables, completions=completions)
 
 
 class PreferenceView(View):
@@ -116,12 +143,16 @@ def _check_pairs(rows: Dataset, numbers: Sequence[int], split: str) -> None:
             "'prompt' and two completions of it, 'chosen' and 'rejected'"
         )
     for name in ("chosen", "rejected"):
-        for number, value in zip(numbers, rows[name], strict=True):
-            if not isinstance(value, str):
-                raise InputError(
-                    f"column '{name}', row {number} (split '{split}'): {value!r:.60} is no text; write the "
-                    "completion as text or drop the row"
-                )
+        _check_texts(rows, numbers, split, name)
+
+
+def _check_texts(rows: Dataset, numbers: Sequence[int], split: str, name: str) -> None:
+    for number, value in zip(numbers, rows[name], strict=True):
+        if not isinstance(value, str):
+            raise InputError(
+                f"column '{name}', row {number} (split '{split}'): {value!r:.60} is no text; write the "
+                "completion as text or drop the row"
+            )
 
 
 class TextView(View):
@@ -159,6 +190,7 @@ class LabelledView(View):
 VIEWS: dict[batching.View, View] = {
     "prompts": PromptView(),
     "pairs": PairView(),
+    "unpaired": UnpairedView(),
     "text": TextView(),
     "labelled": LabelledView(),
     "preferences": PreferenceView(),

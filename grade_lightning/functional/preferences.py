@@ -1,9 +1,10 @@
-"""Losses over pairs of completions, of which one is preferred.
+"""Losses over completions that are compared, or labelled one by one.
 
 h is log π(y|x) − log π_ref(y|x) of a completion, r its reward.
 """
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -81,3 +82,99 @@ def ipo(chosen: Float[Tensor, " b"], rejected: Float[Tensor, " b"], beta: float)
         tensor([0.])
     """
     return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def kto(
+    log_ratios: Float[Tensor, " b"],
+    desirable: Bool[Tensor, " b"],
+    reference_point: Float[Tensor, ""],
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Tensor, " b"]:
+    """λ_D (1 − σ(β (h − z₀))) of a desirable completion, λ_U (1 − σ(β (z₀ − h))) of another.
+
+    Args:
+        log_ratios: h, summed over the completion.
+        desirable: the labels.
+        reference_point: z₀, what the policy gains or loses on average; no gradient goes through it.
+        beta: how strongly the policy is held to its reference.
+        desirable_weight: λ_D.
+        undesirable_weight: λ_U.
+
+    References:
+        | KTO: Model Alignment as Prospect Theoretic Optimization (Ethayarajh et al., 2024),
+          https://arxiv.org/abs/2402.01306
+
+    Example:
+        >>> kto(torch.tensor([2.0, 2.0]), torch.tensor([True, False]), torch.tensor(2.0), beta=0.1)
+        tensor([0.5000, 0.5000])
+    """
+    gain = beta * (log_ratios - reference_point.detach())
+    return torch.where(desirable, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain))
+
+
+def apo_zero_unpaired(
+    log_ratios: Float[Tensor, " b"], desirable: Bool[Tensor, " b"], beta: float
+) -> Float[Tensor, " b"]:
+    """1 − σ(β h) of a desirable completion, σ(β h) of another: KTO with z₀ = 0 and equal weights.
+
+    References:
+        | Anchored Preference Optimization and Contrastive Revisions (D'Oosterlinck et al., 2024),
+          https://arxiv.org/abs/2408.06266; without pairs it is TRL's
+
+    Example:
+        >>> apo_zero_unpaired(torch.tensor([0.0, 0.0]), torch.tensor([True, False]), beta=0.1)
+        tensor([0.5000, 0.5000])
+    """
+    return kto(log_ratios, desirable, log_ratios.new_zeros(()), beta)
+
+
+def cpl(
+    chosen: Float[Tensor, " b"], rejected: Float[Tensor, " b"], alpha: float, bias: float = 1.0
+) -> Float[Tensor, " b"]:
+    """−log σ(α (S_w − λ S_l)): Bradley-Terry over sums of advantages, which are α log π of the optimal policy.
+
+    Args:
+        chosen: S_w: log π of the completion or, to hold the policy to a reference, h.
+        rejected: S_l.
+        alpha: the temperature α of the policy.
+        bias: λ; below 1 it favours policies that are likely on the data. With h and λ = 1 this is DPO.
+
+    References:
+        | Contrastive Preference Learning: Learning from Human Feedback without RL (Hejna et al., 2023),
+          https://arxiv.org/abs/2310.13639
+
+    Example:
+        >>> one, two = torch.tensor([-1.0]), torch.tensor([-2.0])
+        >>> cpl(one, two, alpha=1.0), cpl(one, two, alpha=1.0, bias=0.5)
+        (tensor([0.3133]), tensor([0.6931]))
+    """
+    return -logsigmoid(alpha * (chosen - bias * rejected))
+
+
+def online_ipo(
+    log_ratios: Float[Tensor, "prompts g"], wins: Float[Tensor, "prompts g"], beta: float
+) -> Float[Tensor, " prompts"]:
+    """Mean over the pairs of a prompt's completions of (h_i − h_j − (P_i − P_j) / β)².
+
+    P_i is how often completion i beats one of the policy's own: the mean of P(i ≻ k) over all completions k of the
+    prompt, of which P(i ≻ i) is 1/2. With two completions P_i − P_j is P(i ≻ j) − 1/2.
+
+    Args:
+        log_ratios: h, of each of g ≥ 2 completions.
+        wins: P_i.
+        beta: how strongly the policy is held to its reference.
+
+    References:
+        | Human Alignment of Large Language Models through Online Preference Optimisation (Calandriello et al., 2024),
+          https://arxiv.org/abs/2403.08635
+        | the target with P_i − P_j: Extragradient Preference Optimization (Zhou et al., 2025),
+          https://arxiv.org/abs/2503.08942
+
+    Example:
+        >>> online_ipo(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.6, 0.4]]), beta=0.1)
+        tensor([0.])
+    """
+    gaps = log_ratios - wins / beta  # the mean over pairs of squared differences is twice the unbiased variance
+    return 2 * gaps.var(-1)

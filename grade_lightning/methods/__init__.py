@@ -13,12 +13,14 @@ from .agentic_aepo import AgenticAEPO as AgenticAEPO
 from .capo import CAPO as CAPO
 from .cispo import CISPO as CISPO
 from .copo import COPO as COPO
+from .cpl import CPL as CPL
 from .d3s import D3S as D3S
 from .dapo import DAPO as DAPO
 from .dcpo import DCPO as DCPO
 from .dpo import DPO as DPO
 from .dr_grpo import DrGRPO as DrGRPO
 from .drpo import DRPO as DRPO
+from .egpo import EGPO as EGPO
 from .gppo import GPPO as GPPO
 from .grade import Grade as Grade
 from .grade_ste import GradeSTE as GradeSTE
@@ -26,7 +28,9 @@ from .grpo import GRPO as GRPO
 from .gspo import GSPO as GSPO
 from .ipo import IPO as IPO
 from .knapsack_rl import KnapsackRL as KnapsackRL
+from .kto import KTO as KTO
 from .ngrpo import NGRPO as NGRPO
+from .online_ipo import OnlineIPO as OnlineIPO
 from .ppo import PPO as PPO
 from .prompt_search import PromptSearch as PromptSearch
 from .reinforce import Reinforce as Reinforce

@@ -60,6 +60,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
 
     backpropagates_reward: ClassVar[bool] = False
     """Whether the method needs a differentiable reward."""
+    redraws: ClassVar[bool] = False
+    """Whether each pass through a batch draws completions anew."""
 
     def __init__(
         self,
@@ -154,13 +156,13 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         """What a completion leaves of the context, whether it is sampled or of the data."""
         self.policy.load()
         context = self.policy.context_length
-        completion = max(self.sampler.max_new_tokens, text if self.batching.view == "pairs" else 0)
+        completion = max(self.sampler.max_new_tokens, text if self.batching.reads_completions else 0)
         return None if context is None else context - completion
 
     def check_lengths(self, prompt: int, text: int) -> None:
         """Prompt and completion must fit into the contexts of policy and rewards, be they sampled or of the data."""
         completion, flag = self.sampler.max_new_tokens, "--model.sampler.max_new_tokens"
-        if self.batching.view == "pairs" and text > completion:
+        if self.batching.reads_completions and text > completion:
             completion, flag = text, "--data.max_text_tokens"
         self._load()
         parts = ("prompts", prompt, "--data.max_prompt_tokens"), ("completions", completion, flag)
@@ -256,13 +258,14 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the speed of the whole step: sampling, reward, both passes and the optimizer.
 
-        A batch that is trained on several times counts as sampled once, over the time of all of them.
+        A batch that is trained on several times counts as sampled once, unless it is, over the time of all of them.
         """
         rollout, _, _ = self.last_rollout
         self._tokens += int(rollout.sampled.sum()) * self.trainer.world_size
         if (batch_idx + 1) % self.batching.steps_per_batch or self._began is None:
             return
-        speed = self._tokens / self.batching.epochs / (time.perf_counter() - self._began)
+        tokens = self._tokens if self.redraws else self._tokens / self.batching.epochs
+        speed = tokens / (time.perf_counter() - self._began)
         self._began = None
         self.log("train/tokens_per_second", speed, batch_size=len(rollout.lengths))
         self.log("tok/s", speed, prog_bar=True, logger=False, batch_size=len(rollout.lengths))

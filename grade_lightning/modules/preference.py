@@ -6,7 +6,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn.functional import pad
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.numerics import wide_numbers
@@ -16,6 +15,7 @@ from grade_lightning.rewards import NoReward, Reward
 from grade_lightning.rollouts import Sampler
 
 from .alignment import AlignmentModule
+from .given import given_rollout
 from .trainable import Stage
 
 Side: TypeAlias = tuple[TokenStats, Tensor]
@@ -119,7 +119,11 @@ class PreferenceModule(AlignmentModule):
             "margin": margin.masked_fill(~decided, 0).sum() / count,
             "undecided": 1 - decided.float().mean(),
         }
-        return StepOutput(losses.masked_fill(~decided, 0).mean(), now.detach(), metrics)
+        return StepOutput(self.average(losses.masked_fill(~decided, 0), rollout), now.detach(), metrics)
+
+    def average(self, losses: Tensor, rollout: Rollout) -> Tensor:
+        """The loss of a step from those of its pairs, (b,)."""
+        return losses.mean()
 
     def _compare(self, rollout: Rollout, now: TokenStats) -> tuple[Tensor, Tensor]:
         """Loss and margin of each pair, (b,) both; the margin without a graph."""
@@ -151,26 +155,5 @@ class PreferenceModule(AlignmentModule):
 
 
 def pairs_rollout(batch: dict[str, Any], policy: Policy) -> Rollout:
-    """Completions of the data in the form of a rollout: the chosen ones, then the rejected ones.
-
-    Nobody sampled them, so there are no `engine_logps`.
-    """
-    longest = max(batch["chosen_ids"].shape[1], batch["rejected_ids"].shape[1])
-    ids, masks = (
-        torch.cat(
-            [pad(x, (0, longest - x.shape[1]), value=value) for x in (batch[f"chosen_{n}"], batch[f"rejected_{n}"])]
-        )
-        for n, value in (("ids", policy.tokenizer.pad_token_id), ("mask", 0))
-    )
-    pairs = torch.arange(len(batch["input_ids"]))
-    return Rollout(
-        prompt_ids=batch["input_ids"].repeat(2, 1),
-        prompt_mask=batch["attention_mask"].repeat(2, 1),
-        completion_ids=ids,
-        completion_mask=masks.bool(),
-        engine_logps=None,
-        tokenizer=policy.tokenizer,
-        columns={name: values * 2 for name, values in batch["columns"].items()},
-        eos_ids=policy.eos_ids,
-        groups=pairs.repeat(2),
-    )
+    """Completions of the data in the form of a rollout: the chosen ones, then the rejected ones."""
+    return given_rollout(batch, policy, "chosen", "rejected")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from grade_lightning.errors import InputError
 
-View = Literal["prompts", "labelled", "text", "pairs", "preferences"]
+View = Literal["prompts", "labelled", "text", "pairs", "unpaired", "preferences"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Batching:
         accumulation: micro-batches of an optimizer step, where one batch holds all of them; None: each micro-batch is a
             batch of its own.
         spare: further rows in a batch for each that is needed, for stages that may replace some.
+        least: fewest sequences of a micro-batch, for methods that compare them.
 
     Example:
         >>> batching = Batching(generations=8, minibatches=4, epochs=2)
@@ -37,6 +38,12 @@ class Batching:
     minibatches: int = 1
     accumulation: int | None = None
     spare: int = 0
+    least: int = 1
+
+    @property
+    def reads_completions(self) -> bool:
+        """Whether the data bring completions of their prompts, to be read by the policy."""
+        return self.view in ("pairs", "unpaired")
 
     @property
     def parts(self) -> int:
@@ -56,8 +63,13 @@ class Batching:
         """Rows of the data in a batch, on one device.
 
         Raises:
-            InputError: the sequences cannot be shared out over whole rows.
+            InputError: the sequences cannot be shared out over whole rows, or are too few.
         """
+        if 0 < batch_size < self.least:
+            raise InputError(
+                f"data.batch_size = {batch_size}: must be at least {self.least}, for the rows are compared with each "
+                "other"
+            )
         completions = self.completions(batch_size)
         if completions % self.generations or not completions:
             if self.accumulation is None:

@@ -184,7 +184,7 @@ class Rollout:
         first, length = (int(starts.min()), int(lengths.max())) if len(rows) else (0, self.completion_ids.shape[1])
         columns = {name: [values[i] for i in rows.tolist()] for name, values in self.columns.items()}
         prompts = {name: getattr(self, name)[rows, first:] for name in self._PROMPT}
-        tokens = {name: value[rows, :length] for name, value in self._per_token().items()}
+        tokens = {name: value[rows, :length] for name, value in self.tokenwise().items()}
         changes: dict[str, Any] = {"columns": columns, "groups": self.groups[rows.cpu()], **prompts, **tokens}
         return replace(self, **changes)
 
@@ -193,7 +193,7 @@ class Rollout:
         """All sequences of several rollouts, padded to the longest; their groups stay apart."""
         first, pad_id = rollouts[0], rollouts[0].tokenizer.pad_token_id
         tensors: dict[str, Any] = {}
-        for name in (*cls._PROMPT, *first._per_token()):
+        for name in (*cls._PROMPT, *first.tokenwise()):
             parts, left = [getattr(r, name) for r in rollouts], name in cls._PROMPT
             short = [max(part.shape[1] for part in parts) - part.shape[1] for part in parts]
             fill = pad_id if name.endswith("_ids") else 0
@@ -209,7 +209,7 @@ class Rollout:
 
     def pack(self) -> dict[str, Any]:
         """Tensors and plain values alone, as a checkpoint may hold them; without columns of anything else."""
-        tensors = {name: getattr(self, name) for name in self._PROMPT} | self._per_token()
+        tensors = {name: getattr(self, name) for name in self._PROMPT} | self.tokenwise()
         packed = {name: tensor.cpu() for name, tensor in tensors.items()}
         columns = {name: values for name, values in self.columns.items() if _is_plain(values)}
         return packed | {"groups": self.groups, "eos_ids": self.eos_ids, "stop": self.stop, "columns": columns}
@@ -219,7 +219,7 @@ class Rollout:
         """The inverse of :meth:`pack`."""
         return cls(**{"engine_logps": None} | packed, tokenizer=tokenizer)
 
-    def _per_token(self) -> dict[str, Tensor]:
+    def tokenwise(self) -> dict[str, Tensor]:
         """What has one value for each token of the completions."""
         return {name: value for name in self._TOKENS if (value := getattr(self, name)) is not None}
 

@@ -9,6 +9,10 @@ from .group_normalized import GroupNormalizedSum as GroupNormalizedSum
 from .judge import JudgeReward as JudgeReward
 from .length import OverlongPenalty as OverlongPenalty
 from .no_reward import NoReward as NoReward
+from .pairwise import FunctionPreference as FunctionPreference
+from .pairwise import JudgePreference as JudgePreference
+from .pairwise import PairwiseJudge as PairwiseJudge
+from .pairwise import RewardPreference as RewardPreference
 from .remote_judge import RemoteJudge as RemoteJudge
 from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward

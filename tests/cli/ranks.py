@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grade_lightning.methods import AEPO, AgenticAEPO, RewardModel, SupervisedFineTuning
-from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
+from grade_lightning.modules import (
+    AlignmentModule,
+    PairwiseModule,
+    PolicyGradientModule,
+    PreferenceModule,
+    TrainableModule,
+    UnpairedModule,
+)
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
@@ -37,8 +44,8 @@ QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "PPO with LoRA", "DAPO", "DPO",
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY]
 )
-DDP_ALONE = "STPPO", "STPPO with LoRA"
-"""What takes two gradients of one pass, which FSDP2 cannot give."""
+DDP_ALONE = "STPPO", "STPPO with LoRA", "EGPO", "EGPO with LoRA"
+"""What takes two gradients of one pass, or copies whole weights: FSDP2 can give neither."""
 
 
 class Keep(Callback):
@@ -77,6 +84,8 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
         settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
+    if issubclass(method, UnpairedModule):
+        settings["z0"] = "exact"  # which row is before another one depends on the process
     options: dict[str, Any] = {"max_retries": 0, "hops": "exact"}
     options |= {"min_rollouts": 4, "max_rollouts": 4}  # KnapsackRL: each process has a budget of its own
     options |= {"row_share": Constant(1.0), "token_share": Constant(1.0)}  # D3S: each chooses among its own rows
@@ -88,7 +97,7 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
 def batches(case: str, rank: int | None, steps: int = 2) -> list[dict[str, Any]]:
     """Eight rows for each step; of two processes the first has those with the short completions."""
     method, _ = EVERY[case]
-    size = 4 if issubclass(method, (PolicyGradientModule, PreferenceModule)) else 1
+    size = 4 if issubclass(method, (PairwiseModule, PolicyGradientModule, PreferenceModule)) else 1
     found = [prompts(8, size, seed) for seed in range(steps)]
     if not issubclass(method, AlignmentModule):
         for seed, batch in enumerate(found):

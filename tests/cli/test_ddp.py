@@ -22,6 +22,7 @@ from grade_lightning.methods import (
     COPO,
     DAPO,
     DCPO,
+    EGPO,
     GRPO,
     PPO,
     RLOO,
@@ -144,7 +145,7 @@ class Brevity(Reward):
         return 1 - rollout.lengths / 12
 
 
-CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
+CASES: dict[str, tuple[type[Any], dict[str, Any], int]] = {
     "token mean": (DAPO, {"max_retries": 0}, 1),
     "token mean, accumulated": (DAPO, {"max_retries": 0}, 2),
     "scaled by the batch": (GRPO, {"scale_rewards": "batch"}, 1),
@@ -164,6 +165,7 @@ CASES: dict[str, tuple[type[PolicyGradientModule], dict[str, Any], int]] = {
     "prompts shared": (RLOO, {"training_pass": SharedPrefixPass(), "kl": KL(0.1), "epochs": 2}, 2),
     "bounds": (Bounded, {"epochs": 2}, 1),
     "turns": (Reinforce, {"sampler": Sampler(12, engine=Turns(Tool, turn_tokens=4, engine=Greedy()))}, 1),
+    "a trial before each step": (EGPO, {}, 2),
 }
 
 
@@ -182,17 +184,19 @@ STATEFUL = (
     "bounds",
     "turns",
 )
-RESUMED = "prompt memory", "success rates, in two epochs", "values", "bounds"
+RESUMED = "prompt memory", "success rates, in two epochs", "values", "bounds", "a trial before each step"
 PARALLEL = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FIGURES = """train/loss train/reward train/reward_std train/objective train/kl train/kl_per_token train/kl_k2
 train/entropy train/response_length train/eos_rate"""
 
 
-def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[PolicyGradientModule, Watch, Trainer]:
+def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[Any, Watch, Trainer]:
     """Four steps on completions of 1 to 12 tokens: the first process has the short ones, or one process has all."""
     method, settings, accumulate = CASES[name]
-    module = build(method, **{"num_generations": 4, "minibatches": 1, "epochs": 1} | settings)
-    windows = [prompts(8, module.num_generations, seed) for seed in range(4 // module.epochs)]
+    steps = {"minibatches": 1, "epochs": 1} if issubclass(method, PolicyGradientModule) else {}
+    module: Any = build(method, **{"num_generations": 4} | steps | settings)
+    epochs = module.batching.epochs
+    windows = [prompts(8, module.num_generations, seed) for seed in range(4 // epochs)]
     if rank is not None:
         windows = [slice_rows(window, 4 * rank, 4) for window in windows]
     parallel: dict[str, Any] = {"devices": 1} if rank is None else {"devices": 2, "strategy": "ddp"}
@@ -211,7 +215,7 @@ def fit_case(name: str, rank: int | None, folder: Path, **kwargs: Any) -> tuple[
         enable_checkpointing=not kwargs,
         **parallel,
     )
-    fitted.fit(module, loader(*windows, visits=module.epochs * accumulate), **kwargs)
+    fitted.fit(module, loader(*windows, visits=epochs * accumulate), **kwargs)
     return module, watch, fitted
 
 

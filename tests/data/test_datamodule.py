@@ -493,6 +493,49 @@ def test_long_prompt_of_a_pair() -> None:
         ready(Rows(preferences(80)), "pairs", max_prompt_tokens=6)
 
 
+def unpaired(n: int) -> dict[str, list[Any]]:
+    """Rows as TRL's KTO reads them."""
+    table = preferences(n)
+    return {"prompt": table["prompt"], "completion": table["chosen"], "label": [i % 3 == 0 for i in range(n)]}
+
+
+def test_unpaired_batches() -> None:
+    """Prompts on the left, completions with their end on the right, and labels; rows for no reward model."""
+    table = unpaired(80)
+    data = ready(Rows(table), "unpaired", reward_size=None)
+    assert len(data.splits["reward"]) == 0
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        assert [letters().decode(row[1:]) for row in real(batch)] == batch["columns"]["prompt"]
+        rows = [table["prompt"].index(prompt) for prompt in batch["columns"]["prompt"]]
+        found = real(batch, "completion_ids", "completion_mask")
+        assert [letters().decode(ids) for ids in found] == [table["completion"][row] + "<eos>" for row in rows]
+        assert batch["desirable"].tolist() == [table["label"][row] for row in rows]
+    prompts = next(iter(ready(Rows({"prompt": table["prompt"]}), "unpaired").val_dataloader()))
+    assert set(prompts) == {"input_ids", "attention_mask", "columns"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"label": None}, r"no column 'label' to train on labelled completions; add a 'prompt', a 'completion'"),
+        (
+            {"label": [1] * 80},
+            r"column 'label' \(split 'prompts'\): all rows have True, .* of the other label",
+        ),
+        (
+            {"completion": [[{"role": "assistant", "content": "a"}] * 2] * 80},
+            r"column 'completion', row \d+ .* no text",
+        ),
+    ],
+    ids=["label", "one label", "completion"],
+)
+def test_unpaired_rows_that_cannot_be_learnt_from(wrong: dict[str, Any], message: str) -> None:
+    table = {name: values for name, values in (unpaired(80) | wrong).items() if values is not None}
+    with pytest.raises(InputError, match=message):
+        ready(Rows(table), "unpaired").train_dataloader()
+
+
 def order(loader: DataLoader[Any]) -> list[int]:
     return [star for batch in loader for star in batch["columns"]["stars"]]
 

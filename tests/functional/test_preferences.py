@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from grade_lightning.functional.preferences import bradley_terry, centring, dpo, ipo
+from grade_lightning.functional.preferences import (
+    apo_zero_unpaired,
+    bradley_terry,
+    centring,
+    cpl,
+    dpo,
+    ipo,
+    kto,
+    online_ipo,
+)
 from grade_lightning.methods import DPO, IPO
 from grade_lightning.records import TokenStats
 
@@ -101,3 +110,63 @@ def test_the_methods_sum_or_average_over_tokens() -> None:
     up, down = ((TokenStats(zero, x, zero, zero, zero), m) for x, m in zip((chosen, rejected), mask, strict=True))
     torch.testing.assert_close(DPO(beta=0.3).pair_loss(up, down), torch.tensor(sums))
     torch.testing.assert_close(IPO(beta=0.3).pair_loss(up, down), torch.tensor(means))
+
+
+BOTH = torch.tensor([True, False])
+
+
+def test_kto_at_its_reference_point() -> None:
+    """Half of each weight, the steepest slope, and none of it through z₀."""
+    ratios = torch.full((2,), 3.0, dtype=torch.float64, requires_grad=True)
+    point = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    loss = kto(ratios, BOTH, point, beta=0.3, desirable_weight=1.4, undesirable_weight=0.6)
+    assert loss.tolist() == pytest.approx([0.7, 0.3])
+    slopes, through = torch.autograd.grad(loss.sum(), [ratios, point], allow_unused=True)
+    assert slopes.tolist() == pytest.approx([-0.3 * 0.25 * 1.4, 0.3 * 0.25 * 0.6])
+    assert through is None
+
+
+@pytest.mark.parametrize("gain", [-20.0, -1.0, 0.3, 20.0])
+def test_kto_is_the_same_with_labels_and_gains_turned_around(gain: float) -> None:
+    point = torch.tensor(1.0)
+    ahead, behind = torch.full((2,), 1 + gain), torch.full((2,), 1 - gain)
+    torch.testing.assert_close(kto(ahead, BOTH, point, 0.2), kto(behind, ~BOTH, point, 0.2))
+    assert kto(ahead, BOTH, point, 0.2)[0].item() == pytest.approx(1 - 1 / (1 + math.exp(-0.2 * gain)), abs=1e-6)
+
+
+def test_apo_zero_is_kto_around_nothing() -> None:
+    ratios = torch.tensor([1.5, 1.5])
+    sigma = 1 / (1 + math.exp(-0.3))
+    assert apo_zero_unpaired(ratios, BOTH, beta=0.2).tolist() == pytest.approx([1 - sigma, sigma])
+    torch.testing.assert_close(apo_zero_unpaired(ratios, BOTH, 0.2), kto(ratios, BOTH, torch.tensor(0.0), 0.2))
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_cpl_with_a_reference_and_without_bias_is_dpo(margin: float) -> None:
+    chosen, rejected = pair(margin)
+    assert cpl(chosen, rejected, alpha=0.3).item() == pytest.approx(dpo(chosen, rejected, 0.3).item(), abs=1e-15)
+
+
+def test_the_bias_of_cpl_holds_back_the_rejected_score_alone() -> None:
+    """Half of a score of −2 is −1: as likely as the preferred one, and half as steep."""
+    chosen, rejected = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1.0, -2.0))
+    loss = cpl(chosen, rejected, alpha=1.0, bias=0.5)
+    assert loss.item() == pytest.approx(math.log(2))
+    up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    assert (up.item(), down.item()) == pytest.approx((-0.5, 0.25))
+
+
+def test_online_ipo_is_a_mean_over_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ratios, wins = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    expected = sum(((ratios - wins / 0.3)[:, i] - (ratios - wins / 0.3)[:, j]) ** 2 for i, j in pairs) / 6
+    torch.testing.assert_close(online_ipo(ratios, wins, beta=0.3), expected)
+
+
+def test_online_ipo_of_two_completions_is_pulled_to_their_odds() -> None:
+    """Of two, P(i ≻ j) − 1/2 is what P_i − P_j is; where both are as good, the log-ratios are pulled together."""
+    ratios = torch.tensor([[1.2, 0.2], [1.0, -1.0]])
+    even, ahead = torch.tensor([0.5, 0.5]), torch.tensor([0.65, 0.35])  # (1/2 + P) / 2 of P = 0.8
+    loss = online_ipo(ratios, torch.stack([ahead, even]), beta=0.1)
+    assert loss.tolist() == pytest.approx([(1.0 - 3.0) ** 2, 2.0**2])

@@ -22,13 +22,13 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     assert cell(out, "pad token") == "'<pad>' (1)"
     assert int(cell(out, "largest data.batch_size")) > 8
     sampled = issubclass(METHODS[method], AlignmentModule)
-    assert len(re.findall(r"^│ w\d+ .* │$", out, re.MULTILINE)) == (2 if method in ("DPO", "IPO") else 4)
+    assert len(re.findall(r"^│ w\d+ .* │$", out, re.MULTILINE)) == (2 if method in ("CPL", "DPO", "IPO") else 4)
     assert ("a completion ends with │ '<eos>' (0)" in out) == sampled
     assert cell(out, "end of turn") == "none"
     beginning = cell(out, f"a {'prompt' if sampled else 'text'} begins with")
     assert re.fullmatch(r"'<eos>' \(0\)(, 'w(\d+)' \(\2\))+", beginning)
     assert set(memory.phases) >= ({"sampling", "reward", "reference"} if sampled else {"loss", "backward"})
-    assert memory.unit == {"DPO": 4, "IPO": 4, "GRPO": 8}.get(method, memory.unit)
+    assert memory.unit == {"DPO": 4, "IPO": 4, "KTO": 2, "EGPO": 4, "GRPO": 8}.get(method, memory.unit)
     weights = {"policy", "reference", "reward"} if sampled else {"classifier" if method == "RewardModel" else "policy"}
     weights |= {"critic"} if method in ("PPO", "TurnPPO", "STPPO") else set()
     assert set(memory.parts) == weights | {"gradients", "optimizer state"}
