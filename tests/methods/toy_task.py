@@ -98,7 +98,8 @@ def make(
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
     }
     parameters = inspect.signature(method).parameters
-    settings = {name: value for name, value in settings.items() if name in parameters}
+    if not method.has_gradient:
+        del settings["optimizer"], settings["lr_scheduler"]
     if "kl" in parameters:
         settings["kl"] = replace(parameters["kl"].default, beta=0.1 * parameters["kl"].default.beta)  # a tiny reward
     schedules = {"tau": 1.0, "row_share": 0.5, "token_share": 0.5}
