@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from grade_lightning.callbacks.noise_figure import draw_noise
+from grade_lightning.callbacks.opposing import Opposing, opposing, write
 from grade_lightning.callbacks.probe import loss_scale, probe, trained
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.intervals import Interval, pseudo_values, ratio_interval
@@ -70,6 +71,8 @@ class GradientVariance(Callback):
         """The latest figures."""
         self.history: list[tuple[int, float, float, float]] = []
         """Step, relative standard deviation and its interval, of each probe."""
+        self.opposing: Opposing | None = None
+        """What the latest probe says of prompts whose gradients oppose each other."""
         self._steps: deque[tuple[Tensor, Tensor, int]] = deque(maxlen=window)
         self._handles: list[RemovableHandle] = []
         self._watched: list[int] = []
@@ -237,6 +240,11 @@ class GradientVariance(Callback):
             if layers:
                 whole = torch.stack(list(layers.values())).sum(0)
                 figures |= _named(name, self._analysed(whole, found.blocks, blocks_in_step))
+        whole = torch.stack(list(found.products.values())).sum(0)
+        self.opposing = opposing(trainer, module, batch, found, whole, spare)
+        if self.opposing is not None:
+            figures |= self.opposing.figures
+            write(trainer, self.opposing)
         for layer, products in found.products.items():
             own = self._analysed(products, found.blocks, blocks_in_step)
             shares[layer] = own["sampling_variance"], own["prompt_variance"]

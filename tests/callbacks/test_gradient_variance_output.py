@@ -107,6 +107,7 @@ def test_what_is_in_tensorboard(matplotlib: bool, tmp_path: Path, monkeypatch: p
     both = PASSIVE | {f"sampling_{name}" for name in ENDS | {"relative_std", "variance"}}
     both |= {"squared_norm", "prompt_variance"}
     probes = {f"{group}/{name}" for group in ("probe", "probe_adam") for name in both}
+    probes |= {f"probe/{name}" for name in ("opposing_share", "least_cosine", "alignment_ratio")}
     layers = {layer_of(name) for name, p in module.named_parameters() if p.requires_grad}
     assert {"policy.model.model.embed_tokens", "policy.model.model.layers.0", "policy.model.lm_head"} < layers
     each = {f"probe/{name}/{layer}" for name in ("variance", "relative_std") for layer in layers}
