@@ -26,7 +26,7 @@ from grade_lightning.policies import Policy
 from grade_lightning.policies.endings import end_ids
 from grade_lightning.records import Batching
 
-from .guards import BAD_BATCHES, StepGuard, check_method, check_strategy, check_weights, check_windows
+from .guards import BAD_BATCHES, StepGuard, check_low_rank, check_method, check_strategy, check_weights, check_windows
 
 Stage = Literal["train", "val", "test", "predict"]
 
@@ -164,9 +164,12 @@ class TrainableModule(LightningModule):
                 scheduler = self.lr_scheduler(optimizer)
             else:
                 scheduler = LambdaLR(optimizer, lambda step: self._remaining(step))  # a longer resumed run stretches it
+        except InputError:
+            raise
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{reason}; check --model.optimizer and --model.lr_scheduler") from error
+        check_low_rank(optimizer, self.named_parameters())
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             if scheduler.monitor == "train/loss" and not self.loss_is_objective:
