@@ -41,6 +41,7 @@ from grade_lightning.methods import (
     RewardModel,
     SupervisedFineTuning,
     TurnPPO,
+    ZerothOrder,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
 from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass
@@ -187,6 +188,7 @@ __all__ = [
     "Turns",
     "Verifier",
     "WeightedSum",
+    "ZerothOrder",
     "by_advantage",
     "grouped",
 ]

@@ -44,6 +44,7 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
     RewardModel,
     TurnPPO,
+    ZerothOrder,
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
@@ -154,6 +155,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     DropSolved: {"best": [math.inf]},
     DPO: {"label_smoothing": [-0.1, 0.6]},
     IPO: {"beta": [0], "num_generations": [1]},
+    ZerothOrder: {"beta": [-0.1], "epsilon": [0], "directions": [0], "clip": [0]},
 }
 CASES = [
     (make, name, value)
