@@ -2,7 +2,15 @@
 
 from grade_lightning.advantages import OptimalTokenBaseline, grouped
 from grade_lightning.budget import KnapsackBudget
-from grade_lightning.callbacks import Checkpoint, Completions, Export, GradientVariance, PredictionWriter, Summary
+from grade_lightning.callbacks import (
+    Checkpoint,
+    Completions,
+    EControl,
+    Export,
+    GradientVariance,
+    PredictionWriter,
+    Summary,
+)
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
@@ -119,6 +127,7 @@ __all__ = [
     "DriftPenalty",
     "DropSolved",
     "DynamicSampling",
+    "EControl",
     "Engine",
     "EngineCorrection",
     "EntropyBonus",

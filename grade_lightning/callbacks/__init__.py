@@ -3,6 +3,7 @@
 from .checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoint import Checkpoint as Checkpoint
 from .completions import Completions as Completions
+from .error_control import EControl as EControl
 from .export import Export as Export
 from .gradient_variance import GradientVariance as GradientVariance
 from .predictions import PredictionWriter as PredictionWriter
