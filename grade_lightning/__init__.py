@@ -9,6 +9,7 @@ from grade_lightning.callbacks import (
     Export,
     GradientVariance,
     PredictionWriter,
+    PrivatePairs,
     Summary,
 )
 from grade_lightning.columns import Columns
@@ -162,6 +163,7 @@ __all__ = [
     "PolicyGradientModule",
     "PredictionWriter",
     "PreferenceModule",
+    "PrivatePairs",
     "PromptMemory",
     "Prompts",
     "Proximal",

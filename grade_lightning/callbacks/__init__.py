@@ -7,6 +7,7 @@ from .error_control import EControl as EControl
 from .export import Export as Export
 from .gradient_variance import GradientVariance as GradientVariance
 from .predictions import PredictionWriter as PredictionWriter
+from .private_pairs import PrivatePairs as PrivatePairs
 from .progress import Progress as Progress
 from .signals import Requeue as Requeue
 from .signals import Terminate as Terminate
