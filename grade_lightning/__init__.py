@@ -53,7 +53,7 @@ from grade_lightning.methods import (
     ZerothOrder,
 )
 from grade_lightning.modules import AlignmentModule, PolicyGradientModule, PreferenceModule, TrainableModule
-from grade_lightning.policies import LoRA, Pass, Policy, SharedPrefixPass
+from grade_lightning.policies import LoRA, Pass, Policy, RowSampling, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
@@ -174,6 +174,7 @@ __all__ = [
     "Reward",
     "RewardModel",
     "Rollout",
+    "RowSampling",
     "Sampler",
     "Schedule",
     "Scores",
