@@ -6,9 +6,11 @@ from grade_lightning.callbacks import (
     BetaByJudge,
     Checkpoint,
     Completions,
+    EControl,
     Export,
     GradientVariance,
     PredictionWriter,
+    PrivatePairs,
     Summary,
 )
 from grade_lightning.columns import Columns
@@ -54,6 +56,7 @@ from grade_lightning.methods import (
     RewardModel,
     SupervisedFineTuning,
     TurnPPO,
+    ZerothOrder,
 )
 from grade_lightning.modules import (
     AlignmentModule,
@@ -63,7 +66,7 @@ from grade_lightning.modules import (
     TrainableModule,
     UnpairedModule,
 )
-from grade_lightning.policies import ChunkedPass, LoRA, Pass, Policy, SharedPrefixPass
+from grade_lightning.policies import ChunkedPass, LoRA, Pass, Policy, RowSampling, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
@@ -158,6 +161,7 @@ __all__ = [
     "DriftPenalty",
     "DropSolved",
     "DynamicSampling",
+    "EControl",
     "Engine",
     "EngineCorrection",
     "EntropyBonus",
@@ -197,6 +201,7 @@ __all__ = [
     "PolicyGradientModule",
     "PredictionWriter",
     "PreferenceModule",
+    "PrivatePairs",
     "PromptMemory",
     "PromptSearch",
     "Prompts",
@@ -209,6 +214,7 @@ __all__ = [
     "RewardModel",
     "RewardPreference",
     "Rollout",
+    "RowSampling",
     "Sampler",
     "Schedule",
     "Scores",
@@ -236,6 +242,7 @@ __all__ = [
     "UnpairedModule",
     "Verifier",
     "WeightedSum",
+    "ZerothOrder",
     "by_advantage",
     "grouped",
 ]

@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -38,6 +40,21 @@ def hash_seed(*key: int | str) -> int:
         True
     """
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators: torch's, and those that rewards of the user's own may draw from.
+
+    Example:
+        >>> seed_generators(7)
+        >>> first = torch.rand(2)
+        >>> seed_generators(7)
+        >>> bool((torch.rand(2) == first).all())
+        True
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
 
 
 def finite_or_none(value: float) -> float | None:

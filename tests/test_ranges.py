@@ -48,6 +48,7 @@ from grade_lightning.methods import (
     ReinforcePlusPlus,
     RewardModel,
     TurnPPO,
+    ZerothOrder,
 )
 from grade_lightning.modules import PolicyGradientModule, PreferenceModule
 from grade_lightning.policies import LoRA
@@ -163,6 +164,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     EGPO: {"beta": [0], "num_generations": [1]},
     RewardPreference: {"temperature": [0]},
     KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
+    ZerothOrder: {"beta": [-0.1], "epsilon": [0], "directions": [0], "clip": [0]},
 }
 CASES = [
     (make, name, value)

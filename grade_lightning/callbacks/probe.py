@@ -1,11 +1,9 @@
 """Independent gradients at frozen parameters, by the module's own training step."""
 
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -16,7 +14,7 @@ from grade_lightning.callbacks.frozen import frozen
 from grade_lightning.errors import InputError
 from grade_lightning.functional.moments import gram
 from grade_lightning.functional.sketch import count_sketch
-from grade_lightning.numerics import hash_seed
+from grade_lightning.numerics import hash_seed, seed_generators
 from grade_lightning.records import batch_rows, slice_rows
 
 
@@ -81,9 +79,7 @@ def probe(
             part = slice_rows(batch, block * given, given)
             for draw in range(draws):
                 seed = hash_seed(*key, trainer.global_rank, block, draw)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.manual_seed(seed)
+                seed_generators(seed)
                 gradients = list(_gradients(trainer, module, part, batch_idx, list(named.values())))
                 for scales, vectors in zip(metrics, kept, strict=True):
                     for layer, members in layers.items():

@@ -41,6 +41,7 @@ from .sapo import SAPO as SAPO
 from .st_ppo import STPPO as STPPO
 from .supervised import SupervisedFineTuning as SupervisedFineTuning
 from .turn_ppo import TurnPPO as TurnPPO
+from .zeroth_order import ZerothOrder as ZerothOrder
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     for _value in vars(importlib.import_module(_found.name)).values():

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from grade_lightning.errors import InputError
 from grade_lightning.records import Batching
@@ -85,6 +86,25 @@ def check_windows(trainer: Trainer, batching: Batching) -> None:
         rank_zero_warn(
             f"an epoch has {batches} batches, no multiple of the {steps} that are trained on what is read or "
             "sampled at once: the last of each epoch is cut short"
+        )
+
+
+def check_low_rank(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Check that an optimizer with a rank is not given the matrices of LoRA.
+
+    Args:
+        optimizer: any; ours, GaLore and their kin have a `rank` in their groups.
+        parameters: what it trains, by name.
+
+    Raises:
+        InputError: it is.
+    """
+    adapters = {id(p) for name, p in parameters if ".lora_" in name}
+    groups = [group for group in optimizer.param_groups if group.get("rank") is not None]
+    if any(id(p) in adapters for group in groups for p in group["params"]):
+        raise InputError(
+            f"--model.optimizer {type(optimizer).__name__}: keeps its moments in low rank, which the matrices of LoRA "
+            "have already, so it would save nothing; use torch.optim.AdamW, or leave --model.policy.lora out"
         )
 
 

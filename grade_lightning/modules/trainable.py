@@ -3,12 +3,10 @@
 import json
 import math
 import os
-import random
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -21,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.files import write_atomically
-from grade_lightning.numerics import hash_seed
+from grade_lightning.numerics import hash_seed, seed_generators
 from grade_lightning.policies import Policy
 from grade_lightning.policies.endings import end_ids
 from grade_lightning.records import Batching
 
-from .guards import BAD_BATCHES, StepGuard, check_method, check_strategy, check_weights, check_windows
+from .guards import BAD_BATCHES, StepGuard, check_low_rank, check_method, check_strategy, check_weights, check_windows
 
 Stage = Literal["train", "val", "test", "predict"]
 
@@ -146,9 +144,7 @@ class TrainableModule(LightningModule):
         step = self.global_step if stage == "train" and self._trainer is not None else 0
         rank = self.global_rank if self._trainer is not None else 0
         seed = hash_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")), stage, step, batch_idx, rank)
-        torch.manual_seed(seed)
-        random.seed(seed)  # for rewards of the user's own
-        numpy.random.seed(seed % 2**32)
+        seed_generators(seed)
 
     # ---- optimizer ----------------------------------------------------------------------------------------------
 
@@ -170,9 +166,12 @@ class TrainableModule(LightningModule):
                 scheduler = self.lr_scheduler(optimizer)
             else:
                 scheduler = LambdaLR(optimizer, lambda step: self._remaining(step))  # a longer resumed run stretches it
+        except InputError:
+            raise
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{reason}; check --model.optimizer and --model.lr_scheduler") from error
+        check_low_rank(optimizer, self.named_parameters())
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             if scheduler.monitor == "train/loss" and not self.loss_is_objective:

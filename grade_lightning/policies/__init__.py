@@ -9,4 +9,5 @@ from .passes import Pass as Pass
 from .passes import SharedPrefixPass as SharedPrefixPass
 from .passes import WholePass as WholePass
 from .policy import Policy as Policy
+from .sampled_linear import RowSampling as RowSampling
 from .value_head import ValueHead as ValueHead

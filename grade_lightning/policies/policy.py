@@ -24,6 +24,7 @@ from .lora import LoRA, merged_state, with_adapters
 from .modes import evaluating
 from .network import Frozen, Network
 from .passes import Pass, WholePass
+from .sampled_linear import RowSampling, sample_rows
 from .saving import true_settings
 from .sharing import obstacle
 
@@ -46,6 +47,7 @@ class Policy(nn.Module, Network):
         torch_compile: compile the training pass of the network below the head. The rollout is not affected.
         training_pass: how rollouts go through the network when they are measured; each sequence whole by default
             (`WholePass`), or each prompt once for all its completions (`SharedPrefixPass`).
+        row_sampling: weight gradients of some layers from a part of their rows; exact by default.
 
     Example:
         >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
@@ -64,6 +66,7 @@ class Policy(nn.Module, Network):
         dropout: bool = False,
         torch_compile: bool = False,
         training_pass: Pass | None = None,
+        row_sampling: RowSampling | None = None,
     ) -> None:
         super().__init__()
         self.path = path
@@ -74,6 +77,7 @@ class Policy(nn.Module, Network):
         self.dropout = dropout
         self.torch_compile = torch_compile
         self.training_pass = training_pass or WholePass()
+        self.row_sampling = row_sampling
         self._eos_ids: list[int] | None = None
         self._compiled: tuple[Callable[..., Any]] | None = None
         self._anatomy: Anatomy | None = None
@@ -88,10 +92,11 @@ class Policy(nn.Module, Network):
         lora: LoRA | None = None,
         reference: bool = True,
         training_pass: Pass | None = None,
+        row_sampling: RowSampling | None = None,
     ) -> "Policy":
         """Wrap a model that is in memory already; it is used, not copied (its reference is a copy)."""
         path = model.config.name_or_path or type(model).__name__
-        policy = cls(path=path, lora=lora, training_pass=training_pass)
+        policy = cls(path=path, lora=lora, training_pass=training_pass, row_sampling=row_sampling)
         policy.dtype = model.dtype
         if tokenizer is not None:
             policy.tokenizer = tokenizer
@@ -127,6 +132,8 @@ class Policy(nn.Module, Network):
         if rows != logits:
             raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
         self._warn()
+        if self.row_sampling is not None:
+            sample_rows(self.model, self.row_sampling)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

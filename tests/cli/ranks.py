@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grade_lightning.methods import AEPO, AgenticAEPO, RewardModel, SupervisedFineTuning
+from grade_lightning.methods import AEPO, AgenticAEPO, RewardModel, SupervisedFineTuning, ZerothOrder
 from grade_lightning.modules import (
     AlignmentModule,
     PairwiseModule,
@@ -26,7 +26,10 @@ from grade_lightning.modules import (
     TrainableModule,
     UnpairedModule,
 )
+from grade_lightning.modules.measuring import measure
 from grade_lightning.policies import LoRA, Policy
+from grade_lightning.records import Rollout
+from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
@@ -44,8 +47,8 @@ QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "PPO with LoRA", "DAPO", "DPO",
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY]
 )
-DDP_ALONE = "STPPO", "STPPO with LoRA", "EGPO", "EGPO with LoRA"
-"""What takes two gradients of one pass, or copies whole weights: FSDP2 can give neither."""
+DDP_ALONE = "STPPO", "STPPO with LoRA", "EGPO", "EGPO with LoRA", "ZerothOrder", "ZerothOrder with LoRA"
+"""What takes two gradients of one pass, or copies or moves whole weights: FSDP2 can give neither."""
 
 
 class Keep(Callback):
@@ -60,6 +63,17 @@ class Keep(Callback):
         self.gradients.append({name: full(p.grad).clone() for name, p in trained.items() if p.grad is not None})
         own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained.values())
         self.share = own / sum(p.numel() for p in trained.values())
+
+
+class Likelihood(Reward):
+    """How likely the policy finds a completion: given ones have another reward when it moves."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = (policy,)  # no part of the reward
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        return measure(self.policy[0], Sampler(12).distribution, rollout).logps.sum(-1)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -77,11 +91,14 @@ def make(case: str, backbone: Path, **kwargs: Any) -> TrainableModule:
     if method is RewardModel:
         module: TrainableModule = method(backbone=str(backbone), hidden=6, **settings | kwargs)
         return module
-    dtype = torch.float64 if method is AgenticAEPO else torch.float32  # entropies that differ little, over their spread
+    # entropies that differ little, over their spread; values that differ little, over ε
+    dtype = torch.float64 if method in (AgenticAEPO, ZerothOrder) else torch.float32
     model = make_model("llama" if lora else "gpt2", dtype, scale=4.0)  # an untied head and a tied one
     settings["policy"] = Policy.from_model(model, make_tokenizer(), LoRA(r=4, dropout=0.0) if lora else None)
     if issubclass(method, AlignmentModule):
         settings |= {"reward": Toy(), "sampler": Sampler(12, engine=Prescribed())}
+    if method is ZerothOrder:
+        settings["reward"] = Likelihood(settings["policy"])
     if issubclass(method, PolicyGradientModule):
         settings |= {"num_generations": 4, "epochs": 1, "minibatches": 1}
     if issubclass(method, UnpairedModule):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grade_lightning_cli.config import build
 
 from tests.cli.conftest import Run, Shelf
 
@@ -62,3 +63,25 @@ def test_a_learning_rate_where_it_is_not(run: Run, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         run("fit", "--model=RLOO", "--model.lr=0.1")
     assert "error: --model.lr: no such option, did you mean --model.optimizer.lr?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("grade_lightning.optim.DCTAdamW", {"rank": 8, "error_feedback": True}),
+        ("grade_lightning.optim.GaLore", {"rank": 8, "gap": 10}),
+        ("pytorch_optimizer.DiffGrad", {"weight_decay": 0.0}),
+    ],
+)
+def test_optimizers_of_ours_and_of_others_by_class_path(name: str, options: dict[str, Any], shelf: Shelf) -> None:
+    """They train the policy, whose matrices are 16 wide."""
+    if not name.endswith("DCTAdamW"):
+        pytest.importorskip("pytorch_optimizer")
+    flags = [f"--model.optimizer.{key}={value}" for key, value in {**options, "lr": 0.01}.items()]
+    model = build([*shelf.all, f"--model.optimizer={name}", *flags]).model
+    model.configure_model()
+    optimizer = model.configure_optimizers()["optimizer"]
+    assert type(optimizer).__name__ == name.rpartition(".")[2]
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    ranks = [group.get("rank") for group in optimizer.param_groups]
+    assert (8 in ranks) is ("rank" in options)

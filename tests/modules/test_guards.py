@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from grade_lightning import optim
 from grade_lightning.advantages import Baseline
 from grade_lightning.errors import InputError
 from grade_lightning.kl import KL
@@ -187,3 +189,14 @@ def test_the_count_is_in_the_checkpoint() -> None:
     again = make_loaded(RLOO)
     again.on_load_checkpoint(checkpoint | {"state_dict": again.state_dict()})
     assert again.guard.state_dict() == {"skipped": 7, "bad": [(0, 5)]}
+
+
+@pytest.mark.parametrize("name", ["DCTAdamW", "GaLore"])
+def test_low_rank_on_adapters_is_refused(name: str) -> None:
+    """By a rank that the matrices of LoRA have room for; without LoRA the same optimizer is taken."""
+    if name == "GaLore":
+        pytest.importorskip("pytorch_optimizer")
+    optimizer = partial(getattr(optim, name), rank=2)
+    with pytest.raises(InputError, match=rf"^--model.optimizer {name}: .*leave --model.policy.lora out$"):
+        make(RLOO, lora=True, optimizer=optimizer).configure_optimizers()
+    make(RLOO, optimizer=optimizer).configure_optimizers()
