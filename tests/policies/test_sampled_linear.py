@@ -40,7 +40,12 @@ def test_all_but_the_weight_gradient_is_exact_and_that_is_right_on_average() -> 
 
 def test_it_keeps_a_part_of_its_input_for_the_backward_pass() -> None:
     layer, kept = SampledLinear(nn.Linear(64, 3), 0.25), list[torch.Tensor]()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         layer(torch.randn(200, 64))
     assert sorted(x.numel() for x in kept) == [50, 3 * 64, 50 * 64]
     with torch.no_grad():
