@@ -18,7 +18,7 @@ from grade_lightning.data import Source, TextDataModule
 from grade_lightning.estimators import TokenEstimator
 from grade_lightning.kl import KL
 from grade_lightning.policies import LoRA, Pass, Policy
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import PairwiseJudge, Reward
 from grade_lightning.rollouts import Engine, Sampler
 from grade_lightning.schedules import Schedule
 from grade_lightning.selection import Selection
@@ -32,6 +32,7 @@ BASES: dict[str, type] = {
     "engine": Engine,
     "selection": Selection,
     "training_pass": Pass,
+    "pairwise_judge": PairwiseJudge,
 }
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value|^tip:"

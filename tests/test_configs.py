@@ -141,7 +141,8 @@ def test_commands_are_found() -> None:
 def test_commands_of_the_documentation_are_understood(
     command: str, printed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(brevity=lambda completions, **_: completions))
+    functions = SimpleNamespace(brevity=lambda completions, **_: completions, beats=lambda others, **_: others)
+    monkeypatch.setitem(sys.modules, "my_rewards", functions)
     name, *args = shlex.split(command, comments=True)
     if any("help" in arg for arg in args):
         pytest.skip("prints help")

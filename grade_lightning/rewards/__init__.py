@@ -6,6 +6,7 @@ from .classifier import ClassifierReward as ClassifierReward
 from .differentiable import DifferentiableReward as DifferentiableReward
 from .functions import FunctionReward as FunctionReward
 from .group_normalized import GroupNormalizedSum as GroupNormalizedSum
+from .improvement import ImprovementReward as ImprovementReward
 from .judge import JudgeReward as JudgeReward
 from .length import OverlongPenalty as OverlongPenalty
 from .no_reward import NoReward as NoReward
