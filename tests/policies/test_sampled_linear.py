@@ -16,10 +16,10 @@ from tests.methods.toy_task import Toy, batches, fit
 def gradients(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
     inputs = inputs.clone().requires_grad_()
     (layer(inputs) * torch.linspace(-1, 1, 3, dtype=inputs.dtype)).square().sum().backward()
-    found = [inputs.grad, *(p.grad for p in (layer.bias, layer.weight))]  # type: ignore[union-attr]
+    found = [inputs.grad, *(p.grad for p in (layer.bias, layer.weight))]
     for p in layer.parameters():
         p.grad = None
-    return [x for x in found if x is not None]  # type: ignore[misc]
+    return [x for x in found if x is not None]
 
 
 def test_all_but_the_weight_gradient_is_exact_and_that_is_right_on_average() -> None:
