@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.row_sampling import shares, winner_take_all
+from grade_lightning.numerics import widened
 
 FEWEST = 10
 """Rows that are kept in any case, as in the authors' code."""
@@ -70,7 +71,8 @@ class _Sampled(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, ratio: float) -> Tensor:
         rows = inputs.flatten(0, -2)
         k = max(FEWEST, int(ratio * len(rows)))
-        chosen = winner_take_all(shares(torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)), min(k, len(rows)))
+        sizes = torch.linalg.vector_norm(widened(rows), dim=-1)
+        chosen = winner_take_all(shares(sizes), min(k, len(rows)))
         kept = rows[chosen.places] * chosen.scales.unsqueeze(1).to(rows.dtype)
         ctx.save_for_backward(weight, kept, chosen.places)
         ctx.has_bias = bias is not None
