@@ -44,6 +44,7 @@ from grade_lightning.methods import (
     GradeSTE,
     KnapsackRL,
     OnlineIPO,
+    PromptSearch,
     Reinforce,
     ReinforcePlusPlus,
     RewardModel,
@@ -164,6 +165,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     EGPO: {"beta": [0], "num_generations": [1]},
     RewardPreference: {"temperature": [0]},
     KTO: {"beta": [0], "desirable_weight": [-1], "undesirable_weight": [-1], "threshold": [math.inf]},
+    PromptSearch: {"candidates": [0], "tries": [0], "fluency": [-0.1], "hops": [-1]},
     ZerothOrder: {"beta": [-0.1], "epsilon": [0], "directions": [0], "clip": [0]},
 }
 CASES = [

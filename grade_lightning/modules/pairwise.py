@@ -71,17 +71,18 @@ class PairwiseModule(AlignmentModule):
         self.pairwise_judge.requires_grad_(False)
 
     def collect(self, batch: dict[str, Any]) -> Experience:
-        """Completions, with `extra["wins"]`: P(i ≻ k) against each completion k of the prompt, (B, G)."""
+        """Completions, with `extra["wins over k"]`: P(i ≻ k) against each completion k of the prompt, (B,)."""
         prompts = Prompts.of(batch)
         counts = torch.full((len(prompts),), self.num_generations)
         rollout = self.draw(prompts.repeat(counts), torch.arange(len(prompts)).repeat_interleave(counts))
         seen = Experience(rollout, self.score(rollout), self.beta)
-        return replace(seen, extra={"wins": self.pairwise_judge.table(seen, self.num_generations).flatten(0, 1)})
+        table = self.pairwise_judge.table(seen, self.num_generations).flatten(0, 1)
+        return replace(seen, extra={f"wins over {k}": wins for k, wins in enumerate(table.unbind(1))})
 
     def loss(self, experience: Experience) -> StepOutput:
         """Mean over the prompts, and in each over all pairs; 0 for prompts on which the judge abstained."""
         now, mask, size = self.measure(experience.rollout), experience.rollout.sampled, self.num_generations
-        table = experience.extra["wins"].unflatten(0, (-1, size))
+        table = torch.stack([experience.extra[f"wins over {k}"] for k in range(size)], -1).unflatten(0, (-1, size))
         known = ~table.isnan().any(-1).any(-1)
         table = table.nan_to_num(nan=0.5)
         sums = now.log_ratio.sum(-1)

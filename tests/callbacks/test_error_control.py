@@ -121,7 +121,7 @@ class Line(LightningModule):
 
 
 def rows(rank: int) -> DataLoader[Any]:
-    return DataLoader(list(inputs(12)[rank::2]), batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(list(inputs(6)[rank::2]), batch_size=None)  # type: ignore[arg-type]
 
 
 class PowerSGD(EControl):
@@ -137,7 +137,7 @@ def compressed(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     return powerSGD_hook(state, bucket)
 
 
-def fitted(rank: int, folder: Path, *callbacks: Any, steps: int = 6, **kwargs: Any) -> dict[str, Any]:
+def fitted(rank: int, folder: Path, *callbacks: Any, epochs: int = 2, **kwargs: Any) -> dict[str, Any]:
     module = Line()
     trainer = Trainer(
         accelerator="cpu",
@@ -148,12 +148,12 @@ def fitted(rank: int, folder: Path, *callbacks: Any, steps: int = 6, **kwargs: A
         enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
-        max_steps=steps,
+        max_epochs=epochs,
         callbacks=list(callbacks),
         default_root_dir=folder,
     )
     trainer.fit(module, rows(rank), **kwargs)
-    if steps == 3:
+    if epochs == 1:
         trainer.save_checkpoint(folder / "half.ckpt")
         trainer.strategy.barrier()
     return {name: value.clone() for name, value in module.state_dict().items()}
@@ -167,7 +167,7 @@ def work(folder: Path) -> None:
         "some": fitted(rank, folder, EControl(**SOME)),
         "PowerSGD": fitted(rank, folder, PowerSGD()),
     }
-    fitted(rank, folder, EControl(**SOME), steps=3)
+    fitted(rank, folder, EControl(**SOME), epochs=1)
     found["resumed"] = fitted(rank, folder, EControl(**SOME), ckpt_path=folder / "half.ckpt", weights_only=True)
     torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")
 
