@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from jsonargparse import Namespace
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -119,6 +120,24 @@ def _option(keys: list[str], args: Sequence[str]) -> str:
     key = ".".join(keys)
     written = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
     return next((option for option in written if option.endswith(f".{key}")), f"--{key}")
+
+
+_read = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """What YAML makes of a value. One that begins with # is a text, not a comment, which YAML would read as null.
+
+    Example:
+        >>> load("#### (.+)"), load("3"), load("null")
+        ('#### (.+)', 3, None)
+    """
+    value = _read(text)
+    said = text.strip()
+    return text if value is None and said.startswith("#") and "\n" not in said else value
+
+
+set_loader("yaml", load, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

@@ -34,6 +34,10 @@ RECIPES = {
     "imdb_reward_gpt2": ["RewardModel"],
     "paper_estimator": ["GradeSTE"],
     "small_gpt2": ["GradeSTE"],
+    "smollm2_gsm8k_grpo": ["GRPO"],
+    "smollm2_reviews": ["GradeSTE", "RLOO"],
+    "smollm2_reward": ["RewardModel"],
+    "smollm2_sft": ["SupervisedFineTuning"],
 }
 PLANS = ["compare_bundled", "paper_compat", "paper_corrected"]
 """Not for one run, but for grade-compare."""
@@ -143,6 +147,8 @@ def test_commands_of_the_documentation_are_understood(
 ) -> None:
     functions = SimpleNamespace(brevity=lambda completions, **_: completions, beats=lambda others, **_: others)
     monkeypatch.setitem(sys.modules, "my_rewards", functions)
+    as_it_is = {name: lambda row: row for name in ("short", "opening", "messages")}
+    monkeypatch.setitem(sys.modules, "my_data", SimpleNamespace(**as_it_is))
     name, *args = shlex.split(command, comments=True)
     if any("help" in arg for arg in args):
         pytest.skip("prints help")

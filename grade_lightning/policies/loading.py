@@ -68,6 +68,8 @@ def load_pretrained(loader: Any, path: str, **kwargs: Any) -> Any:
                 f"{path}: needs code of its author, which is never run; give a model of transformers' own"
             ) from error
         hint = "; HF_HUB_OFFLINE=1 is set" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        if not Path(path).exists():  # it was taken for a name on the Hub
+            hint += f"; there is no folder {path} here"
         raise InputError(f"{path}: cannot be loaded by {loader.__name__} ({reason}){hint}") from error
     except Exception as error:  # safetensors raises its own class for a truncated file
         if not type(error).__module__.startswith("safetensors"):

@@ -1,4 +1,4 @@
-"""Conversations as a reward's own chat template writes them."""
+"""Conversations as a reward reads them: by its own chat template, or what is said in them."""
 
 from typing import Any
 
@@ -34,6 +34,19 @@ def with_answer(messages: Messages, completion: str) -> Messages:
     return [*messages, {"role": "assistant", "content": begun + completion}]
 
 
+def spoken(messages: Messages) -> str:
+    r"""What is said in a conversation, a message a line, without the roles and the system's message.
+
+    For a reward without a chat template: in its words another model's template is noise.
+
+    Example:
+        >>> spoken([{"role": "system", "content": "Count."}, {"role": "user", "content": "2+2?"}])
+        '2+2?'
+    """
+    said = (message for message in messages if message["role"] not in ("system", "developer"))
+    return "\n".join(str(message["content"] or "") for message in said)
+
+
 def answered(tokenizer: PreTrainedTokenizerBase, messages: Messages, completion: str) -> str:
     """A conversation :func:`with_answer`, as the chat template writes it.
 
@@ -62,7 +75,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: A
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"reward {tokenizer.name_or_path}: its chat template does not take {messages!r:.100} ({reason}); mend it, "
-            "or remove it from the folder to have conversations scored as plain text"
+            "or remove it from the folder to have what is said scored as plain text"
         ) from error
 
 
@@ -85,6 +98,6 @@ def around(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str,
     if not found:
         raise InputError(
             f"reward {tokenizer.name_or_path}: its chat template leaves out what the assistant says; mend it, or "
-            "remove it from the folder to have conversations scored as plain text"
+            "remove it from the folder to have what is said scored as plain text"
         )
     return before, after

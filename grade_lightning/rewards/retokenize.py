@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.records import Rollout
 
-from .conversations import answered, conversations
+from .conversations import answered, conversations, spoken, with_answer
 
 
 class Pieces(NamedTuple):
@@ -25,9 +25,11 @@ class Pieces(NamedTuple):
     EOS of a completion that ended by itself, which is one character behind the text. Of a slow tokenizer none has
     any."""
     texts: list[str]
-    """As they were read: prompt and completion, or what the chat template wrote."""
+    """As they were read: prompt and completion as they are, or a conversation."""
     plain: list[bool]
     """Whether it is the former."""
+    templated: list[bool]
+    """Whether the reward's own chat template wrote it."""
 
 
 def texts_of(rollout: Rollout) -> list[str]:
@@ -43,27 +45,34 @@ def retokenize(
 ) -> Pieces:
     """Prompt and completion in the tokens of another tokenizer, with what it puts around a text.
 
-    The EOS is there where the completion ended by itself, and only there.
+    The EOS is there where the completion ended by itself, and only there. Of a conversation the contents of its
+    messages are read, but for the system's: what the policy's chat template puts between them is not for the reward.
 
     Args:
         rollout: in the policy's tokens.
         tokenizer: the other one.
         room: the most tokens; what is longer is cut at its end, with a warning. None: as many as it likes.
-        chat: whether conversations are written by the other tokenizer's chat template, if it has one. Of those the
-            template says how they end.
+        chat: whether conversations are written by the other tokenizer's chat template instead, if it has one. Of those
+            the template says how they end.
     """
     eos, fast = tokenizer.eos_token_id, tokenizer.is_fast
     rows: list[list[int]] = []
     places: list[list[tuple[int, int]]] = []
     texts: list[str] = []
-    talks = conversations(rollout) if chat and tokenizer.chat_template else [None] * len(rollout.ids)
-    plain = zip(texts_of(rollout), rollout.completions, rollout.has_eos.tolist(), talks, strict=True)
-    for text, completion, ended, talk in plain:
-        texts.append(text if talk is None else answered(tokenizer, talk, completion))
-        read = tokenizer(texts[-1], add_special_tokens=talk is None, return_offsets_mapping=fast, verbose=False)
+    talks = conversations(rollout)
+    templated = [chat and bool(tokenizer.chat_template) and talk is not None for talk in talks]
+    read_by = zip(texts_of(rollout), rollout.completions, rollout.has_eos.tolist(), talks, templated, strict=True)
+    for text, completion, ended, talk, by_template in read_by:
+        if by_template:
+            assert talk is not None
+            text = answered(tokenizer, talk, completion)
+        elif talk is not None:
+            text = spoken(with_answer(talk, completion))
+        texts.append(text)
+        read = tokenizer(texts[-1], add_special_tokens=not by_template, return_offsets_mapping=fast, verbose=False)
         ids: list[int] = read["input_ids"]
         spans: list[tuple[int, int]] = read["offset_mapping"] if fast else [(0, 0)] * len(ids)
-        if talk is None and eos is not None:
+        if not by_template and eos is not None:
             if ids[-1:] == [eos]:
                 ids, spans = ids[:-1], spans[:-1]
             if ended or not ids:
@@ -75,7 +84,7 @@ def retokenize(
     for row, spans in enumerate(places):
         kept = spans[: tokens.shape[1]]
         where[row, : len(kept)] = torch.tensor(kept)
-    return Pieces(tokens, mask, where, texts, [talk is None for talk in talks])
+    return Pieces(tokens, mask, where, texts, [talk is None for talk in talks], templated)
 
 
 def pack(rows: Sequence[list[int]], room: int | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,8 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
 def rollout_spans(rollout: Rollout, pieces: Pieces) -> Tensor:
     """Where the tokens of prompts and completions are in the texts that a reward reads, (B, P + T, 2), on the CPU.
 
-    The EOS of a completion that ended by itself is one character behind the text. Where a chat template wrote the text,
-    tokens of the prompt and what ends the completion are nowhere.
+    The EOS of a completion that ended by itself is one character behind the text. Of a conversation the tokens of the
+    prompt are nowhere, and where a chat template wrote it, what ends the completion is not either.
 
     Raises:
         InputError: a chat template does not repeat what the assistant said.
@@ -54,7 +54,7 @@ def rollout_spans(rollout: Rollout, pieces: Pieces) -> Tensor:
             begin = _begin(text, said.strip())
             found = found + begin - (len(said) - len(said.lstrip()))
             found = found.clamp(begin, begin + len(said.strip()))
-        elif ended[row]:
+        if ended[row] and not pieces.templated[row]:
             found[-1] = torch.tensor([len(text), len(text) + 1])
         spans[row, here] = found
     return spans
@@ -66,7 +66,7 @@ def _begin(written: str, said: str) -> int:
     if begin < 0:
         raise InputError(
             f"reward: its chat template does not write what the assistant says as it is ({said!r:.100}), so that its "
-            "gradient has no place; mend the template, or remove it from the folder to have conversations scored as "
+            "gradient has no place; mend the template, or remove it from the folder to have what is said scored as "
             "plain text"
         )
     return begin

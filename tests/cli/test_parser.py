@@ -1,8 +1,10 @@
 """What becomes of jsonargparse's messages: one line, in the user's words."""
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 import grade_lightning.methods  # so that they are known
 from grade_lightning.data import Source
@@ -146,3 +148,15 @@ def test_choices_are_ours_and_can_be_made() -> None:
 def test_an_option_that_is_elsewhere(message: str, given: str, expected: str) -> None:
     option = given.partition("=")[0]
     assert explain(message, [given]) == f"{option}: no such option, did you mean {expected}?"
+
+
+@pytest.mark.parametrize("text", ["###", "####\\s*(\\S+)", "\n#"])
+def test_a_text_that_begins_like_a_comment_is_a_text(text: str, tmp_path: Path) -> None:
+    """Such as a pattern for GSM8K's answers, or a stop string: it was read as null."""
+    ours = parser.Parser(parser_mode="yaml")
+    ours.add_argument("-c", "--config", action="config")
+    ours.add_argument("--stop", type=str | list[str] | None)
+    assert ours.parse_args(["--stop", text]).stop == text
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stop": text}))
+    assert ours.parse_args(["-c", str(tmp_path / "config.yaml")]).stop == text
+    assert ours.parse_args(["--stop", "null"]).stop is None

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from grade_lightning.errors import InputError
 from grade_lightning.methods import RewardModel
 from grade_lightning.policies import Policy, bundled_folder, resolve_model
+from grade_lightning.policies.loading import load_pretrained
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 from tests.policies.making import logits, reference_logits
 
@@ -25,6 +27,18 @@ def test_a_token_that_the_model_does_not_embed_is_named(load: Callable[[str], No
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=rf"last token is {VOCABULARY} .*PAD.* the model embeds {VOCABULARY}"):
         load(str(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Such a name could be one on the Hub, and then transformers speaks of the connection alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="there is no folder reward here"):
+        load_pretrained(AutoTokenizer, "reward")
+    (tmp_path / "reward").mkdir()
+    with pytest.raises(InputError) as caught:
+        load_pretrained(AutoTokenizer, "reward")
+    assert "no folder" not in str(caught.value)
 
 
 def test_dropout_of_the_configuration_is_off_unless_wanted(folder: Path) -> None:

@@ -91,6 +91,21 @@ def test_in_a_conversation_what_was_said_is_found() -> None:
         rollout_spans(rollout, retokenize(rollout, foreign, chat=True))
 
 
+def test_a_conversation_without_a_template_is_what_was_said() -> None:
+    """Neither the words of the policy's template nor the system's; the end is that of the completion."""
+    talk = [{"role": "system", "content": "be brief"}, *TALK]
+    rollout = rollout_of(POLICY, ("<system>be brief<user>the cat<assistant>", "played"), ended=True, prompt=[talk])
+    other = byte_tokenizer(270)
+    pieces = retokenize(rollout, other, chat=True)
+    spans = rollout_spans(rollout, pieces)
+    prompt = rollout.prompt_ids.shape[1]
+    assert pieces.texts == ["the cat\nplayed"]
+    assert pieces.ids[0].tolist() == [*other.encode("the cat\nplayed"), other.eos_token_id]
+    assert not spans[:, :prompt].any()
+    assert "".join(pieces.texts[0][begin:end] for begin, end in spans[0, prompt:].tolist()) == "played"
+    assert spans[0, -1].tolist() == pieces.spans[0, -1].tolist() == [14, 15]
+
+
 def test_a_slow_tokenizer_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
     with pytest.raises(InputError, match=r"policy: its tokenizer .* tokenizer.json") as caught:
