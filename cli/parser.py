@@ -54,7 +54,8 @@ def choices(base: type) -> list[str]:
         for sub in subclasses:
             queue.append(sub)
             package, _, rest = sub.__module__.partition(".")
-            if package == "grade_lightning" and not rest.startswith("modules.") and not inspect.isabstract(sub):
+            ours = package == "grade_lightning" and not rest.startswith("modules.")
+            if ours and not inspect.isabstract(sub) and not sub.__name__.startswith("_"):
                 found.add(sub.__name__)
     return sorted(found)
 

@@ -20,6 +20,7 @@ def largest(vector: Float[Tensor, " n"], share: float) -> Sparse:
     """The components of the largest size, at least one.
 
     Example:
+        >>> import torch
         >>> largest(torch.tensor([1.0, -3.0, 2.0, 0.0]), share=0.5).values
         tensor([-3.,  2.])
     """
@@ -31,6 +32,7 @@ def dense(sparse: Sparse, size: int) -> Float[Tensor, " n"]:
     """The vector that has these components and zeros; of places that occur more than once, the sum.
 
     Example:
+        >>> import torch
         >>> dense(Sparse(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2])), 3)
         tensor([1., 0., 5.])
     """
@@ -68,6 +70,7 @@ def received(
     The sum of all h that were applied, and e, is the sum of all gradients.
 
     Example:
+        >>> import torch
         >>> received(torch.ones(1), torch.zeros(1), torch.zeros(1), torch.tensor([0.25]))
         (tensor([0.7500]), tensor([0.2500]))
     """

@@ -214,8 +214,8 @@ class PolicyGradientModule(AlignmentModule):
 
     def _draw_scored(self, prompts: Prompts) -> Experience:
         counts = self.selection.allocate(prompts, self.num_generations * len(prompts))
-        at_once = math.ceil(len(prompts) / self.batching.parts)  # no more are scored than a step trains on
-        return draw_and_score(self.draw, self.begin_scoring, prompts, counts, self.sampler.batch_size, at_once)
+        scored = math.ceil(len(prompts) / self.batching.parts)  # no more than a step trains on
+        return draw_and_score(self.draw, self.begin_scoring, prompts, counts, self.sampler.at_once, scored)
 
     @record_function("reward")
     def begin_scoring(self, rollout: Rollout) -> Callable[[], Scores]:

@@ -51,7 +51,7 @@ class Reward(nn.Module, ABC):
         """Begin to score; what is returned waits for the scores.
 
         A reward that waits for something, such as a server, goes on in the background, so that the next completions
-        are drawn meanwhile (see `batch_size` of :class:`.Sampler`). Any other is done when this returns.
+        are drawn meanwhile (see `at_once` of :class:`.Sampler`). Any other is done when this returns.
         """
         scores = self.score(rollout)
         return lambda: scores

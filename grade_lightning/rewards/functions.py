@@ -32,7 +32,7 @@ class FunctionReward(BackgroundReward):
             completion as the assistant's last words (None where the prompt is no conversation).
         timeout: seconds that a call may take; None: as many as it likes. After that the run ends with an error.
             Python cannot stop the call: it goes on in a thread that ends with the process.
-        background: go on drawing completions during the call, `batch_size` of the sampler at a time. For a function
+        background: go on drawing completions during the call, `at_once` of the sampler at a time. For a function
             that waits for a server or another process; it must not draw from torch's global random numbers.
 
     Example:

@@ -27,7 +27,7 @@ class Sampler:
         top_p: sample from the smallest set of tokens that holds this mass.
         engine: what draws them; `generate` of transformers by default.
         stop: a string, or several, that end a completion as an end token does; they belong to it.
-        batch_size: how many completions of a window are drawn at once; all by default. A reward that waits for
+        at_once: how many completions of a window are drawn at once; all by default. A reward that waits for
             something (a `RemoteJudge`, a `FunctionReward` in the background) is asked about one part while the next is
             drawn. The random numbers are others than of all at once.
 
@@ -45,9 +45,9 @@ class Sampler:
         top_p: float = 1.0,
         engine: Engine | None = None,
         stop: str | list[str] | None = None,
-        batch_size: int | None = None,
+        at_once: int | None = None,
     ) -> None:
-        check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k, batch_size=batch_size)
+        check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k, at_once=at_once)
         check_range(f"[0, {max_new_tokens}]", "sampler", min_new_tokens=min_new_tokens)
         check_range("(0, inf)", "sampler", temperature=temperature)
         check_range("(0, 1]", "sampler", top_p=top_p)
@@ -55,7 +55,7 @@ class Sampler:
         if "" in strings:
             raise InputError("sampler.stop: an empty string would end every completion; write another or leave it out")
         self.distribution = Distribution(max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings)
-        self.batch_size = batch_size
+        self.at_once = at_once
         self.engine = engine or TransformersEngine()
 
     @property

@@ -62,7 +62,8 @@ def test_the_slope_is_that_of_one_step_differentiated() -> None:
     assert float(scaled_cosine([loss_gradient], [b])) * float(slope) > 0
 
 
-@pytest.mark.parametrize("method", [GradeSTE, pytest.param(RLOO, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [GradeSTE, RLOO])
 def test_beta_grows_for_a_judge_that_disagrees_and_falls_for_one_that_agrees(method: type[AlignmentModule]) -> None:
     up, cosines = moved(Opposed(), method)
     down, others = moved(Agreed(), method)
@@ -73,6 +74,7 @@ def test_beta_grows_for_a_judge_that_disagrees_and_falls_for_one_that_agrees(met
     assert sum(others) / len(others) < -0.1
 
 
+@pytest.mark.slow
 def test_a_move_leaves_nothing_but_beta() -> None:
     """With bounds that hold β where it is, the run is the run without it."""
     found = []

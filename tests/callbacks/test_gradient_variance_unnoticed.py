@@ -64,7 +64,7 @@ def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) 
 
 
 @pytest.mark.parametrize(
-    ("method", "lora"), [(GradeSTE, True), *(pytest.param(m, False, marks=pytest.mark.slow) for m in (Reinforce, DPO))]
+    ("method", "lora"), [pytest.param(m, m is GradeSTE, marks=pytest.mark.slow) for m in (GradeSTE, Reinforce, DPO)]
 )
 def test_so_it_is_with_micro_batches_and_adapters(method: type[AlignmentModule], lora: bool) -> None:
     watch = GradientVariance(probe_every_n_steps=2, prompts=2, draws=2)

@@ -43,7 +43,7 @@ EVERY: dict[str, Case] = {
     for lora in (False, True)
     if not (lora and method is RewardModel)
 }
-QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "PPO with LoRA", "DAPO", "DPO", "SupervisedFineTuning", "RewardModel"
+QUICK = "GradeSTE", "GradeSTE with LoRA", "PPO", "DPO", "RewardModel"
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY]
 )

@@ -1,12 +1,14 @@
 """Arguments in any order, and the help of nested parts, as a user writes them."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from grade_lightning_cli.config import build
 
 from tests.cli.conftest import Run, Shelf
+
+build = import_module("grade_lightning_cli.config").build
 
 
 def test_options_before_their_class(printed_config: Any, shelf: Shelf) -> None:

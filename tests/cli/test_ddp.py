@@ -169,7 +169,7 @@ CASES: dict[str, tuple[type[Any], dict[str, Any], int]] = {
 }
 
 
-ORDINARY = "token mean", "one process without rewards", "values", "prompt memory", "seams", "rows of its own"
+ORDINARY = "token mean", "one process without rewards", "values", "prompt memory", "seams"
 """Those of the ordinary set; others run where a test of them does."""
 STATEFUL = (
     "another temperature",

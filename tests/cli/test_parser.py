@@ -128,7 +128,7 @@ def test_choices_are_ours_and_can_be_made() -> None:
     assert choices(Source) == ["BundledReviews", "BundledSums", "HubDataset", "InMemory", "LocalFiles"]
     assert choices(Reward) == [
         *("ClassifierReward", "Constrained", "ExactMatch", "FormatReward", "FunctionReward"),
-        *("GroupNormalizedSum", "JSONSchema", "JudgeReward", "MathAnswer", "NoReward"),
+        *("GroupNormalizedSum", "ImprovementReward", "JSONSchema", "JudgeReward", "MathAnswer", "NoReward"),
         *("NumericMatch", "RemoteJudge", "SequenceClassifierReward", "SimilarityReward"),
         *("TranslatedReward", "WeightedSum"),
     ]

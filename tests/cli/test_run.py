@@ -340,6 +340,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_preferences_is_trained_and_used(run: Run, shelf: Shelf) -> None:
     """By the folder that transformers reads; as many rows as for labels, none of which a policy is trained on."""
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))

@@ -30,7 +30,6 @@ from tests.conftest import make_model, make_prompts, make_tokenizer, mostly_slow
 from tests.methods.toy_task import (
     CORE,
     METHODS,
-    QUICK,
     SCALE,
     Recorder,
     Toy,
@@ -118,7 +117,7 @@ def test_every_trained_parameter_gets_a_gradient(method: type[AlignmentModule], 
     assert abs(run.steps[0]["train/kl"]) < 1e-3
 
 
-@full_and_lora(QUICK, ["PPO"])
+@full_and_lora(["GradeSTE", "DPO"], ["PPO"])
 def test_the_reward_rises(method: type[AlignmentModule], lora: bool) -> None:
     run = assert_the_reward_rises(method, lora)
     assert run.steps[-1]["train/kl"] > 0.1
@@ -436,7 +435,9 @@ def test_logging_a_step_waits_for_no_device(method: type[AlignmentModule], monke
 @pytest.mark.parametrize(
     ("method", "phases"),
     [
-        (GradeSTE, {"sampling", "reward", "policy", "reference", "hops", "vocabulary"}),
+        pytest.param(
+            GradeSTE, {"sampling", "reward", "policy", "reference", "hops", "vocabulary"}, marks=pytest.mark.slow
+        ),
         pytest.param(RLOO, {"sampling", "reward", "policy", "reference", "vocabulary"}, marks=pytest.mark.slow),
         pytest.param(Grade, {"sampling", "reward", "reference"}, marks=pytest.mark.slow),
     ],

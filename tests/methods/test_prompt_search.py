@@ -19,7 +19,7 @@ from grade_lightning.policies import LoRA, Policy
 from grade_lightning.records import Rollout, Scores
 from grade_lightning.rewards import DifferentiableReward
 from grade_lightning.rollouts import Sampler
-from tests.conftest import VOCABULARY, make_tokenizer
+from tests.conftest import VOCABULARY, make_tokenizer, mostly_slow
 from tests.methods import test_contract as contract
 from tests.methods.toy_task import Toy, batches, fit, make, trainer
 
@@ -123,13 +123,16 @@ def test_the_reward_rises() -> None:
 
 @pytest.mark.parametrize(
     "test",
-    [
-        contract.test_the_seed_decides,
+    mostly_slow(
+        [
+            contract.test_the_seed_decides,
+            contract.test_what_is_logged_in_training_is_documented,
+            contract.test_validation_does_not_change_training,
+            contract.test_judges_are_measured_and_not_trained_on,
+            contract.test_predictions,
+        ],
         contract.test_what_is_logged_in_training_is_documented,
-        contract.test_validation_does_not_change_training,
-        contract.test_judges_are_measured_and_not_trained_on,
-        contract.test_predictions,
-    ],
+    ),
     ids=lambda test: test.__name__,
 )
 def test_what_every_method_owes(test: Callable[[type[PromptSearch]], None]) -> None:
@@ -141,6 +144,7 @@ def test_evaluation(stage: Any) -> None:
     contract.test_evaluation(PromptSearch, stage)
 
 
+@pytest.mark.slow
 def test_a_resumed_search_is_the_search(tmp_path: Path) -> None:
     def module(seed: int = 0) -> Any:
         return make(PromptSearch, start="w2 w3 w4", candidates=VOCABULARY, seed=seed)

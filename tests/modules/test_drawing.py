@@ -56,11 +56,11 @@ def prompts() -> Prompts:
     return Prompts(ids, torch.ones_like(ids), {"row": [2, 3, 4, 5]})
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 4, 100])
-@pytest.mark.parametrize("at_once", [1, 2, 4])
-def test_each_completion_has_its_own_score_and_group(batch_size: int | None, at_once: int) -> None:
+@pytest.mark.parametrize("at_once", [None, 1, 3, 4, 100])
+@pytest.mark.parametrize("scored", [1, 2, 4])
+def test_each_completion_has_its_own_score_and_group(at_once: int | None, scored: int) -> None:
     counts, seen = torch.tensor([2, 1, 3, 2]), Recorded()
-    found = draw_and_score(seen.draw, seen.begin, prompts(), counts, batch_size, at_once)
+    found = draw_and_score(seen.draw, seen.begin, prompts(), counts, at_once, scored)
     rows = [2, 2, 3, 4, 4, 4, 5, 5]
     assert found.scores.total.tolist() == rows
     assert found.rollout.columns["row"] == rows
@@ -68,7 +68,7 @@ def test_each_completion_has_its_own_score_and_group(batch_size: int | None, at_
     assert found.rollout.groups.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
     drawn = [len(rows) for event, rows in seen.events if event == "drawn"]
     together = {None: [8], 1: [2, 1, 3, 2], 3: [3, 3, 2], 4: [3, 3, 2], 100: [8]}
-    assert drawn == together[batch_size]
+    assert drawn == together[at_once]
 
 
 def test_the_next_part_is_drawn_before_the_scores_of_the_last_are_had() -> None:
@@ -104,7 +104,7 @@ def test_a_function_in_the_background_waits_while_completions_are_drawn(summed: 
 
     reward: Any = FunctionReward(waiting, background=True)
     reward = WeightedSum([reward]) if summed else reward
-    module = make(RLOO, sampler=Sampler(max_new_tokens=4, engine=engine, batch_size=8), num_generations=4)
+    module = make(RLOO, sampler=Sampler(max_new_tokens=4, engine=engine, at_once=8), num_generations=4)
     module.reward = reward
     seen = fit(module, 1)
     assert engine.drawn >= 2
@@ -119,7 +119,7 @@ def test_a_judge_behind_a_server_answers_while_completions_are_drawn() -> None:
         return says("yes")
 
     with serving(answer) as served:
-        module = make(RLOO, sampler=Sampler(max_new_tokens=4, engine=engine, batch_size=8), num_generations=4)
+        module = make(RLOO, sampler=Sampler(max_new_tokens=4, engine=engine, at_once=8), num_generations=4)
         module.reward = RemoteJudge("m", served.url, output="answer", backoff=0.0, key_variable="JUDGE_TEST_KEY")
         module.reward.load(make_tokenizer(), VOCABULARY)
         assert fit(module, 1).steps[0]["train/reward"] == 1.0
@@ -129,18 +129,18 @@ def test_a_fault_in_the_background_ends_the_run_in_one_line() -> None:
     def broken(completions: list[str], **columns: Any) -> list[float]:
         raise ValueError("no such word")
 
-    module = make(RLOO, sampler=Sampler(max_new_tokens=4, batch_size=8), num_generations=4)
+    module = make(RLOO, sampler=Sampler(max_new_tokens=4, at_once=8), num_generations=4)
     module.reward = FunctionReward(broken, background=True)
     with pytest.raises(InputError, match=r"reward broken: the function raised ValueError: no such word"):
         fit(module, 1)
 
 
-def test_parts_of_given_completions_are_trained_on_as_all_at_once() -> None:
+def test_parts_of_given_completions_are_trained_on_as_all_scored() -> None:
     ways = [[[4, 5], [12, 13, 14]], [[15], [3, 2]], [[17, 18], [18, 0]]]
     batch = make_prompts() | {"columns": {"completions": ways}}
     runs = []
-    for batch_size in (None, 2):
-        sampler = Sampler(max_new_tokens=6, engine=Prescribed(), batch_size=batch_size)
+    for at_once in (None, 2):
+        sampler = Sampler(max_new_tokens=6, engine=Prescribed(), at_once=at_once)
         module = make(RLOO, sampler=sampler, num_generations=2)
         runs.append(fit(module, 2, DataLoader([batch] * 2, batch_size=None)).steps)  # type: ignore[arg-type]
     assert runs[0][0]["train/loss"] != 0
@@ -150,6 +150,6 @@ def test_parts_of_given_completions_are_trained_on_as_all_at_once() -> None:
         )
 
 
-def test_a_batch_size_of_none_at_all() -> None:
-    with pytest.raises(InputError, match="batch_size"):
-        Sampler(batch_size=0)
+def test_a_at_once_of_none_at_all() -> None:
+    with pytest.raises(InputError, match="at_once"):
+        Sampler(at_once=0)

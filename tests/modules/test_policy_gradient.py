@@ -271,6 +271,7 @@ def test_what_a_method_fixes_is_no_option(method: type[PolicyGradientModule]) ->
     assert {"policy", "reward", "sampler", "kl", "terms", "num_generations"} <= options
 
 
+@pytest.mark.slow
 def test_one_argument_of_the_kl_leaves_the_methods_other_defaults(folder: Path) -> None:
     config = import_module("grade_lightning_cli.config")
     for method, args, expected in (

@@ -47,6 +47,7 @@ def test_completions_are_really_sampled_and_scored(look: Look, shelf: Shelf, own
         assert (int(tokens) == 6) or not cut
 
 
+@pytest.mark.slow
 def test_the_trained_policy_of_a_checkpoint(look: Look, run: Run, shelf: Shelf) -> None:
     constant = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=5"]
     run("fit", *shelf.all, *constant, "--trainer.val_check_interval=2")
