@@ -15,7 +15,7 @@ from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rewards import FunctionReward, Reward
 from grade_lightning.rollouts import Sampler
-from tests.conftest import make_prompts
+from tests.conftest import make_prompts, mostly_slow
 from tests.methods.toy_task import Toy, assert_same, trainer, weights
 from tests.modules.seams import (
     Counted,
@@ -58,7 +58,7 @@ def make_seams(folder: Path, save: bool, **kwargs: Any) -> tuple[PolicyGradientM
     return module, trainer(callbacks=callbacks, enable_checkpointing=save, log_every_n_steps=1)
 
 
-@pytest.mark.parametrize("engine", ["playback", "turns"])
+@pytest.mark.parametrize("engine", mostly_slow(["playback", "turns"], "turns"))
 def test_a_run_of_such_parts_resumes_exactly(engine: str, tmp_path: Path) -> None:
     """In mid-window and between windows: weights, memory, adaptive β and what is sampled."""
 

@@ -34,6 +34,7 @@ from tests.callbacks.watching import (
     read,
     rows,
 )
+from tests.conftest import mostly_slow
 from tests.methods.toy_task import (
     batches,
     make,
@@ -94,7 +95,7 @@ def test_a_state_replaces_what_was_there() -> None:
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("matplotlib", [True, False])
+@pytest.mark.parametrize("matplotlib", mostly_slow([True, False], True))
 def test_what_is_in_tensorboard(matplotlib: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not matplotlib:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

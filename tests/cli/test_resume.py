@@ -354,9 +354,8 @@ def test_a_job_that_is_requeued_goes_on(
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-@pytest.mark.parametrize(
-    ("when", "complete"), [pytest.param("SIGUSR1@100,PowerCut@1", False, marks=pytest.mark.slow), ("SIGUSR1@103", True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "complete"), [("SIGUSR1@100,PowerCut@1", False), ("SIGUSR1@103", True)])
 def test_a_job_that_is_requeued_while_it_measures(
     when: str, complete: bool, slurm: pytest.MonkeyPatch, cut: Cut, run: Run, shelf: Shelf, whole: Path
 ) -> None:
