@@ -33,6 +33,9 @@ from grade_lightning.rewards import Classifier, ClassifierReward, Reward, Transl
 from grade_lightning.rollouts import Sampler
 
 
+KINDS = "shared", "candidates, first order", "distilled online", "RLOO"
+
+
 class Exact(Reward):
     """The encoder's score with a gradient of another make."""
 
@@ -150,15 +153,16 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--students", type=int, default=1024)
     parser.add_argument("--held_out", type=int, default=128)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     o = parser.parse_args()
     warnings.filterwarnings("ignore")
     found: dict[str, list[dict[str, float]]] = {}
     for seed in o.seeds:
-        for kind in ("shared", "candidates, first order", "distilled online", "RLOO"):
+        for kind in o.kinds:
             found.setdefault(kind, []).append(run(o, kind, seed))
             note(f"seed {seed}, {kind}: {found[kind][-1]}")
-    names = list(found["shared"][0])
+    names = list(found[o.kinds[0]][0])
     print(f"`{shlex.join(['python', *sys.argv])}`\n\n| | {' | '.join(names)} |\n|---|{'--:|' * len(names)}")
     for kind, runs in found.items():
         cells = []
