@@ -32,7 +32,6 @@ from grade_lightning.records import Batching, Prompts, Rollout, Scores
 from grade_lightning.rewards import Classifier, ClassifierReward, Reward, TranslatedReward
 from grade_lightning.rollouts import Sampler
 
-
 KINDS = "shared", "candidates, first order", "distilled online", "RLOO"
 
 
