@@ -1,7 +1,6 @@
 """Compressed gradients under DDP: of all components the mean, of some their sum in the end; and resumed runs."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from grade_lightning.callbacks import EControl
 from grade_lightning.errors import InputError
+from tests.cli.ranks import launch
 
 SOME: dict[str, Any] = {"share": 0.2, "eta": 0.2}
 
@@ -174,17 +174,7 @@ def work(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.test_error_control", str(tmp_path)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = launch("-m", "tests.callbacks.test_error_control", str(tmp_path), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, state in one.items():

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from grade_lightning.callbacks import PrivatePairs
 from grade_lightning.errors import InputError
 from grade_lightning.methods import DPO, RLOO
+from tests.cli.ranks import launch
 from tests.conftest import VOCABULARY
 from tests.methods.toy_task import batches, make, trainer, weights
 
@@ -125,17 +125,7 @@ def work(folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """Pairs are clipped before they are added up, and the noise comes once."""
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.test_private_pairs", str(tmp_path)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = launch("-m", "tests.callbacks.test_private_pairs", str(tmp_path), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = module()
