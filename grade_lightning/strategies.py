@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from grade_lightning.distributed import gather_full_state
+from grade_lightning.errors import InputError
 
 
 class FSDP2(ModelParallelStrategy):
@@ -127,6 +128,8 @@ class _Whole(nn.Module):
 
 def _shard(module: Any, mesh: DeviceMesh) -> _Whole:
     """Shard in place what is not frozen beside the network: each layer by itself, and the rest together."""
+    if any(not p.is_floating_point() for p in module.parameters()):
+        raise InputError("--trainer.strategy: fsdp2 does not spread weights of few bits; use ddp")
     frozen = {part for top in module.frozen_modules() for part in top.modules()}
     trained = [part for part in module.modules() if part not in frozen]
     names = {name for part in trained if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()}

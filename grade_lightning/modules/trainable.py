@@ -22,6 +22,7 @@ from grade_lightning.files import write_atomically
 from grade_lightning.numerics import hash_seed, seed_generators
 from grade_lightning.policies import Policy
 from grade_lightning.policies.endings import end_ids
+from grade_lightning.policies.low_bit import owner
 from grade_lightning.records import Batching
 
 from .guards import BAD_BATCHES, StepGuard, check_low_rank, check_method, check_strategy, check_weights, check_windows
@@ -233,7 +234,7 @@ class TrainableModule(LightningModule):
         state = super().state_dict(*args, **kwargs)
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         frozen |= {name for module in self.frozen_modules() for name in _keys(self, module)}
-        return {name: value for name, value in state.items() if name not in frozen}
+        return {name: value for name, value in state.items() if owner(name) not in frozen}
 
     def frozen_modules(self) -> list[nn.Module]:
         """Modules that are never trained and never saved."""

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 
@@ -127,22 +126,3 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype '{name}': not a floating-point type of torch; try float32 or bfloat16")
     return dtype
-
-
-def in_8bit(path: str) -> dict[str, Any]:
-    """What `from_pretrained` is told so that it reads the linear layers of a model in 8 bits.
-
-    Raises:
-        InputError: bitsandbytes or accelerate is not installed.
-    """
-    absent = [
-        name
-        for name, there in (("bitsandbytes", is_bitsandbytes_available()), ("accelerate", is_accelerate_available()))
-        if not there
-    ]
-    if absent:
-        raise InputError(
-            f"{path}: load_in_8bit needs {' and '.join(absent)}; pip install {' '.join(absent)}, or set dtype to "
-            "bfloat16 instead"
-        )
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from grade_lightning.errors import InputError, check_range
 
+from .low_bit import is_low_bit, owner, plain_weight
+
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -63,14 +65,23 @@ def with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """State under the model's own names with the adapters added; the model itself stays as it is, to the bit."""
+    """State under the model's own names with the adapters added; the model itself stays as it is, to the bit.
+
+    Weights of few bits are written in the model's floating-point type: the sum with an adapter has more.
+    """
     deltas = {
         f"{name}.base_layer.weight": module.get_delta_weight(module.active_adapters[0])
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight")
     }
+    wide = {
+        f"{name}.weight": plain_weight(module, model.dtype)
+        for name, module in model.named_modules()
+        if is_low_bit(module)
+    }
+    state = {name: wide.get(name, value) for name, value in model.state_dict().items() if owner(name) == name}
     return {
         name.replace(".base_layer.", "."): (value + deltas[name]).to(value.dtype) if name in deltas else value
-        for name, value in model.state_dict().items()
+        for name, value in state.items()
         if ".lora_" not in name
     }

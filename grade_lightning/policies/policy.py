@@ -21,6 +21,7 @@ from .context import context_length
 from .endings import end_ids
 from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
 from .lora import LoRA, merged_state, with_adapters
+from .low_bit import as_plain, is_low_bit, keep_gradients, low_bit
 from .modes import evaluating
 from .network import Frozen, Network
 from .passes import Pass, WholePass
@@ -48,6 +49,10 @@ class Policy(nn.Module, Network):
         training_pass: how rollouts go through the network when they are measured; each sequence whole by default
             (`WholePass`), or each prompt once for all its completions (`SharedPrefixPass`).
         row_sampling: weight gradients of some layers from a part of their rows; exact by default.
+        load_in_4bit: read the linear layers of a base under LoRA in 4 bits (QLoRA; needs the extra `bits`).
+
+    References:
+        QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., 2023), https://arxiv.org/abs/2305.14314
 
     Example:
         >>> Policy("gpt2", lora=LoRA(r=8)).lora.r
@@ -67,8 +72,14 @@ class Policy(nn.Module, Network):
         torch_compile: bool = False,
         training_pass: Pass | None = None,
         row_sampling: RowSampling | None = None,
+        load_in_4bit: bool = False,
     ) -> None:
         super().__init__()
+        if load_in_4bit and lora is None:
+            raise InputError(
+                "policy.load_in_4bit: weights of 4 bits cannot be trained; set --model.policy.lora.r 16 as well, or "
+                "leave it out"
+            )
         self.path = path
         self.lora = lora
         self.dtype = torch_dtype(dtype)
@@ -78,6 +89,7 @@ class Policy(nn.Module, Network):
         self.torch_compile = torch_compile
         self.training_pass = training_pass or WholePass()
         self.row_sampling = row_sampling
+        self.load_in_4bit = load_in_4bit
         self._eos_ids: list[int] | None = None
         self._compiled: tuple[Callable[..., Any]] | None = None
         self._anatomy: Anatomy | None = None
@@ -111,12 +123,19 @@ class Policy(nn.Module, Network):
         kwargs: dict[str, Any] = {} if self.dropout else {"config": config_without_dropout(path)}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
+        if self.load_in_4bit:
+            kwargs |= low_bit(self.path, 4, self.dtype)
         model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype, use_safetensors=True, **kwargs)
         check_vocabulary(self.path, model, self.tokenizer)
         self._adopt(model.train(), reference)
 
     def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
+        keep_gradients(model)
         if self.lora is None:
+            if any(is_low_bit(module) for module in model.modules()):
+                raise InputError(
+                    f"{self.path}: its weights have few bits and cannot be trained; set --model.policy.lora.r 16"
+                )
             if reference:
                 self.reference = copy.deepcopy(model).requires_grad_(False).eval()
             self.model = model
@@ -266,7 +285,7 @@ class Policy(nn.Module, Network):
         options = {"save_embedding_layers": False} if alone else {}
         state = gather_full_state(merged_state(self.base) if merged else model.state_dict())
         if is_first_process():
-            with true_settings(self.base, {} if alone else state, self.eos_ids) as settings:
+            with as_plain(self.base), true_settings(self.base, {} if alone else state, self.eos_ids) as settings:
                 model.save_pretrained(folder, state_dict=state, **options)
                 if alone and settings is not None:
                     settings.save_pretrained(folder)

@@ -13,7 +13,8 @@ from transformers.utils import logging
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 from grade_lightning.policies.anatomy import distance, some_tokens, tolerance
-from grade_lightning.policies.loading import config_without_dropout, in_8bit, load_pretrained
+from grade_lightning.policies.loading import config_without_dropout, load_pretrained
+from grade_lightning.policies.low_bit import is_low_bit, low_bit
 from grade_lightning.policies.modes import evaluating
 
 
@@ -135,7 +136,7 @@ class SequenceClassifier(nn.Module):
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **(in_8bit(path) if load_in_8bit else {}),
+            **(low_bit(path, 8, dtype) if load_in_8bit else {}),
         )
         if found["missing_keys"]:
             kind = (getattr(config, "architectures", None) or ["a model"])[0]
@@ -182,11 +183,13 @@ def _examine(model: Any, padding: int | None) -> bool:
         own = torch.cat(
             [model(input_ids=row[keep.bool()].unsqueeze(0)).logits for row, keep in zip(ids, mask, strict=True)]
         )
+        # products of 8 bits are in float16
+        allowed = 0.1 if any(is_low_bit(module) for module in model.modules()) else tolerance(own)
         gaps = []
         for last in (False, True):
             found = _logits(model, model.get_input_embeddings()(ids), mask, last)
             gaps.append(distance(found, own))
-            if gaps[-1] <= tolerance(own) or torch.equal(found, own):
+            if gaps[-1] <= allowed or torch.equal(found, own):
                 return last
     except Exception as error:  # the model's own code, in which anything may fail
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

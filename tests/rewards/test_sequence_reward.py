@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from grade_lightning.errors import InputError
-from grade_lightning.policies import loading
+from grade_lightning.policies import low_bit
 from grade_lightning.records import Rollout
-from grade_lightning.rewards import SequenceClassifierReward, sequence_classifier
+from grade_lightning.rewards import SequenceClassifierReward
 from grade_lightning.rewards.retokenize import texts_of
 from tests.conftest import VOCABULARY, make_model, make_tokenizer
 from tests.rewards.making import make_rollout
@@ -154,26 +154,21 @@ def test_in_half_precision(tmp_path: Path) -> None:
 
 def test_8_bits_need_what_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_classifier(tmp_path, "llama", words())
-    monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(InputError, match=r"load_in_8bit needs bitsandbytes.*; pip install .*, or set dtype") as caught:
+    monkeypatch.setattr(low_bit, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match=r"load_in_8bit needs bitsandbytes: pip install .*; or set dtype") as caught:
         loaded(folder, load_in_8bit=True)
     assert "\n" not in str(caught.value)
 
 
-def test_8_bits_are_asked_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With bitsandbytes; here it is only made to look as if it were installed, and the weights stay as they are."""
-    folder, asked = write_classifier(tmp_path, "llama", words()), []
-
-    def read(loader: Any, path: str, **kwargs: Any) -> Any:
-        asked.append(kwargs.pop("quantization_config", None))
-        return loading.load_pretrained(loader, path, **kwargs)
-
-    monkeypatch.setattr(sequence_classifier, "load_pretrained", read)
-    for package in ("bitsandbytes", "accelerate"):
-        monkeypatch.setattr(loading, f"is_{package}_available", lambda: True)
-    for load_in_8bit in (True, False):
-        loaded(folder, load_in_8bit=load_in_8bit)
-    assert [config is not None and config.load_in_8bit for config in asked] == [True, False]
+def test_in_8_bits(tmp_path: Path) -> None:
+    """Close to float32, and with a gradient."""
+    pytest.importorskip("bitsandbytes")
+    folder, rollout = write_classifier(tmp_path, "llama", words()), make_rollout()
+    found, wide = loaded(folder, load_in_8bit=True), loaded(folder)
+    assert {p.dtype for p in found.parameters()} == {torch.int8, torch.float32}
+    torch.testing.assert_close(found(rollout), wide(rollout), atol=0.05, rtol=0.05)
+    ours, theirs = (reward.pathwise(rollout).adjoints[0].gradient for reward in (found, wide))
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
 
 
 def test_what_is_longer_than_the_context_is_cut_and_has_no_gradient(tmp_path: Path) -> None:
