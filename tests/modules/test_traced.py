@@ -54,6 +54,22 @@ def test_each_kind_counts_by_its_own_mean() -> None:
     assert make(None).average(losses, rollout([True] * 4)).item() == pytest.approx(2.5)
 
 
+def test_two_processes_have_the_average_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one of them has no pair of a kind; DDP takes the mean of their gradients."""
+    losses, traces = torch.tensor([4.0, 1.0, 2.0, 3.0]), [True, True, False, True]
+    whole, halves = make(0.3).average(losses, rollout(traces)), [slice(0, 2), slice(2, 4)]
+    counts = torch.tensor([[sum(traces[half]), 2 - sum(traces[half])] for half in halves])
+
+    class Two:
+        def mean(self, values: torch.Tensor) -> torch.Tensor:
+            assert values.tolist() in counts.tolist()
+            return counts.float().mean(0)
+
+    monkeypatch.setattr(DPO, "reduce", Two())
+    found = [make(0.3).average(losses[half], rollout(traces[half])) for half in halves]
+    torch.testing.assert_close(torch.stack(found).mean(), whole)
+
+
 def test_the_gradient_is_the_mixture_of_both() -> None:
     traces = [True, False, True, False, False]
     traced, empty, mixed = (gradient(make(weight), batch(traces)) for weight in (1.0, 0.0, 0.3))
