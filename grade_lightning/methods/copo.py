@@ -79,7 +79,7 @@ class COPO(PolicyGradientModule):
         rewards, answers = layout.table(seen.rewards), layout.table(seen.extra["answers"]).nan_to_num(nan=-1.0).long()
         found = two_sources(rewards, answers, self.sharpness, self.threshold, self.forced, self.reduce.sum)
         own, others = (layout.spread(x).unsqueeze(1) for x in (found.share, found.others))
-        weights = torch.ones_like(old.logps) if self.correction is None else self.correction(seen)[0]
+        weights = torch.ones_like(old.logps) if self.correction is None else self.correction(old.logps, seen.rollout)[0]
         extra = {"advantages": ((1 - own) * others * weights).masked_fill(~seen.mask, 0)}
         metrics = seen.metrics | {"answer_entropy": found.entropies.mean()}
         return replace(seen, advantages=own * seen.advantages, extra=extra, metrics=metrics)

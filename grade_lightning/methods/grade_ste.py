@@ -6,15 +6,19 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from grade_lightning.errors import check_range
+from grade_lightning.corrections import EngineCorrection, engine_figures
+from grade_lightning.errors import InputError, check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional.corrections import WeightLevel
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
+from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.kl import KL, Coefficient
 from grade_lightning.modules import AlignmentModule
-from grade_lightning.modules.measuring import figures, stats_of
+from grade_lightning.modules.measuring import figures, sampled_logps, stats_of
+from grade_lightning.numerics import widened
 from grade_lightning.policies import Policy
-from grade_lightning.records import Experience, StepOutput
+from grade_lightning.records import Experience, Rollout, StepOutput
 from grade_lightning.rewards import Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Schedule
@@ -41,6 +45,8 @@ class GradeSTE(AlignmentModule):
         kl_target: make β adaptive, as `kl.target` of the policy gradients: it moves until the KL is this many nats per
             sequence.
         kl_rate: make that a bound instead, as `kl.rate`: β grows by this for each nat beyond it, and may fall to 0.
+        correction: weights for an engine that draws from a slightly different policy; `sequence`, or `prefix`, which
+            weighs each position's KL by the tokens before it alone; none by default.
         kl_prefix: how far the KL's gradient goes: `none`, each position's own distribution; `policy`, also that earlier
             tokens moved the policy's later distributions; `full`, also those of the reference: the true gradient.
         optimizer: any torch optimizer by class path.
@@ -68,6 +74,7 @@ class GradeSTE(AlignmentModule):
         kl_target: float | None = None,
         kl_rate: float | None = None,
         kl_prefix: Literal["none", "policy", "full"] = "none",
+        correction: EngineCorrection | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -79,6 +86,12 @@ class GradeSTE(AlignmentModule):
         self.tolerance = tolerance
         self.tau = tau or Constant(1.0)
         self.kl_prefix = kl_prefix
+        if correction is not None and correction.level == "token":
+            raise InputError(
+                "correction.level = token: the reward's gradient at a token depends on the whole completion; set "
+                "prefix or sequence"
+            )
+        self.correction = correction
 
     def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
@@ -93,21 +106,25 @@ class GradeSTE(AlignmentModule):
         with torch.set_grad_enabled(self.kl_prefix == "full"):
             reference = frozen.vocabulary(rollout.take(frozen.hidden(reference_inputs, attention, length)))
         token = distribution.through(self.estimator, rollout, tau)
+        weights, kl_weights, corrected = self.importance(vocabulary, rollout)
 
-        def kl_cotangent(dist: Tensor, ref_dist: Tensor, kl: Tensor) -> Tensor:
-            return -self.beta * distribution.tempered(divergences.kl_cotangent(dist, ref_dist, kl))
+        def kl_cotangent(dist: Tensor, ref_dist: Tensor, kl: Tensor, rows: slice) -> Tensor:
+            found = distribution.tempered(divergences.kl_cotangent(dist, ref_dist, kl))
+            return -self.beta * kl_weights[rows] * found
 
         def held(logits: Tensor, rows: slice) -> Tensor:
             """Through each position's own KL, of the policy."""
             dist, ref_dist = (distribution.log_distribution(x) for x in (logits, reference.at(rows)))
-            return kl_cotangent(dist, ref_dist, divergences.categorical_kl(dist, ref_dist))
+            return kl_cotangent(dist, ref_dist, divergences.categorical_kl(dist, ref_dist), rows)
 
         def reference_cotangent(ref_logits: Tensor, rows: slice) -> Tensor:
             """The same, of the reference."""
             dist, ref_dist = (distribution.log_distribution(x) for x in (vocabulary.at(rows), ref_logits))
-            return -self.beta * distribution.tempered(divergences.kl_reference_cotangent(dist, ref_dist))
+            found = distribution.tempered(divergences.kl_reference_cotangent(dist, ref_dist))
+            return -self.beta * kl_weights[rows] * found
 
-        direct = [Adjoint(rollout.take(part.gradient), part.table) for part in scores.adjoints]
+        taken = [(rollout.take(part.gradient), part.table) for part in scores.adjoints]
+        direct = [Adjoint(gradient * weights.to(gradient), table) for gradient, table in taken]
         if self.kl_prefix == "full":
             pulled = reference.pull(reference_cotangent)
             (gradient,) = torch.autograd.grad(reference.hidden, reference_inputs, pulled)
@@ -133,7 +150,7 @@ class GradeSTE(AlignmentModule):
             found = tuple(figures(sampled, dist, lambda: ref_dist, rollout.tokens[rows]))
             cotangent = replayed.cotangent(logits, rows)
             if self.kl_prefix == "none":
-                cotangent = cotangent + kl_cotangent(dist, ref_dist, found[3])
+                cotangent = cotangent + kl_cotangent(dist, ref_dist, found[3], rows)
             return cotangent, found
 
         zero, columns = vocabulary.push(ascent)
@@ -146,5 +163,19 @@ class GradeSTE(AlignmentModule):
                 "tau": objective.new_tensor(tau),
                 "beta": objective.new_tensor(self.beta),
                 "hop_residual": replayed.residual,
+                **engine_figures(now.logps, rollout),
+                **corrected,
             },
         )
+
+    @torch.no_grad()
+    def importance(self, vocabulary: Vocabulary, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Weights of the reward's and of the KL's gradient at each sampled token, each (n, 1), and what is logged."""
+        if self.correction is None:
+            one = torch.ones_like(widened(vocabulary.hidden[:, :1]))
+            return one, one, {}
+        logps = sampled_logps(vocabulary, self.sampler.distribution, rollout)
+        level: WeightLevel = "before" if self.correction.level == "prefix" else "sequence"
+        weights, logged = self.correction(logps, rollout, "sequence")
+        kl_weights, _ = self.correction(logps, rollout, level)
+        return rollout.take(weights).unsqueeze(1), rollout.take(kl_weights).unsqueeze(1), logged

@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.corrections import EngineCorrection
 from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import masked_sum
@@ -62,6 +64,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     """Whether the method needs a differentiable reward."""
     redraws: ClassVar[bool] = False
     """Whether each pass through a batch draws completions anew."""
+    correction: EngineCorrection | None = None
+    """Weights for an engine that draws from a slightly different policy; of methods that take one."""
 
     def __init__(
         self,
@@ -222,8 +226,9 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         return experience
 
     def checked(self, experience: Experience) -> Rollout:
-        """What the first batch's check looks at."""
-        return experience.rollout
+        """What the first batch's check looks at; with a correction, the engine may be somewhat off."""
+        rollout = experience.rollout
+        return rollout if self.correction is None else replace(rollout, engine_logps=None)
 
     def check_first_batch(self, rollout: Rollout) -> None:
         """What was sampled is the policy's own; where the run starts, the policy is its reference."""

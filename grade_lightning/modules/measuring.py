@@ -67,6 +67,17 @@ def reference_vocabulary(policy: Policy, rollout: Rollout) -> Vocabulary:
     return policy.frozen.vocabulary(rollout.take(hidden))
 
 
+@torch.no_grad()
+def sampled_logps(vocabulary: Vocabulary, distribution: Distribution, rollout: Rollout) -> Tensor:
+    """Log-probabilities of the sampled tokens alone, (B, T); 0 elsewhere."""
+
+    def columns(logits: Tensor, rows: slice) -> list[Tensor]:
+        sampled, _ = distribution.both(rollout, logits, rows)
+        return [sequences.token_logps(sampled, rollout.tokens[rows])]
+
+    return rollout.put(*vocabulary.map(columns))
+
+
 def figures(sampled: Tensor, dist: Tensor, reference: Callable[[], Tensor], tokens: Tensor) -> Iterator[Tensor]:
     """What is measured at each of n positions, one after another, each (n,).
 

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from grade_lightning.advantages import Advantage
 from grade_lightning.columns import Columns
-from grade_lightning.corrections import EngineCorrection
+from grade_lightning.corrections import EngineCorrection, engine_figures
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import Normalizers
@@ -244,10 +244,6 @@ class PolicyGradientModule(AlignmentModule):
         parts = [part for part in self.parts().values() if isinstance(part, Columns)]
         return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values, parts)
 
-    def checked(self, seen: Experience) -> Rollout:
-        """With a correction, the engine may be somewhat off."""
-        return seen.rollout if self.correction is None else replace(seen.rollout, engine_logps=None)
-
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
         """Add what was measured when the completions were drawn, and the advantages that follow from it."""
         total, penalties = seen.scores.total, torch.zeros_like(old.logps)
@@ -258,8 +254,9 @@ class PolicyGradientModule(AlignmentModule):
             rewards, penalties = total + penalties.sum(-1), torch.zeros_like(penalties)
         seen = replace(seen, old=old, rewards=rewards, penalties=penalties)
         advantages = self.advantage(seen, self.reduce)
+        seen.metrics = seen.metrics | engine_figures(old.logps, seen.rollout)
         if self.correction is not None:
-            weights, figures = self.correction(seen)
+            weights, figures = self.correction(old.logps, seen.rollout)
             advantages, seen.metrics = advantages * weights, seen.metrics | figures
         returns = None if self.critic is None else self.critic.targets(seen, self.reduce)
         seen = replace(seen, advantages=advantages.masked_fill(~seen.mask, 0), returns=returns)

@@ -1,13 +1,13 @@
 """Truncated importance weights: by enumeration, and their bounds."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from grade_lightning.functional import gates
-from grade_lightning.functional.corrections import truncated_importance
+from grade_lightning.functional.corrections import WeightLevel, truncated_importance
 from grade_lightning.functional.losses import policy_loss
 from grade_lightning.functional.ratios import token_level
 from tests.functional.problems import Problem, ends, equal
@@ -35,11 +35,31 @@ def test_weights_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     logps, engine = torch.randn(2, 4, 5, dtype=torch.float64, generator=generator)
     mask = torch.rand(4, 5, generator=generator) < 0.7
-    levels: tuple[Literal["token", "sequence"], ...] = ("token", "sequence")
-    for level in levels:
+    ranges: dict[WeightLevel, Callable[[int], range]] = {
+        "token": lambda t: range(t, t + 1),
+        "before": lambda t: range(t),
+        "prefix": lambda t: range(t + 1),
+        "sequence": lambda t: range(5),
+    }
+    for level, of in ranges.items():
         found = truncated_importance(logps.masked_fill(~mask, math.nan), engine, mask, 2.0, level)
         for i in range(4):
             for t in range(5):
-                places = [t] if level == "token" else [u for u in range(5) if mask[i, u]]
+                places = [u for u in of(t) if mask[i, u]]
                 ratio = math.exp(sum(float(logps[i, u] - engine[i, u]) for u in places))
                 assert float(found[i, t]) == pytest.approx(min(2.0, ratio) if mask[i, t] else 1.0)
+
+
+@ends
+def test_weights_of_the_tokens_so_far_are_unbiased_for_what_they_alone_decide(ends: bool) -> None:
+    """Each token's own KL, with the tokens before it as they are: a sum over prefixes, of any engine."""
+    problem = Problem(ends)
+    stats, engine = problem.measure(problem.logits), problem.measure(problem.ref_logits).logps
+    own, drawn = problem.probs(problem.logits), problem.probs(problem.ref_logits)
+    truth = (own.unsqueeze(1) * stats.kl * problem.mask).sum()
+    levels: tuple[WeightLevel, ...] = ("before", "sequence", "token")
+    found = [truncated_importance(stats.logps, engine, problem.mask, math.inf, level) for level in levels]
+    before, whole, token = ((drawn.unsqueeze(1) * w * stats.kl * problem.mask).sum() for w in found)
+    assert before.item() == pytest.approx(truth.item(), abs=1e-12)
+    assert whole.item() == pytest.approx(truth.item(), abs=1e-12)
+    assert abs(token - truth) > 1e-3 * truth
