@@ -72,6 +72,8 @@ class AEPO(PolicyGradientModule):
         """With the controller."""
         return super().parts() | {"control": self.control}
 
+    takes_older = False
+
     def sample(self, prompts: Prompts) -> Experience:
         """Completions, and in mode `rollout` more of them at another temperature."""
         seen = super().sample(prompts)

@@ -59,6 +59,7 @@ class GradeSTE(AlignmentModule):
     """
 
     backpropagates_reward = True
+    takes_older = True
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.corrections import EngineCorrection
 from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import masked_sum
@@ -36,6 +35,7 @@ from grade_lightning.rewards import ClassifierReward, NoReward, Reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 
+from .ahead import Ahead, DrawingAhead
 from .evaluation import EvaluationTable
 from .first_batch import check_first_batch
 from .guards import check_context, check_reward
@@ -45,7 +45,7 @@ from .remembering import Remembering, as_seen, joined
 from .trainable import Stage, TrainableModule
 
 
-class AlignmentModule(Remembering, TrainableModule, ABC):
+class AlignmentModule(DrawingAhead, Remembering, TrainableModule, ABC):
     """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
 
     One step collects completions with their scores (:meth:`collect`), then makes a loss of them (:meth:`loss`).
@@ -64,8 +64,6 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     """Whether the method needs a differentiable reward."""
     redraws: ClassVar[bool] = False
     """Whether each pass through a batch draws completions anew."""
-    correction: EngineCorrection | None = None
-    """Weights for an engine that draws from a slightly different policy; of methods that take one."""
 
     def __init__(
         self,
@@ -87,6 +85,7 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         self.beta = beta
         self.coefficient = Coefficient(KL(beta))
         self._seen: list[Experience] = []
+        self._ahead = Ahead()
         self.check_rewards()
         check_reward(self.reward, self.backpropagates_reward)
         self.meter = StepMeter()
@@ -113,10 +112,6 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
     @abstractmethod
     def loss(self, experience: Experience) -> StepOutput:
         """The method: one loss of what :meth:`collect` found."""
-
-    def draw(self, prompts: Prompts, groups: Tensor | None = None) -> Rollout:
-        """Completions to train on, with the global random state; arguments as in :class:`Sampler`."""
-        return self.sampler(self.policy, prompts, groups, self.global_step)
 
     @record_function("reward")
     def score(self, rollout: Rollout) -> Scores:
@@ -148,6 +143,7 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
 
     def configure_model(self) -> None:
         """Load policy and rewards; nothing happens the second time."""
+        self.check_ahead()
         self._load()
 
     def _load(self) -> None:
@@ -183,6 +179,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         """Add what was spent, and what the parts remember."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["grade_lightning"]["parts"] = self.part_states()
+        if self.sampler.one_behind:
+            checkpoint["grade_lightning"]["ahead"] = self.pack_ahead()
         checkpoint["grade_lightning"]["spent"] = {name: count.cpu() for name, count in self.meter.spent.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,6 +188,7 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
         super().on_load_checkpoint(checkpoint)
         self.meter.spent |= checkpoint["grade_lightning"].get("spent", {})
         self.load_part_states(checkpoint["grade_lightning"].get("parts", {}))
+        self.unpack_ahead(checkpoint["grade_lightning"].get("ahead", []))
         self._started = False
 
     def save_pretrained(self, folder: str, merge: bool = True) -> None:
@@ -219,7 +218,8 @@ class AlignmentModule(Remembering, TrainableModule, ABC):
 
     def begin_step(self, batch: dict[str, Any]) -> Experience:
         """Collect; what is collected first is checked, also after a resume."""
-        experience = self.collect(batch)
+        with self.collecting():
+            experience = self.collect(batch)
         if self._trainer is not None and not self._checked:
             self.check_first_batch(self.checked(experience))
             self._checked = True

@@ -74,6 +74,7 @@ class PolicyGradientModule(AlignmentModule):
     min_generations: ClassVar[int] = 1
     """Completions of a prompt that the advantages need."""
     loss_is_objective = False
+    takes_older = True
 
     def __init__(
         self,
@@ -140,6 +141,13 @@ class PolicyGradientModule(AlignmentModule):
     def configure_model(self) -> None:
         """Load policy and rewards. LoRA's dropout is switched off: a ratio compares the policy with itself."""
         super().configure_model()
+        if self.sampler.one_behind and (
+            self.selection.spare or type(self.selection).allocate is not Selection.allocate
+        ):
+            raise InputError(
+                f"sampler.one_behind: {type(self.selection).__name__} chooses prompts by their own completions; leave "
+                "one of them out"
+            )
         if self.critic is not None:
             self.critic.build(self.policy.width)
         if not self.policy.dropout:

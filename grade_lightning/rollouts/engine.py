@@ -1,6 +1,7 @@
 """The interface of an inference engine."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout
@@ -38,3 +39,13 @@ class Engine(ABC):
         Returns:
             B completions in the order of the prompts, with their columns and with `engine_logps`.
         """
+
+    def start(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Callable[[], Rollout]:
+        """Begin to draw, with the weights that were handed over and the random numbers of now.
+
+        Returns:
+            Waits for the completions. An engine that samples elsewhere returns before they are drawn; by default they
+            are drawn here.
+        """
+        rollout = self.generate(policy, distribution, prompts)
+        return lambda: rollout

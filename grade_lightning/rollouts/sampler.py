@@ -1,5 +1,6 @@
 """How completions are drawn: settings, and the engine that follows them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,8 @@ class Sampler:
         at_once: how many completions of a window are drawn at once; all by default. A reward that waits for
             something (a `RemoteJudge`, a `FunctionReward` in the background) is asked about one part while the next is
             drawn. The random numbers are others than of all at once.
+        one_behind: train on the completions of the batch before while an engine that samples elsewhere draws those of
+            this one. They are one rollout old: set a `correction`.
 
     Example:
         >>> Sampler(temperature=0.5).distribution.temperature
@@ -46,6 +49,7 @@ class Sampler:
         engine: Engine | None = None,
         stop: str | list[str] | None = None,
         at_once: int | None = None,
+        one_behind: bool = False,
     ) -> None:
         check_range("[1, inf)", "sampler", max_new_tokens=max_new_tokens, top_k=top_k, at_once=at_once)
         check_range(f"[0, {max_new_tokens}]", "sampler", min_new_tokens=min_new_tokens)
@@ -55,7 +59,10 @@ class Sampler:
         if "" in strings:
             raise InputError("sampler.stop: an empty string would end every completion; write another or leave it out")
         self.distribution = Distribution(max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings)
+        if one_behind and at_once is not None:
+            raise InputError("sampler.one_behind: draws whole batches; leave out sampler.at_once")
         self.at_once = at_once
+        self.one_behind = one_behind
         self.engine = engine or TransformersEngine()
 
     @property
@@ -80,12 +87,15 @@ class Sampler:
         self, policy: Policy, distribution: Distribution, prompts: Prompts, groups: torch.Tensor | None = None
     ) -> Rollout:
         """The same from another distribution, with the weights that the engine has."""
-        rollout = self.engine.generate(policy, distribution, prompts)
-        if not rollout.stop:  # an engine that knows of turns has ended each of them
-            rollout = cut(rollout, distribution.stop)
-        if int(rollout.lengths.max()) < rollout.completion_ids.shape[1]:  # the engine pads to a width of its own
-            rollout = rollout.select(torch.arange(len(rollout.ids)))
-        return rollout if groups is None else replace(rollout, groups=groups)
+        return _finished(self.engine.generate(policy, distribution, prompts), distribution, groups)
+
+    def begin(
+        self, policy: Policy, prompts: Prompts, groups: torch.Tensor | None = None, step: int = 0
+    ) -> Callable[[], Rollout]:
+        """As a call, but the completions are waited for by what is returned."""
+        self.engine.sync(policy, step)
+        waiting = self.engine.start(policy, self.distribution, prompts)
+        return lambda: _finished(waiting(), self.distribution, groups)
 
     def settings(self, policy: Policy) -> GenerationConfig:
         """Settings with which `generate` of transformers samples from the same distribution by itself."""
@@ -102,3 +112,11 @@ class Sampler:
             bos_token_id=policy.tokenizer.bos_token_id,
             stop_strings=list(own.stop) or None,
         )
+
+
+def _finished(rollout: Rollout, distribution: Distribution, groups: torch.Tensor | None) -> Rollout:
+    if not rollout.stop:  # an engine that knows of turns has ended each of them
+        rollout = cut(rollout, distribution.stop)
+    if int(rollout.lengths.max()) < rollout.completion_ids.shape[1]:  # the engine pads to a width of its own
+        rollout = rollout.select(torch.arange(len(rollout.ids)))
+    return rollout if groups is None else replace(rollout, groups=groups)
