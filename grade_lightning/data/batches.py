@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.chat import chat_of
 from grade_lightning.data.cuts import Cut
-from grade_lightning.data.encoding import Prompt, encode_all, encode_completions
-from grade_lightning.data.encoding import encode as encode
-from grade_lightning.data.formats import plain
-from grade_lightning.data.padding import pad
 from grade_lightning.data.text_batches import CollateLabelled as CollateLabelled
 from grade_lightning.data.text_batches import CollateTexts as CollateTexts
 from grade_lightning.data.text_batches import LabelledBatch as LabelledBatch
 from grade_lightning.data.text_batches import TextBatch as TextBatch
 from grade_lightning.data.texts import prompt_of
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import chat_of, plain
+from grade_lightning.policies.encoding import Prompt, encode_all, encode_completions
+from grade_lightning.policies.encoding import encode as encode
+from grade_lightning.policies.padding import pad
 from grade_lightning.rewards.conversations import answered
 
 Row = dict[str, Any]

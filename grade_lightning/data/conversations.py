@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.chat import Chat, written
-from grade_lightning.data.encoding import with_end
 from grade_lightning.data.texts import Messages
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import Chat, written
+from grade_lightning.policies.encoding import with_end
 from grade_lightning.policies.endings import end_of_turn
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -10,13 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from grade_lightning.data.accepting import SourceLike, as_source
 from grade_lightning.data.batches import Collate, CollatePrompts
 from grade_lightning.data.cuts import COUNTED, PromptLengths, share_cut, token_lengths
 from grade_lightning.data.loading import EpochSampler, ResumableLoader, resume_epoch
 from grade_lightning.data.mapping import Transform
 from grade_lightning.data.reading import Reading
 from grade_lightning.data.sizes import USUAL, split_to_fit
-from grade_lightning.data.sources import BundledReviews, Source
+from grade_lightning.data.sources import BundledReviews as BundledReviews
 from grade_lightning.data.texts import keys_of, split_rows
 from grade_lightning.data.views import VIEWS, Limits, Split
 from grade_lightning.errors import InputError, check_range
@@ -39,7 +40,8 @@ class TextDataModule(LightningDataModule):
     "preferences" gives `PreferenceBatch`es and trains on `reward`. All validate on `validation` and test on `test`.
 
     Args:
-        source: Where the rows come from; `None` for the bundled reviews.
+        source: Where the rows come from: a source, a dataset or a list of rows, a file or folder, or the name of a
+            dataset of the Hub; `None` for the bundled reviews.
         batch_size: Sequences in a training step, on each device; a method that samples several completions for
             each prompt draws fewer prompts.
         eval_batch_size: Rows in a batch to validate, test or predict.
@@ -60,6 +62,7 @@ class TextDataModule(LightningDataModule):
         chat_template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
         num_workers: Processes that prepare batches.
         seed: Of the splits and the shuffling.
+        prompts: Instead of a source: texts, or conversations as lists of messages.
 
     Example:
         >>> data = TextDataModule(BundledReviews(60, 20), reward_size=20, prompt_size=30, val_size=10)
@@ -70,7 +73,7 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source | None = None,
+        source: SourceLike | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 64,
         reward_size: int | None = None,
@@ -87,6 +90,7 @@ class TextDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         num_workers: int = 0,
         seed: int = 42,
+        prompts: list[str] | list[list[dict[str, Any]]] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"reward_size": reward_size, "prompt_size": prompt_size, "val_size": val_size, "test_size": test_size}
@@ -95,7 +99,7 @@ class TextDataModule(LightningDataModule):
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_prompt_chars": max_prompt_chars}
         check_range("[1, inf)", "data", **counts)
         check_range(f"[{LEAST}, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
-        self.source = source or BundledReviews()
+        self.source = as_source(source, prompts)
         self._reader = Reading(columns or {}, transform, chat, system_prompt)
         self._template = chat_template_kwargs or {}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

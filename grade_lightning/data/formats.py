@@ -4,24 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from grade_lightning.data.pairs import split_pair
-from grade_lightning.data.texts import Messages, Prompt
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import Messages, Prompt, plain
 
 Table = dict[str, list[Any]]
 
 COMPLETIONS = "completion", "chosen", "rejected"
-
-
-def plain(value: Any) -> Any:
-    """Without the keys that are None, which Arrow adds so that all messages of a column have the same.
-
-    Example:
-        >>> plain([{"role": "user", "content": "Hi", "tool_calls": None}])
-        [{'role': 'user', 'content': 'Hi'}]
-    """
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items() if part is not None or name == "content"}
-    return [plain(part) for part in value] if isinstance(value, list) else value
 
 
 def with_prompts(table: Table, name: str) -> Table:

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.chat import Chat, chat_of
 from grade_lightning.data.conversations import encode_conversation
 from grade_lightning.data.cuts import Cut
-from grade_lightning.data.encoding import encode_all, encode_completions, encode_texts
-from grade_lightning.data.padding import pad
 from grade_lightning.data.texts import text_of
+from grade_lightning.policies.chat import Chat, chat_of
+from grade_lightning.policies.encoding import encode_all, encode_completions, encode_texts
+from grade_lightning.policies.padding import pad
 
 Row = dict[str, Any]
 Learned = tuple[list[int], list[int]]

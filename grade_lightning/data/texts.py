@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grade_lightning.errors import InputError
-
-Messages = list[dict[str, Any]]
-"""Each with "role" and "content"."""
-Prompt = str | Messages
-"""A prompt: a text, or a conversation."""
+from grade_lightning.policies.chat import Messages as Messages
+from grade_lightning.policies.chat import Prompt as Prompt
 
 _SENTENCE_END = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*$""")
 # initials and "U.S." end with a dot and a single letter before it

@@ -11,9 +11,9 @@ from torch.profiler import record_function
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.modules import AlignmentModule
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Experience, Prompts, RelaxedRollout, Scores, StepOutput, TokenStats
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import RewardLike
 from grade_lightning.rollouts import RelaxedEngine, Sampler
 from grade_lightning.schedules import Linear, Schedule
 
@@ -60,9 +60,9 @@ class Grade(AlignmentModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         top_k: int | None = 256,
         tau: Schedule | None = None,

@@ -17,9 +17,9 @@ from grade_lightning.kl import KL, Coefficient
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.modules.measuring import figures, sampled_logps, stats_of
 from grade_lightning.numerics import widened
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Experience, Rollout, StepOutput
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import RewardLike
 from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Schedule
 
@@ -63,9 +63,9 @@ class GradeSTE(AlignmentModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         estimator: TokenEstimator | None = None,
         hops: int | Literal["exact"] = 2,

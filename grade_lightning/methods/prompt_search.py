@@ -15,9 +15,9 @@ from grade_lightning.modules import AlignmentModule
 from grade_lightning.modules.measuring import measure
 from grade_lightning.modules.prompt_gradients import is_text, place_logps, prompt_gains, prompt_logp, readable_tokens
 from grade_lightning.modules.slots import columns_of, exchanged, fill, without
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Experience, Prompts, Rollout, StepOutput
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import RewardLike
 from grade_lightning.rollouts import Sampler
 
 
@@ -55,9 +55,9 @@ class PromptSearch(AlignmentModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         start: str = " Please write as well as you can.",
         slot: str | None = None,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from grade_lightning.functional import sequences
 from grade_lightning.modules import TrainableModule
 from grade_lightning.modules.guards import check_context
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike, as_policy
 from grade_lightning.records import Batching
 
 
@@ -28,12 +28,12 @@ class SupervisedFineTuning(TrainableModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.policy = policy or Policy()
+        self.policy = as_policy(policy)
         self._seen: list[Tensor] = []
 
     @property

@@ -14,9 +14,9 @@ from grade_lightning.functional.zeroth_order import clipped, slope_sums
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.modules.perturbing import Estimate, moved
 from grade_lightning.numerics import seed_generators
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, StepOutput, TokenStats
-from grade_lightning.rewards import Reward
+from grade_lightning.rewards import RewardLike
 from grade_lightning.rollouts import Sampler
 from grade_lightning.strategies import FSDP2
 
@@ -51,9 +51,9 @@ class ZerothOrder(AlignmentModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         beta: float = 0.002,
         epsilon: float = 0.01,

@@ -20,7 +20,7 @@ from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import masked_sum
 from grade_lightning.kl import KL, Coefficient
 from grade_lightning.numerics import wide_numbers
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike, as_policy
 from grade_lightning.records import (
     Evaluation,
     Experience,
@@ -31,13 +31,14 @@ from grade_lightning.records import (
     TokenStats,
     unique_name,
 )
-from grade_lightning.rewards import ClassifierReward, NoReward, Reward
+from grade_lightning.rewards import ClassifierReward, NoReward, Reward, RewardLike, as_reward
 from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 
 from .ahead import Ahead, DrawingAhead
 from .evaluation import EvaluationTable
 from .first_batch import check_first_batch
+from .generating import Generating
 from .guards import check_context, check_reward
 from .measuring import measure
 from .metrics import StepMeter
@@ -45,14 +46,15 @@ from .remembering import Remembering, as_seen, joined
 from .trainable import Stage, TrainableModule
 
 
-class AlignmentModule(DrawingAhead, Remembering, TrainableModule, ABC):
+class AlignmentModule(DrawingAhead, Generating, Remembering, TrainableModule, ABC):
     """A language model, a reward, and a way to raise the reward. A method overrides :meth:`loss`.
 
     One step collects completions with their scores (:meth:`collect`), then makes a loss of them (:meth:`loss`).
 
     Args:
-        policy: the language model; the bundled one by default.
-        reward: what is maximised; the bundled classifier by default.
+        policy: the language model, or its name or folder; the bundled one by default.
+        reward: what is maximised: a reward, a function, the name or folder of a classifier, or a list of these, which
+            are added; the bundled classifier by default.
         judges: further rewards that are logged and never trained on. A reward can be fooled; a second judge shows it.
         sampler: how completions are drawn, in training and in evaluation.
         beta: coefficient β of the KL to the reference, in reward per nat.
@@ -67,9 +69,9 @@ class AlignmentModule(DrawingAhead, Remembering, TrainableModule, ABC):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         beta: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -77,10 +79,10 @@ class AlignmentModule(DrawingAhead, Remembering, TrainableModule, ABC):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         check_range("[0, inf)", beta=beta)
-        self.policy = policy or Policy()
+        self.policy = as_policy(policy)
         self._gave_reward = reward is not None
-        self.reward = reward or ClassifierReward()
-        self.judges = nn.ModuleList(judges or [])
+        self.reward = ClassifierReward() if reward is None else as_reward(reward)
+        self.judges = nn.ModuleList(as_reward(judge) for judge in judges or [])
         self.sampler = sampler or Sampler()
         self.beta = beta
         self.coefficient = Coefficient(KL(beta))

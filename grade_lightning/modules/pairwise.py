@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from grade_lightning.errors import check_range
 from grade_lightning.functional import preferences
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Batching, Experience, Prompts, StepOutput
-from grade_lightning.rewards import NoReward, PairwiseJudge, Reward, RewardPreference
+from grade_lightning.rewards import NoReward, PairwiseJudge, RewardLike, RewardPreference
 from grade_lightning.rollouts import Sampler
 
 from .alignment import AlignmentModule
@@ -36,9 +36,9 @@ class PairwiseModule(AlignmentModule):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         beta: float = 0.1,
         pairwise_judge: PairwiseJudge | None = None,

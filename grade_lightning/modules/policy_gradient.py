@@ -20,9 +20,9 @@ from grade_lightning.gates import Gate
 from grade_lightning.kl import KL, Coefficient
 from grade_lightning.levels import Level
 from grade_lightning.numerics import wide_numbers
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats, unique_name
-from grade_lightning.rewards import OverlongPenalty, Reward
+from grade_lightning.rewards import OverlongPenalty, RewardLike
 from grade_lightning.rollouts import Sampler
 from grade_lightning.selection import Selection
 from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss, Term, TokenTerm, furthest
@@ -83,9 +83,9 @@ class PolicyGradientModule(AlignmentModule):
         gate: Gate,
         aggregate: Aggregate,
         clips: bool,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         selection: Selection | None = None,
         length_penalty: OverlongPenalty | None = None,

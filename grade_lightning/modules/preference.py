@@ -9,9 +9,9 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.numerics import wide_numbers
-from grade_lightning.policies import Policy
+from grade_lightning.policies import Policy, PolicyLike
 from grade_lightning.records import Batching, Evaluation, Experience, Prompts, Rollout, StepOutput, TokenStats
-from grade_lightning.rewards import NoReward, Reward
+from grade_lightning.rewards import NoReward, RewardLike
 from grade_lightning.rollouts import Sampler
 
 from .alignment import AlignmentModule
@@ -60,9 +60,9 @@ class PreferenceModule(AlignmentModule):
     def __init__(
         self,
         pair_loss: PairLoss,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         beta: float = 0.1,
         pairs: Literal["rollouts", "data"] = "rollouts",

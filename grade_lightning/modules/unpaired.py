@@ -11,9 +11,9 @@ from torchmetrics.classification import BinaryAUROC
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.numerics import wide_numbers
-from grade_lightning.policies import Policy
+from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Batching, Evaluation, Experience, Rollout, StepOutput, TokenStats
-from grade_lightning.rewards import NoReward, Reward
+from grade_lightning.rewards import NoReward, RewardLike
 from grade_lightning.rollouts import Sampler
 
 from .alignment import AlignmentModule
@@ -47,9 +47,9 @@ class UnpairedModule(AlignmentModule):
     def __init__(
         self,
         row_loss: RowLoss,
-        policy: Policy | None = None,
-        reward: Reward | None = None,
-        judges: list[Reward] | None = None,
+        policy: PolicyLike | None = None,
+        reward: RewardLike | None = None,
+        judges: list[RewardLike] | None = None,
         sampler: Sampler | None = None,
         beta: float = 0.1,
         labels: Literal["rollouts", "data"] = "rollouts",

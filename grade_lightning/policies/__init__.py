@@ -1,5 +1,7 @@
 """A causal language model with adapters, and its frozen reference."""
 
+from .accepting import PolicyLike as PolicyLike
+from .accepting import as_policy as as_policy
 from .chunked import ChunkedPass as ChunkedPass
 from .loading import bundled_folder as bundled_folder
 from .loading import resolve_model as resolve_model

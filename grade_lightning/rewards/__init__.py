@@ -1,5 +1,7 @@
 """From completions to scalars, differentiable or not."""
 
+from .accepting import RewardLike as RewardLike
+from .accepting import as_reward as as_reward
 from .base import Reward as Reward
 from .classifier import Classifier as Classifier
 from .classifier import ClassifierReward as ClassifierReward

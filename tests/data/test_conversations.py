@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from grade_lightning.data.batches import CollateTexts
-from grade_lightning.data.chat import Chat
 from grade_lightning.data.conversations import encode_conversation
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import Chat
 from tests.data.chats import KINDS, TURNS, make_tokenizer
 
 TALK = [

@@ -2,8 +2,8 @@
 
 import pytest
 
-from grade_lightning.data.padding import pad
 from grade_lightning.errors import InputError
+from grade_lightning.policies.padding import pad
 from tests.data.chats import make_tokenizer
 
 

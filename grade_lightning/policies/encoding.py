@@ -5,9 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.chat import Chat, as_text
-from grade_lightning.data.texts import Messages
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import Chat, Messages, as_text
 from grade_lightning.policies.endings import added_tokens, end_ids, end_of_turn, render
 
 Prompt = str | Messages | Chat

@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grade_lightning.data.batches import CollatePairs, CollateTexts, encode
-from grade_lightning.data.encoding import encode_completions, with_end
 from grade_lightning.errors import InputError
+from grade_lightning.policies.encoding import encode_completions, with_end
 from tests.data.chats import make_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]

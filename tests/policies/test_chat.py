@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from grade_lightning.data.chat import as_text, chat_of
 from grade_lightning.errors import InputError
+from grade_lightning.policies.chat import as_text, chat_of
 from tests.data.chats import make_tokenizer
 
 ASK = {"role": "user", "content": "2+2?"}

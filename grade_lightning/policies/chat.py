@@ -8,9 +8,12 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grade_lightning.data.formats import plain
-from grade_lightning.data.texts import Messages, Prompt
 from grade_lightning.errors import InputError
+
+Messages = list[dict[str, Any]]
+"""Each with "role" and "content"."""
+Prompt = str | Messages
+"""A prompt: a text, or a conversation."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ def chat_of(prompt: Prompt, row: Mapping[str, Any], variables: Mapping[str, Any]
         raise InputError(f"column 'tools': {tools!r:.60} is no list; write a list of JSON schemas")
     own = plain(row.get("chat_template_kwargs")) or {}
     return Chat(plain(prompt), plain(tools) or None, {**variables, **own})
+
+
+def plain(value: Any) -> Any:
+    """Without the keys that are None, which Arrow adds so that all messages of a column have the same.
+
+    Example:
+        >>> plain([{"role": "user", "content": "Hi", "tool_calls": None}])
+        [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items() if part is not None or name == "content"}
+    return [plain(part) for part in value] if isinstance(value, list) else value
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, prompt: "Prompt | Chat") -> str:
