@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -32,6 +31,7 @@ from grade_lightning.errors import InputError, check_range
 from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.modules.guards import check_method
 from grade_lightning.policies.loading import BUNDLED
+from grade_lightning.running import usual_precision
 
 from .arguments import classes_first, with_base_help
 from .guard import refusals
@@ -119,9 +119,8 @@ class GradeCLI(LightningCLI):
                 f"--ckpt_path last: looks for runs in {self.runs}, but with this --trainer.logger or "
                 "--checkpoint.dirpath checkpoints lie elsewhere; give the path of a .ckpt file"
             )
-        on_cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        if trainer.precision is None and on_cuda and torch.cuda.is_bf16_supported():
-            trainer.precision = "bf16-mixed"
+        if trainer.precision is None:
+            trainer.precision = usual_precision(trainer.accelerator)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has."""

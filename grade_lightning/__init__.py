@@ -104,6 +104,7 @@ from grade_lightning.rollouts import (
     TransformersEngine,
     Turns,
 )
+from grade_lightning.running import make_trainer
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
 from grade_lightning.stateful import Stateful
@@ -247,4 +248,5 @@ __all__ = [
     "ZerothOrder",
     "by_advantage",
     "grouped",
+    "make_trainer",
 ]
