@@ -16,6 +16,7 @@ from grade_lightning.callbacks import (
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
+from grade_lightning.credit import PathwiseCredit
 from grade_lightning.data import BundledReviews, BundledSums, HubDataset, InMemory, LocalFiles, Source, TextDataModule
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
@@ -200,6 +201,7 @@ __all__ = [
     "PairwiseJudge",
     "PairwiseModule",
     "Pass",
+    "PathwiseCredit",
     "Policy",
     "PolicyGradientModule",
     "PredictionWriter",

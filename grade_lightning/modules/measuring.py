@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from grade_lightning.columns import Columns
+from grade_lightning.credit import COLUMN
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional.control_variates import expected_score
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.records import Rollout, TokenStats
@@ -28,6 +30,7 @@ def measure(
     graphs: Graphs = "log_ratio",
     values: Callable[[Tensor], Tensor] | None = None,
     parts: Sequence[Columns] = (),
+    scores: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of a rollout's tokens, the policy's own or others.
 
@@ -40,23 +43,32 @@ def measure(
         graphs: up to which of the statistics there are graphs.
         values: a value head on the hidden states.
         parts: those that ask for further statistics.
+        scores: of each token of the vocabulary, (V,): their mean at each position is measured, with a graph.
     """
     hidden = policy.training_pass.hidden(policy, rollout)
     vocabulary = policy.vocabulary(rollout.take(hidden))
-    wanted = 1 + GRAPHS.index(graphs)
+    wanted, first = 1 + GRAPHS.index(graphs), int(scores is not None)
+
+    def all_figures(logits: Tensor, rows: slice, *more: Any) -> Iterator[Tensor]:
+        if scores is not None:
+            yield expected_score(distribution.both(rollout, logits, rows)[0], scores)
+        yield from _figures(distribution, rollout, logits, rows, *more)
+
     if known is not None and graphs != "kl":
-        now = vocabulary.map(lambda logits, rows: islice(_figures(distribution, rollout, logits, rows), wanted))
-        found = _updated(known, rollout, now)
+        now = vocabulary.map(lambda logits, rows: islice(all_figures(logits, rows), first + wanted))
+        found = _updated(known, rollout, now[first:])
+        if scores is not None:
+            found = replace(found, columns=found.columns | {COLUMN: rollout.put(now[0])})
     else:
         reference = reference_vocabulary(policy, rollout)
         hidden_states = vocabulary.hidden.detach()
         columns = vocabulary.map(
-            lambda logits, rows: _figures(distribution, rollout, logits, rows, reference, hidden_states, parts),
-            differentiable=wanted,
+            lambda logits, rows: all_figures(logits, rows, reference, hidden_states, parts),
+            differentiable=first + wanted,
         )
-        names = [name for part in parts for name in part.names]
-        more = dict(zip(names, map(rollout.put, columns[COUNT:]), strict=True))
-        found = replace(stats_of(rollout, columns[:COUNT]), columns=more)
+        names = [COLUMN] * first + [name for part in parts for name in part.names]
+        more = dict(zip(names, map(rollout.put, columns[:first] + columns[first + COUNT :]), strict=True))
+        found = replace(stats_of(rollout, columns[first : first + COUNT]), columns=more)
     return found if values is None else replace(found, values=values(hidden))
 
 

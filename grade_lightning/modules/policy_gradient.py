@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from grade_lightning.advantages import Advantage
 from grade_lightning.columns import Columns
 from grade_lightning.corrections import EngineCorrection, engine_figures
+from grade_lightning.credit import PathwiseCredit
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.advantages import has_spread
 from grade_lightning.functional.aggregation import Normalizers
@@ -29,6 +30,7 @@ from grade_lightning.terms import Aggregate, Critic, Graphs, KLLoss, PolicyLoss,
 
 from .alignment import AlignmentModule
 from .drawing import draw_and_score
+from .guards import check_reward
 from .measuring import measure
 from .window import Window, plan_steps
 
@@ -63,6 +65,7 @@ class PolicyGradientModule(AlignmentModule):
         critic: a value head with its loss; none by default.
         terms: further terms of the loss; one with parameters is an `nn.Module`, too, and these are trained.
         correction: weights for an engine that draws from a slightly different policy; none by default.
+        credit: takes off the rewards what the reward's gradient predicts, without a bias; none by default.
         whole_groups: train on all completions of a prompt in the same step.
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
@@ -93,6 +96,7 @@ class PolicyGradientModule(AlignmentModule):
         critic: Critic | None = None,
         terms: list[Term] | None = None,
         correction: EngineCorrection | None = None,
+        credit: PathwiseCredit | None = None,
         whole_groups: bool = False,
         num_generations: int = 1,
         epochs: int = 1,
@@ -114,6 +118,10 @@ class PolicyGradientModule(AlignmentModule):
         self.coefficient = Coefficient(kl)
         self.critic = critic
         self.correction = correction
+        self.credit = credit
+        if credit is not None:
+            credit.attach(advantage, aggregate, type(self).__name__)
+            check_reward(self.reward, True)
         line = PolicyLoss(gate, aggregate, level, clips)
         held = [KLLoss(kl, aggregate)] if kl.in_loss else []
         own: dict[str, Term] = {}
@@ -121,7 +129,7 @@ class PolicyGradientModule(AlignmentModule):
             if isinstance(term, TokenTerm):
                 term.aggregate = term.aggregate or aggregate
             own[unique_name(type(term).__name__, own)] = term
-        self.terms: list[Term] = [line, *held, *([critic] if critic is not None else []), *own.values()]
+        self.terms: list[Term] = [line, *held, *(part for part in (critic, credit) if part is not None), *own.values()]
         self.own_terms = own
         self.trained_terms = nn.ModuleDict({name: term for name, term in own.items() if isinstance(term, nn.Module)})
         self.whole_groups = whole_groups
@@ -229,7 +237,11 @@ class PolicyGradientModule(AlignmentModule):
     def begin_scoring(self, rollout: Rollout) -> Callable[[], Scores]:
         """Begin to score; what is returned waits for the scores."""
         self.meter.count(rollout)
-        return self.reward.begin(self.judged(rollout))
+        judged, credit = self.judged(rollout), self.credit
+        if credit is None or not self._collecting:
+            return self.reward.begin(judged)
+        scores = credit.look(self.reward.pathwise(judged), judged)
+        return lambda: scores
 
     def _finished(self, seen: Experience) -> Experience:
         """With the length penalty, and the share of groups that say nothing."""
@@ -250,7 +262,8 @@ class PolicyGradientModule(AlignmentModule):
         """One pass, with the critic's values."""
         values = None if self.critic is None else self.critic.values
         parts = [part for part in self.parts().values() if isinstance(part, Columns)]
-        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values, parts)
+        scores = None if self.credit is None else self.credit.scores()
+        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values, parts, scores)
 
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
         """Add what was measured when the completions were drawn, and the advantages that follow from it."""
@@ -260,12 +273,16 @@ class PolicyGradientModule(AlignmentModule):
         rewards = total
         if self.kl.credit == "sequence":
             rewards, penalties = total + penalties.sum(-1), torch.zeros_like(penalties)
-        seen = replace(seen, old=old, rewards=rewards, penalties=penalties)
-        advantages = self.advantage(seen, self.reduce)
+        seen, weights = replace(seen, old=old, rewards=rewards, penalties=penalties), None
+        if self.credit is not None:
+            seen = self.credit.take_off(seen)
+        advantages = raw = self.advantage(seen, self.reduce)
         seen.metrics = seen.metrics | engine_figures(old.logps, seen.rollout)
         if self.correction is not None:
             weights, figures = self.correction(old.logps, seen.rollout)
             advantages, seen.metrics = advantages * weights, seen.metrics | figures
+        if self.credit is not None:
+            seen = self.credit.shared(seen, raw, weights)
         returns = None if self.critic is None else self.critic.targets(seen, self.reduce)
         seen = replace(seen, advantages=advantages.masked_fill(~seen.mask, 0), returns=returns)
         kept = self.selection.tokens(seen)
@@ -326,6 +343,7 @@ class PolicyGradientModule(AlignmentModule):
     def parts(self) -> dict[str, Any]:
         """Those that may remember something, or ask for statistics of their own, by name."""
         named = {"kl": self.coefficient, "advantage": self.advantage, "selection": self.selection}
+        named |= {} if self.credit is None else {"credit": self.credit}
         return named | {f"term {name}": term for name, term in self.own_terms.items()} | super().parts()
 
     # ---- checkpoints --------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""A control variate of whole completions for the score function, from a score of each token of the vocabulary.
+
+With scores s that do not depend on the completion itself, δ_t = s(x_t) − Σ_v π_t(v) s(v) has mean 0 given the tokens
+before. A policy gradient of R − Σ_t δ_t has less variance the better Σ_t δ_t follows R, and lacks in expectation
+exactly Σ_t Σ_v s(v) ∇π_t(v), which is known without sampling and added.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grade_lightning.functional.replay import Adjoint
+
+
+def token_scores(directions: Sequence[Adjoint]) -> Float[Tensor, " v"]:
+    """s(v) = w · e_v, summed over the tables of embeddings, in float32 or better.
+
+    Args:
+        directions: of each table a direction w, (width,).
+
+    Example:
+        >>> token_scores([Adjoint(torch.tensor([1.0, -1.0]), torch.eye(2))])
+        tensor([ 1., -1.])
+    """
+    found = [direction(slice(None)) for direction in directions]
+    return torch.stack(found).sum(0)
+
+
+def expected_score(logps: Float[Tensor, "n v"], scores: Float[Tensor, " v"]) -> Float[Tensor, " n"]:
+    """Σ_v π(v) s(v) at each position.
+
+    Args:
+        logps: log-probabilities; −inf outside of the support.
+        scores: of each token.
+
+    Example:
+        >>> expected_score(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0.0, 4.0]))
+        tensor([3.])
+    """
+    return logps.exp() @ scores.to(logps)
+
+
+def deviations(
+    scores: Float[Tensor, " v"],
+    tokens: Int[Tensor, "b t"],
+    expected: Float[Tensor, "b t"],
+    mask: Bool[Tensor, "b t"],
+) -> Float[Tensor, " b"]:
+    """Σ_t δ_t of each completion: how much higher its tokens score than was to be expected.
+
+    Example:
+        >>> once = torch.ones(1, 1, dtype=torch.bool)
+        >>> deviations(torch.tensor([0.0, 4.0]), torch.tensor([[1]]), torch.tensor([[3.0]]), once)
+        tensor([1.])
+    """
+    return (scores.to(expected)[tokens] - expected.detach()).masked_fill(~mask, 0).sum(-1)
+
+
+def fit(
+    rewards: Float[Tensor, "p g"], deviation: Float[Tensor, "p g"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """Σ d r, Σ d² and Σ r² of both less their group's mean: the slope of R on Σδ is the first by the second.
+
+    Args:
+        rewards: of the completions of p groups; NaN where there is none.
+        deviation: Σ_t δ_t of the same.
+
+    Example:
+        >>> r = torch.tensor([[1.0, 3.0]])
+        >>> [float(x) for x in fit(r, r / 2)]
+        [1.0, 0.5, 2.0]
+    """
+    known = ~rewards.isnan()
+    centred = []
+    for values in (rewards, deviation):
+        values = values.masked_fill(~known, torch.nan)
+        centred.append((values - values.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0))
+    r, d = centred
+    return (r * d).sum(), d.square().sum(), r.square().sum()

@@ -1,0 +1,187 @@
+"""Pathwise credit: unbiased by enumeration, what it learns from, and that runs with it resume."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from grade_lightning.corrections import EngineCorrection
+from grade_lightning.credit import COLUMN, PathwiseCredit
+from grade_lightning.errors import InputError
+from grade_lightning.methods import CISPO, GRPO, PPO, RLOO, DrGRPO, Reinforce
+from grade_lightning.records import Prompts, Rollout, TokenStats
+from grade_lightning.rollouts import Sampler
+from grade_lightning.terms import Graphs
+from tests.functional.problems import Problem
+from tests.methods import enumeration
+from tests.methods.toy_task import Toy, assert_same, trainer, weights
+from tests.modules.toys import Prescribed, build, distance, gradient, loader, plain, prompts, run
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+LINES = [
+    enumeration.Line("RLOO"),
+    enumeration.Line("RLOO", kl=True),
+    enumeration.Line("DrGRPO"),
+    enumeration.Line("Reinforce"),
+]
+
+
+def known_credit(problem: Problem, seed: int = 3, slope: float = 1.7) -> PathwiseCredit:
+    """With a direction from nowhere, as from earlier batches."""
+    credit, width = PathwiseCredit(), 4
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(int(problem.tokens.max()) + 1, width, dtype=torch.float64, generator=generator)
+    credit._tables, credit._directions = [table], [torch.randn(width, dtype=torch.float64, generator=generator)]
+    credit._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
+    return credit
+
+
+def with_credit(line: enumeration.Line, problem: Problem, credit: PathwiseCredit) -> Any:
+    """The method of the table, whose pass measures the expected score of each position, too."""
+    module = enumeration.make(line, problem)
+    credit.attach(module.advantage, module.terms[0].aggregate, line.method)
+    module.credit = credit
+    module.terms.append(credit)
+    plain_measure = module.measure
+
+    def measure(rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
+        found: TokenStats = plain_measure(rollout, known, graphs)
+        scores = credit.scores()
+        assert scores is not None
+        rows = problem.rows[rollout.columns["outcome"]]
+        expected = (module.table.softmax(-1) @ scores)[rows].masked_fill(~rollout.sampled, 0)
+        return replace(found, columns=found.columns | {COLUMN: expected})
+
+    module.measure = measure
+    return module
+
+
+def moments(line: enumeration.Line, problem: Problem, module: Any) -> tuple[Tensor, float]:
+    """Mean of the update and its variance, over all batches."""
+    mean, square = torch.zeros_like(problem.logits), 0.0
+    for outcomes, probability in enumeration.batches(line, problem, 1.0):
+        update = enumeration.update(module, enumeration.experience(line, problem, module, outcomes), None)
+        mean += probability * update
+        square += probability * float(update.square().sum())
+    return mean, square - float(mean.square().sum())
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method}{' with KL' if line.kl else ''}")
+def test_the_mean_is_that_of_the_method(line: enumeration.Line) -> None:
+    """Over all batches, whatever the direction and the slope."""
+    problem = enumeration.make_problem()
+    truth, _ = moments(line, problem, enumeration.make(line, problem))
+    for seed in (3, 4):
+        credit = known_credit(problem, seed)
+        found, _ = moments(line, problem, with_credit(line, problem, credit))
+        assert (found - truth).norm() < 1e-10 * truth.norm()
+        without = with_credit(line, problem, credit)
+        without.terms.remove(credit)
+        assert (moments(line, problem, without)[0] - truth).norm() > 0.1 * truth.norm()
+
+
+def test_its_own_gradient_would_be_a_bias() -> None:
+    """The tempting mistake: scores that know the completion. Here they are its reward times its own tokens."""
+    line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
+    truth, _ = moments(line, problem, enumeration.make(line, problem))
+    credit = known_credit(problem)
+    credit._tables = [torch.eye(int(problem.tokens.max()) + 1, dtype=torch.float64)]
+    module, found = with_credit(line, problem, credit), torch.zeros_like(truth)
+    for outcomes, probability in enumeration.batches(line, problem, 1.0):
+        own = torch.zeros(len(credit._tables[0]), dtype=torch.float64)
+        for outcome in outcomes:
+            tokens = problem.tokens[outcome][problem.mask[outcome]]
+            own.index_add_(0, tokens, problem.rewards[outcome].expand(len(tokens)))
+        credit._directions = [own / len(outcomes)]
+        found += probability * enumeration.update(module, enumeration.experience(line, problem, module, outcomes), None)
+    assert (found - truth).norm() > 0.05 * truth.norm()
+
+
+def test_a_good_direction_takes_noise_away() -> None:
+    """Of rewards that tokens add to, with the slope that is fitted."""
+    line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
+    worth = torch.tensor([0.1, -0.6, 1.0], dtype=torch.float64)
+    problem.rewards = (worth[problem.tokens] * problem.mask).sum(-1)
+    _, noise = moments(line, problem, enumeration.make(line, problem))
+    credit = known_credit(problem, slope=1.0)
+    credit._tables, credit._directions = [torch.eye(3, dtype=torch.float64)], [worth]
+    _, found = moments(line, problem, with_credit(line, problem, credit))
+    assert found < 0.25 * noise
+
+
+def test_an_engine_with_old_weights_is_corrected_with_it() -> None:
+    line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
+    truth, _ = moments(line, problem, enumeration.make(line, problem))
+    old = enumeration.make_problem()
+    old.logits = problem.logits + 3 * (problem.ref_logits - problem.logits)
+    stale = problem.measure(old.logits).logps
+    module, found = with_credit(line, problem, known_credit(problem)), torch.zeros_like(truth)
+    module.correction = EngineCorrection(math.inf, "sequence")
+    for outcomes, probability in enumeration.batches(line, old, 1.0):
+        seen = enumeration.experience(line, problem, module, outcomes)
+        seen = replace(seen, rollout=replace(seen.rollout, engine_logps=stale[outcomes]))
+        found += probability * enumeration.update(module, seen, None)
+    assert (found - truth).norm() < 1e-10
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
+
+
+def make(method: Any = RLOO, **kwargs: Any) -> Any:
+    settings = plain(method, num_generations=4, sampler=Sampler(12, engine=Prescribed()), reward=Toy())
+    return build(method, **settings | {"credit": PathwiseCredit()} | kwargs)
+
+
+def test_without_an_earlier_batch_it_is_the_method() -> None:
+    one, two = (gradient(make(credit=credit), prompts(4)) for credit in (None, PathwiseCredit()))
+    assert distance(two, one) == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_is_learned_is_of_earlier_batches(epochs: int) -> None:
+    """The direction is the mean gradient at the sampled tokens; a run with it is another one, and logs its fit."""
+    module = make(epochs=epochs)
+    watch = run(module, *(prompts(4, 4, seed) for seed in range(3)))
+    rollout = Prescribed().generate(module.policy, module.sampler.distribution, prompts_of(2))
+    (adjoint,) = Toy().pathwise(rollout).adjoints
+    assert module.credit._directions[0].shape == adjoint.gradient.shape[-1:]
+    assert watch.logged[0]["train/credit_r2"] == 0
+    assert 0 < watch.logged[-1]["train/credit_r2"] <= 1
+    plain_run = make(credit=None, epochs=epochs)
+    run(plain_run, *(prompts(4, 4, seed) for seed in range(3)))
+    assert any(not torch.equal(x, weights(plain_run)[name]) for name, x in weights(module).items())
+
+
+def prompts_of(seed: int) -> Prompts:
+    return Prompts.of(prompts(4, 4, seed)).repeat(torch.full((4,), 4))
+
+
+def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
+    given = [prompts(4, 4, seed) for seed in range(4)]
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = make(), make()
+    trainer(max_steps=4, callbacks=[save], enable_checkpointing=True).fit(whole, loader(*given))
+    rest = loader(*given[2:], *given[:2])  # a plain loader begins anew
+    trainer(max_steps=4).fit(resumed, rest, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("method", [DrGRPO, GRPO, Reinforce, CISPO])
+def test_methods_that_take_it(method: Any) -> None:
+    settings = {"num_generations": 1} if method is Reinforce else {}
+    module = make(method, **settings)
+    run(module, *(prompts(4, module.num_generations, seed) for seed in range(2)))
+    assert module.credit.scores() is not None
+
+
+def test_what_cannot_work_is_named() -> None:
+    with pytest.raises(InputError, match=r"credit: how far the advantage of PPO follows a reward is not known"):
+        PPO(credit=PathwiseCredit())
+    with pytest.raises(InputError, match="not differentiable"):
+        RLOO(credit=PathwiseCredit(), reward=lambda prompts, completions, **_: [0.0] * len(completions))
