@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 import grade_lightning
 from grade_lightning.errors import InputError
 
@@ -27,6 +29,23 @@ def classes_first(args: Sequence[str]) -> list[str]:
             del ordered[i : i + size]
             ordered[first:first] = taken
     return ordered
+
+
+def torch_first(args: Sequence[str]) -> list[str]:
+    """Bare names of optimizers and schedulers are torch's, whatever other packages call theirs.
+
+    Example:
+        >>> torch_first(["--model.optimizer", "AdamW", "--model.lr_scheduler=LinearLR"])
+        ['--model.optimizer', 'torch.optim.AdamW', '--model.lr_scheduler=torch.optim.lr_scheduler.LinearLR']
+    """
+    found = list(args)
+    for option, module in {"--model.optimizer": torch.optim, "--model.lr_scheduler": torch.optim.lr_scheduler}.items():
+        for i, arg in enumerate(found):
+            name, equals, value = arg.partition("=")
+            at, value = (i, value) if equals else (i + 1, found[i + 1] if i + 1 < len(found) else "")
+            if name == option and "." not in value and hasattr(module, value):
+                found[at] = f"{name}{equals}" * bool(equals) + f"{module.__name__}.{value}"
+    return found
 
 
 def with_base_help(args: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from grade_lightning.modules.guards import check_method
 from grade_lightning.policies.loading import BUNDLED
 from grade_lightning.running import usual_precision
 
-from .arguments import classes_first, with_base_help
+from .arguments import classes_first, torch_first, with_base_help
 from .guard import refusals
 from .parser import Parser
 from .resume import find_start
@@ -76,7 +76,7 @@ class GradeCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         """Let a configuration that names no method come before `--model`, too."""
         Parser.given = list(sys.argv[1:] if args is None else args)
-        self.config = parser.parse_args(with_base_help(_model_first(classes_first(Parser.given))))
+        self.config = parser.parse_args(with_base_help(_model_first(torch_first(classes_first(Parser.given)))))
         check_range("[0, 4294967295]", seed_everything=self.config.seed_everything)
 
     def add_arguments_to_parser(self, parser: Any) -> None:

@@ -5,10 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cli.conftest import Run, Shelf
 
 build = import_module("grade_lightning_cli.config").build
+
+
+def test_a_bare_optimizer_is_torchs(printed_config: Any) -> None:
+    """Also where another package has one of that name."""
+
+    class SGD(torch.optim.Optimizer):
+        pass
+
+    SGD.__module__, SGD.__qualname__ = __name__, "SGD"
+    globals()["SGD"] = SGD
+    model = printed_config("--model", "RLOO", "--model.optimizer", "SGD")["model"]["init_args"]
+    assert model["optimizer"]["class_path"] == "torch.optim.SGD"
 
 
 def test_options_before_their_class(printed_config: Any, shelf: Shelf) -> None:
