@@ -37,6 +37,7 @@ ELSEWHERE = {
     "grade_lightning/modules/measuring.py": "tests/modules/test_policy_gradient.py tests/test_kl.py",
     "grade_lightning/modules/metrics.py": "tests/methods/test_contract.py tests/cli/test_ddp.py",
     "grade_lightning/modules/remembering.py": "tests/test_stateful.py tests/test_constraints.py",
+    "grade_lightning/modules/selecting.py": "tests/modules/test_seams.py tests/modules/test_drawing.py",
     "grade_lightning/records/evaluation.py": "tests/cli/test_run.py",
     "grade_lightning/records/experience.py": "tests/modules/test_window.py tests/modules/test_seams.py",
     "grade_lightning/records/prompts.py": "tests/test_memory.py tests/rollouts/test_turns.py",
