@@ -90,6 +90,7 @@ from grade_lightning.rewards import (
     SequenceClassifierReward,
     SimilarityReward,
     TranslatedReward,
+    TurnRewards,
     Verifier,
     WeightedSum,
 )
@@ -240,6 +241,7 @@ __all__ = [
     "TransformersEngine",
     "TranslatedReward",
     "TurnPPO",
+    "TurnRewards",
     "Turns",
     "UnpairedModule",
     "Verifier",

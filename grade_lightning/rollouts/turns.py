@@ -1,9 +1,10 @@
 """Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,6 +22,7 @@ from .transformers import TransformersEngine
 
 Message = dict[str, str]
 """What somebody says: `role` and `content`."""
+T = TypeVar("T")
 
 
 class Environment(ABC):
@@ -57,7 +59,8 @@ class Episode:
     sampled: list[bool] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    reward: float = 0.0
+    rewards: list[float] = field(default_factory=list)
+    """Of each turn that is over; 0 where the environment gave none."""
     error: InputError | None = None
     """What the environment failed with."""
     done: bool = False
@@ -77,14 +80,17 @@ class Turns(Engine):
 
     A completion is the opening, all turns and all answers together, of `max_new_tokens` at most; an answer that would
     leave no room for another turn is left out, and ends it. What the environment says is appended as plain text. A
-    column `returns` has the sum of each completion's rewards, for a reward function that names it. Where an environment
-    raises an exception in a turn, that completion ends there, with None as its return; where all do, the run ends.
+    column `returns` has the sum of each completion's rewards, for a reward function that names it, and `turn_rewards`
+    has the list of them, for :class:`.TurnRewards`. Where an environment raises an exception, that completion ends with
+    the turn, with None as its return; where all do, the run ends.
 
     Args:
         environment: makes an environment for each completion.
         max_turns: turns of the policy at most.
         turn_tokens: most tokens of a turn; None: all that are left.
         engine: draws the policy's turns; `generate` of transformers by default.
+        workers: environments that begin or answer at the same time, in threads: for those that wait for something.
+            The results are the same, unless environments share something that they change.
     """
 
     def __init__(
@@ -93,12 +99,14 @@ class Turns(Engine):
         max_turns: int = 4,
         turn_tokens: int | None = None,
         engine: Engine | None = None,
+        workers: int = 1,
     ) -> None:
-        check_range("[1, inf)", "engine", max_turns=max_turns, turn_tokens=turn_tokens)
+        check_range("[1, inf)", "engine", max_turns=max_turns, turn_tokens=turn_tokens, workers=workers)
         self.environment = environment
         self.max_turns = max_turns
         self.turn_tokens = turn_tokens
         self.engine = engine or TransformersEngine()
+        self.workers = workers
 
     def sync(self, policy: Policy, step: int) -> None:
         """Hand over the policy's weights."""
@@ -108,24 +116,34 @@ class Turns(Engine):
         """One conversation for each prompt, with the global random state.
 
         Raises:
-            InputError: an environment raises an exception, or its opening leaves the policy no room.
+            InputError: all environments raise an exception, or the opening of one leaves the policy no room.
         """
-        episodes = {row: self.begin(policy, distribution, prompts, row) for row in range(len(prompts))}
+        episodes = self.begin(policy, distribution, prompts, range(len(prompts)))
         while not all(episode.done for episode in episodes.values()):
             self.speak(policy, distribution, prompts, episodes)
         return joined([episodes[row] for row in range(len(prompts))], prompts, policy, distribution)
 
-    def begin(self, policy: Policy, distribution: Distribution, prompts: Prompts, row: int) -> Episode:
-        """A conversation up to the policy's first turn."""
-        episode = Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist())
-        try:
-            messages = episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
-        except Exception as error:
-            raise _error_of(episode.environment, error) from error
-        opening = _encoded(policy.tokenizer, messages)
-        _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
-        episode.add(opening, turn=0, sampled=False)
-        return episode
+    def begin(
+        self, policy: Policy, distribution: Distribution, prompts: Prompts, rows: Iterable[int]
+    ) -> dict[int, Episode]:
+        """Conversations up to the policy's first turn, by the rows of their prompts."""
+        episodes = {
+            row: Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist()) for row in rows
+        }
+
+        def reset(row: int) -> list[Message]:
+            episode = episodes[row]
+            try:
+                return episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
+            except Exception as error:
+                episode.error = _error_of(episode.environment, error)
+                return []
+
+        for episode, messages in zip(episodes.values(), self._at_once(reset, list(episodes)), strict=True):
+            opening = _encoded(policy.tokenizer, messages)
+            _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
+            episode.add(opening, turn=0, sampled=False)
+        return episodes
 
     def speak(self, policy: Policy, distribution: Distribution, prompts: Prompts, episodes: dict[int, Episode]) -> None:
         """One turn of the policy in each conversation that goes on, and what it is answered.
@@ -147,6 +165,7 @@ class Turns(Engine):
         said = cut(
             self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun), distribution.stop
         )
+        spoken = []
         for i, (row, episode) in enumerate(zip(rows, live, strict=True)):
             length = min(int(said.lengths[i]), room[i])
             tokens = said.completion_ids[i, :length].tolist()
@@ -154,20 +173,27 @@ class Turns(Engine):
             self.drawn(row, episodes, logps)
             episode.known = episode.known and logps is not None
             episode.add(tokens, episode.turn, sampled=True, logps=logps)
-            text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-            try:
-                messages, reward, done = episode.environment.step(text)
-            except Exception as error:
-                episode.error, episode.done = _error_of(episode.environment, error), True
+            spoken.append((episode, tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]))
+        for episode, answered in zip(live, self._at_once(_answered, spoken), strict=True):
+            if isinstance(answered, InputError):
+                episode.error, episode.done = answered, True
                 rank_zero_warn(f"{episode.error}; the completion ends here, without a return")
                 continue
-            episode.reward += reward or 0.0
+            messages, reward, done = answered
+            episode.rewards.append(reward or 0.0)
             answer = _encoded(tokenizer, messages)
             full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
             episode.done = done or full or episode.turn + 1 == self.max_turns
             if not episode.done:
                 episode.add(answer, episode.turn, sampled=False)
                 episode.turn += 1
+
+    def _at_once(self, function: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
+        """What a function of an environment returns for each, in their order."""
+        if self.workers == 1:
+            return [function(one) for one in given]
+        with ThreadPoolExecutor(self.workers, "environment") as pool:
+            return list(pool.map(function, given))
 
     def drawn(self, row: int, episodes: dict[int, Episode], logps: list[float] | None) -> None:
         """A turn was drawn and not yet added; nothing happens here.
@@ -178,6 +204,17 @@ class Turns(Engine):
             logps: of the turn's tokens.
         """
         return None
+
+
+def _answered(spoken: tuple[Episode, str]) -> tuple[list[Message], float | None, bool] | InputError:
+    """An environment's answer to a turn, or what it failed with, be it at the beginning."""
+    episode, text = spoken
+    if episode.error is not None:
+        return episode.error
+    try:
+        return episode.environment.step(text)
+    except Exception as error:
+        return _error_of(episode.environment, error)
 
 
 def _error_of(environment: Environment, error: Exception) -> InputError:
@@ -232,7 +269,11 @@ def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distributi
         completion_mask=mask.to(device),
         engine_logps=logps.to(device, torch.float32) if all(episode.known for episode in episodes) else None,
         tokenizer=policy.tokenizer,
-        columns=prompts.columns | {"returns": [None if e.error else e.reward for e in episodes]},
+        columns=prompts.columns
+        | {
+            "returns": [None if e.error else sum(e.rewards) for e in episodes],
+            "turn_rewards": [None if e.error else e.rewards for e in episodes],
+        },
         eos_ids=policy.eos_ids,
         stop=list(distribution.stop),
         sampled=sampled.to(device),

@@ -130,7 +130,7 @@ def test_choices_are_ours_and_can_be_made() -> None:
         *("ClassifierReward", "Constrained", "ExactMatch", "FormatReward", "FunctionReward"),
         *("GroupNormalizedSum", "ImprovementReward", "JSONSchema", "JudgeReward", "MathAnswer", "NoReward"),
         *("NumericMatch", "RemoteJudge", "SequenceClassifierReward", "SimilarityReward"),
-        *("TranslatedReward", "WeightedSum"),
+        *("TranslatedReward", "TurnRewards", "WeightedSum"),
     ]
     methods = [name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type)]
     assert choices(parser.BASES["model"]) == sorted(methods)
