@@ -50,6 +50,8 @@ ELSEWHERE = {
     "grade_lightning/rewards/retokenize.py": "tests/rewards/test_classifier.py",
     "grade_lightning/rewards/sequence_classifier.py": "tests/rewards/test_sequence_reward.py",
     "grade_lightning/rollouts/engine.py": "tests/modules/test_seams.py",
+    "grade_lightning/rollouts/environment.py": "tests/rollouts/test_turns.py tests/rollouts/test_turns_at_once.py",
+    "grade_lightning/rollouts/episode.py": "tests/rollouts/test_turns.py",
     "grade_lightning/schedules.py": "tests/methods/test_grade.py tests/test_ranges.py",
     "grade_lightning/strategies.py": "tests/cli/test_fsdp.py",
     "cli/compare/options.py": "tests/cli/compare/test_plan.py",

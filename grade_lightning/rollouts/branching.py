@@ -14,7 +14,9 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
-from .turns import Environment, Episode, Turns, joined
+from .environment import Environment
+from .episode import Episode, joined
+from .turns import Turns
 
 
 class Branching(Turns):

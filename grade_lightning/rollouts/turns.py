@@ -1,14 +1,11 @@
 """Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError, check_range
@@ -17,62 +14,12 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
+from .environment import Environment, Message
+from .episode import Episode, joined, padded
 from .stopping import cut
 from .transformers import TransformersEngine
 
-Message = dict[str, str]
-"""What somebody says: `role` and `content`."""
 T = TypeVar("T")
-
-
-class Environment(ABC):
-    """One conversation partner of the policy, such as a tool, for one completion."""
-
-    @abstractmethod
-    def reset(self, row: dict[str, Any]) -> list[Message]:
-        """Begin; what it returns stands between the prompt and the policy's first turn.
-
-        Args:
-            row: the columns of the prompt's row.
-        """
-
-    @abstractmethod
-    def step(self, text: str) -> tuple[list[Message], float | None, bool]:
-        """Answer the policy's turn.
-
-        Args:
-            text: what the policy wrote.
-
-        Returns:
-            The answer; a reward for the turn, or None; whether the conversation is over.
-        """
-
-
-@dataclass
-class Episode:
-    """One completion while it is made."""
-
-    environment: Environment
-    prompt: list[int]
-    turn: int = 0
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    """Of each turn that is over; 0 where the environment gave none."""
-    error: InputError | None = None
-    """What the environment failed with."""
-    done: bool = False
-    known: bool = True
-    """Whether the engine says with which probabilities it drew."""
-
-    def add(self, tokens: list[int], turn: int, sampled: bool, logps: list[float] | None = None) -> None:
-        """Append tokens of the policy, or of somebody else."""
-        self.tokens += tokens
-        self.sampled += [sampled] * len(tokens)
-        self.turns += [turn] * len(tokens)
-        self.logps += logps or [0.0] * len(tokens)
 
 
 class Turns(Engine):
@@ -159,7 +106,7 @@ class Turns(Engine):
         room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
         assert min(room) >= 1
         room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
-        ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
+        ids, mask = padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
         begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
         said = cut(
@@ -176,8 +123,7 @@ class Turns(Engine):
             spoken.append((episode, tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]))
         for episode, answered in zip(live, self._at_once(_answered, spoken), strict=True):
             if isinstance(answered, InputError):
-                episode.error, episode.done = answered, True
-                rank_zero_warn(f"{episode.error}; the completion ends here, without a return")
+                _fail(episode, answered)
                 continue
             messages, reward, done = answered
             episode.rewards.append(reward or 0.0)
@@ -187,6 +133,12 @@ class Turns(Engine):
             if not episode.done:
                 episode.add(answer, episode.turn, sampled=False)
                 episode.turn += 1
+        over = [episode for episode in live if episode.done]
+        for episode, more in zip(over, self._at_once(_closed, over), strict=True):
+            if episode.error is None and isinstance(more, InputError):
+                _fail(episode, more)
+            elif episode.error is None and more is not None:
+                episode.rewards[-1] += float(more)
 
     def _at_once(self, function: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
         """What a function of an environment returns for each, in their order."""
@@ -217,6 +169,20 @@ def _answered(spoken: tuple[Episode, str]) -> tuple[list[Message], float | None,
         return _error_of(episode.environment, error)
 
 
+def _closed(episode: Episode) -> float | InputError | None:
+    """The last reward of an environment that is let go, or what it failed with."""
+    try:
+        return episode.environment.close()
+    except Exception as error:
+        return _error_of(episode.environment, error)
+
+
+def _fail(episode: Episode, error: InputError) -> None:
+    """End a completion, and say why."""
+    episode.error, episode.done = error, True
+    rank_zero_warn(f"{error}; the completion ends here, without a return")
+
+
 def _error_of(environment: Environment, error: Exception) -> InputError:
     """An exception of the user's code is an error that says whose it is."""
     reason, name = " ".join(str(error).split()), type(environment).__name__
@@ -237,45 +203,3 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     text = "".join(message["content"] for message in messages)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False) if text else []
     return ids
-
-
-def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows as a tensor, and where it is no padding."""
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    joined = [more + row if left else row + more for row, more in zip(rows, fill, strict=True)]
-    here = torch.arange(longest) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return torch.tensor(joined), here.flip(1) if left else here
-
-
-def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distribution: Distribution) -> Rollout:
-    """The rollout of conversations that are over, in the order of the prompts.
-
-    Raises:
-        InputError: the environment failed in all of them.
-    """
-    errors = [episode.error for episode in episodes if episode.error is not None]
-    if errors and len(errors) == len(episodes):
-        raise errors[0] from errors[0].__cause__
-    device = prompts.ids.device
-    ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
-    sampled, _ = _padded([episode.sampled for episode in episodes], False)
-    turns, _ = _padded([episode.turns for episode in episodes], 0)
-    logps, _ = _padded([episode.logps for episode in episodes], 0.0)
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        completion_ids=ids.to(device),
-        completion_mask=mask.to(device),
-        engine_logps=logps.to(device, torch.float32) if all(episode.known for episode in episodes) else None,
-        tokenizer=policy.tokenizer,
-        columns=prompts.columns
-        | {
-            "returns": [None if e.error else sum(e.rewards) for e in episodes],
-            "turn_rewards": [None if e.error else e.rewards for e in episodes],
-        },
-        eos_ids=policy.eos_ids,
-        stop=list(distribution.stop),
-        sampled=sampled.to(device),
-        turns=turns.to(device),
-    )

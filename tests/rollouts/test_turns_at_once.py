@@ -1,7 +1,7 @@
 """Environments that answer at the same time, the faults of a few of them, and limits."""
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -132,3 +132,37 @@ def test_where_all_fail_the_run_ends(when: int, workers: int) -> None:
 def test_a_number_of_workers() -> None:
     with pytest.raises(InputError, match="workers"):
         Turns(Talks, workers=0)
+
+
+class Closing(Breaks):
+    """Counts how often it is closed, and has a last reward, a hundred; where the row says so, it cannot be closed."""
+
+    closed: ClassVar[list[int]] = []
+
+    def close(self) -> float | None:
+        self.closed.append(self.fails)
+        if self.fails == 7:
+            raise OSError("still in use")
+        return 100.0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_each_conversation_is_closed_once_and_may_have_a_last_reward(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ended it: the environment, a fault at the beginning or in a turn, the number of turns, of tokens."""
+    monkeypatch.setattr(Closing, "closed", [])
+    columns = {"fails": [0, 1, 7, 9], "last": [9, 9, 9, 1]}
+    prompts = Prompts.of(make_prompts((3, 2, 4, 1)) | {"columns": columns})
+    engine = Turns(Closing, max_turns=3, engine=Scripted(), workers=workers)
+    with pytest.warns(UserWarning, match="it raised") as warned:
+        rollout = engine.generate(make_policy(), Distribution(), prompts)
+    assert sorted(Closing.closed) == [0, 1, 7, 9]
+    assert rollout.columns["returns"] == [None, None, None, 101.0]
+    assert len(warned) == 3
+    assert "still in use" in str(warned[-1].message)
+    few = Turns(Closing, max_turns=3, engine=Scripted(), workers=workers)
+    limits = Prompts.of(make_prompts((3,)) | {"columns": {"fails": [9], "last": [9]}})
+    assert few.generate(make_policy(), Distribution(4), limits).columns["turn_rewards"] == [[101.0]]
+    whole = Turns(Closing, max_turns=3, engine=Scripted(), workers=workers)
+    assert whole.generate(make_policy(), Distribution(), limits).columns["turn_rewards"] == [[1.0, 2.0, 100.0]]
