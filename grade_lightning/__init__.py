@@ -100,10 +100,12 @@ from grade_lightning.rollouts import (
     Distribution,
     Engine,
     Environment,
+    GymnasiumEnvironment,
     Sampler,
     Search,
     TransformersEngine,
     Turns,
+    VerifiersEnvironment,
 )
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
@@ -180,6 +182,7 @@ __all__ = [
     "GradientVariance",
     "GroupNormalizedSum",
     "Gumbel",
+    "GymnasiumEnvironment",
     "HubDataset",
     "ImprovementReward",
     "InMemory",
@@ -245,6 +248,7 @@ __all__ = [
     "Turns",
     "UnpairedModule",
     "Verifier",
+    "VerifiersEnvironment",
     "WeightedSum",
     "ZerothOrder",
     "by_advantage",

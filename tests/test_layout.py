@@ -53,6 +53,7 @@ ELSEWHERE = {
     "grade_lightning/rollouts/environment.py": "tests/rollouts/test_turns.py tests/rollouts/test_turns_at_once.py",
     "grade_lightning/rollouts/episode.py": "tests/rollouts/test_turns.py",
     "grade_lightning/schedules.py": "tests/methods/test_grade.py tests/test_ranges.py",
+    "grade_lightning/waiting.py": "tests/rewards/test_functions.py tests/rollouts/test_verifiers.py",
     "grade_lightning/strategies.py": "tests/cli/test_fsdp.py",
     "cli/compare/options.py": "tests/cli/compare/test_plan.py",
     "cli/compare/progress.py": "tests/cli/compare/test_work.py",

@@ -135,10 +135,12 @@ class Turns(Engine):
                 episode.turn += 1
         over = [episode for episode in live if episode.done]
         for episode, more in zip(over, self._at_once(_closed, over), strict=True):
-            if episode.error is None and isinstance(more, InputError):
+            if episode.error is not None:
+                continue
+            if isinstance(more, InputError):
                 _fail(episode, more)
-            elif episode.error is None and more is not None:
-                episode.rewards[-1] += float(more)
+            else:
+                episode.rewards[-1] += more or 0.0
 
     def _at_once(self, function: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
         """What a function of an environment returns for each, in their order."""

@@ -70,6 +70,7 @@ def test_a_table_says_who_speaks() -> None:
     table = completion_table(rollout, torch.zeros(1), torch.zeros(1), rows=8)
     said = "**environment:** w9<br>**policy:** w6<br>**environment:** w4 w5<br>**policy:** w6 w6"
     assert f"| {said} | 0.000 | 0.00 |" in table
-    page = markdown_to_safe_html(completion_table(Said(["2*3*4"], ["<calc>2*3*4_5_</calc>"]), *[torch.zeros(1)] * 2, 1))
+    starred = Said(["2*3*4"], ["<calc>2*3*4_5_</calc>"])
+    page = markdown_to_safe_html(completion_table(starred, torch.zeros(1), torch.zeros(1), rows=1))
     assert "<td>2*3*4</td>" in page
     assert "<td>&lt;calc&gt;2*3*4_5_&lt;/calc&gt;</td>" in page
