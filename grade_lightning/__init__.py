@@ -16,7 +16,16 @@ from grade_lightning.callbacks import (
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.data import BundledReviews, BundledSums, HubDataset, InMemory, LocalFiles, Source, TextDataModule
+from grade_lightning.data import (
+    BundledProducts,
+    BundledReviews,
+    BundledSums,
+    HubDataset,
+    InMemory,
+    LocalFiles,
+    Source,
+    TextDataModule,
+)
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.gates import by_advantage
@@ -144,6 +153,7 @@ __all__ = [
     "Batching",
     "BetaByJudge",
     "Branching",
+    "BundledProducts",
     "BundledReviews",
     "BundledSums",
     "Calculator",
