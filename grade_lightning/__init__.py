@@ -17,7 +17,16 @@ from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
 from grade_lightning.credit import PathwiseCredit
-from grade_lightning.data import BundledReviews, BundledSums, HubDataset, InMemory, LocalFiles, Source, TextDataModule
+from grade_lightning.data import (
+    BundledProducts,
+    BundledReviews,
+    BundledSums,
+    HubDataset,
+    InMemory,
+    LocalFiles,
+    Source,
+    TextDataModule,
+)
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.gates import by_advantage
@@ -91,6 +100,7 @@ from grade_lightning.rewards import (
     SequenceClassifierReward,
     SimilarityReward,
     TranslatedReward,
+    TurnRewards,
     Verifier,
     WeightedSum,
 )
@@ -100,10 +110,12 @@ from grade_lightning.rollouts import (
     Distribution,
     Engine,
     Environment,
+    GymnasiumEnvironment,
     Sampler,
     Search,
     TransformersEngine,
     Turns,
+    VerifiersEnvironment,
 )
 from grade_lightning.running import make_trainer
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
@@ -143,6 +155,7 @@ __all__ = [
     "Batching",
     "BetaByJudge",
     "Branching",
+    "BundledProducts",
     "BundledReviews",
     "BundledSums",
     "Calculator",
@@ -181,6 +194,7 @@ __all__ = [
     "GradientVariance",
     "GroupNormalizedSum",
     "Gumbel",
+    "GymnasiumEnvironment",
     "HubDataset",
     "ImprovementReward",
     "InMemory",
@@ -243,9 +257,11 @@ __all__ = [
     "TransformersEngine",
     "TranslatedReward",
     "TurnPPO",
+    "TurnRewards",
     "Turns",
     "UnpairedModule",
     "Verifier",
+    "VerifiersEnvironment",
     "WeightedSum",
     "ZerothOrder",
     "by_advantage",

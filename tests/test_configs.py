@@ -28,6 +28,8 @@ ALIGNMENT = [
 ]
 RECIPES = {
     "bundled": ALIGNMENT,
+    "calculator_sft": ["SupervisedFineTuning"],
+    "calculator_turns": ["GRPO", "TurnPPO"],
     "imdb_gpt2": ALIGNMENT,
     "imdb_local": [*ALIGNMENT, "RewardModel", "SupervisedFineTuning"],
     "imdb_qwen3_4b_lora": ALIGNMENT,

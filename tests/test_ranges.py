@@ -11,7 +11,7 @@ import grade_lightning.methods
 from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import Completions, GradientVariance
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.data import BundledReviews, BundledSums, TextDataModule
+from grade_lightning.data import BundledProducts, BundledReviews, BundledSums, TextDataModule
 from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel
 from grade_lightning.kl import KL
@@ -106,6 +106,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     | {"batch_size": [0], "eval_batch_size": [0], "max_prompt_chars": [0], "max_prompt_tokens": [1]}
     | {"max_text_tokens": [1], "seed": [-1, SEED + 1]},
     BundledReviews: {"num_train": [0], "num_test": [-1]},
+    BundledProducts: {"num_train": [0], "num_test": [-1], "calls": [-0.1, 1.1]},
     BundledSums: {"num_train": [0], "num_test": [-1], "carries": [-0.1, 1.1]},
     Completions: {"every_n_steps": [0], "rows": [0]},
     GradientVariance: {"window": [1], "prompts": [1], "draws": [1], "probe_every_n_steps": [-1], "sketch": [0]},

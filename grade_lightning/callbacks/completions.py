@@ -1,5 +1,6 @@
 """Completions and a histogram of rewards in TensorBoard."""
 
+import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from grade_lightning.errors import check_range
 from grade_lightning.modules import AlignmentModule
-from grade_lightning.records import Rollout
+from grade_lightning.records import Rollout, spoken
 
 
 class Completions(Callback):
@@ -60,9 +61,14 @@ class Completions(Callback):
 
 
 def completion_table(rollout: Rollout, reward: Tensor, kl: Tensor, rows: int) -> str:
-    """A Markdown table of the first `rows` completions."""
+    """A Markdown table of the first `rows` completions; of several turns each begins a line, with who speaks."""
     lines = ["| prompt | completion | reward | KL (nats) |", "|---|---|--:|--:|"]
-    for prompt, completion, r, k in list(zip(rollout.prompts, rollout.completions, reward, kl, strict=True))[:rows]:
-        cells = [" ".join(text.replace("|", "\\|").split()) for text in (prompt, completion)]
-        lines.append(f"| {cells[0]} | {cells[1]} | {float(r):.3f} | {float(k):.2f} |")
+    for prompt, parts, r, k in list(zip(rollout.prompts, spoken(rollout), reward, kl, strict=True))[:rows]:
+        said = [_cell(text) if rollout.turns is None else f"**{who}:** {_cell(text)}" for who, text in parts]
+        lines.append(f"| {_cell(prompt)} | {'<br>'.join(said)} | {float(r):.3f} | {float(k):.2f} |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """In one line, with the characters by which Markdown ends a cell or changes its type."""
+    return " ".join(re.sub(r"([|*_`])", r"\\\1", text).split())

@@ -7,6 +7,8 @@ from grade_lightning.data.batches import PromptBatch as PromptBatch
 from grade_lightning.data.batches import TextBatch as TextBatch
 from grade_lightning.data.batches import UnpairedBatch as UnpairedBatch
 from grade_lightning.data.datamodule import TextDataModule as TextDataModule
+from grade_lightning.data.products import BundledProducts as BundledProducts
+from grade_lightning.data.products import generate_products as generate_products
 from grade_lightning.data.reviews import generate_reviews as generate_reviews
 from grade_lightning.data.reviews import grammar_positive as grammar_positive
 from grade_lightning.data.reviews import grammar_valid as grammar_valid

@@ -11,5 +11,6 @@ from .rows import batch_rows as batch_rows
 from .rows import slice_rows as slice_rows
 from .scores import Scores as Scores
 from .scores import unique_name as unique_name
+from .speech import spoken as spoken
 from .step_output import StepOutput as StepOutput
 from .token_stats import TokenStats as TokenStats

@@ -21,6 +21,7 @@ from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sequence_reward import SequenceClassifierReward as SequenceClassifierReward
 from .similarity import SimilarityReward as SimilarityReward
 from .translated import TranslatedReward as TranslatedReward
+from .turn_rewards import TurnRewards as TurnRewards
 from .verifiers import ExactMatch as ExactMatch
 from .verifiers import FormatReward as FormatReward
 from .verifiers import JSONSchema as JSONSchema

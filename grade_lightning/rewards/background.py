@@ -1,13 +1,10 @@
 """Work in the background, for rewards that wait for something."""
 
-import asyncio
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cache
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,20 +13,6 @@ from grade_lightning.records import Rollout, Scores
 from .base import Reward
 
 T = TypeVar("T")
-
-
-def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, or what it raises.
-
-    In a thread of its own, since a notebook has a loop in ours; a forked process has a thread of its own, too.
-
-    Example:
-        >>> async def answer():
-        ...     return 42
-        >>> wait_for(answer())
-        42
-    """
-    return asyncio.run_coroutine_threadsafe(work, _loop(os.getpid())).result()
 
 
 class BackgroundReward(Reward):
@@ -71,10 +54,3 @@ def begun(call: Callable[[], T]) -> Future[T]:
 
     Thread(target=work, daemon=True).start()
     return answer
-
-
-@cache
-def _loop(process: int) -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.records import Rollout
+from grade_lightning.waiting import wait_for
 
-from .background import BackgroundReward, begun, wait_for
+from .background import BackgroundReward, begun
 from .conversations import Messages, conversations, with_answer
 
 

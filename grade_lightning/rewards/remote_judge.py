@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.records import Rollout
+from grade_lightning.waiting import wait_for
 
-from .background import BackgroundReward, begun, wait_for
+from .background import BackgroundReward, begun
 from .chat_api import ChatAPI
 from .rubric import RUBRIC, Rubric
 

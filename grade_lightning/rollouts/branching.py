@@ -14,7 +14,9 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
-from .turns import Environment, Episode, Turns, joined
+from .environment import Environment
+from .episode import Episode, joined
+from .turns import Turns
 
 
 class Branching(Turns):
@@ -35,6 +37,7 @@ class Branching(Turns):
         max_turns: turns of the policy at most.
         turn_tokens: most tokens of a turn; None: all that are left.
         engine: draws the policy's turns; `generate` of transformers by default.
+        workers: environments that begin or answer at the same time, in threads.
 
     References:
         | Agentic Entropy-Balanced Policy Optimization (Dong et al., 2025), https://arxiv.org/abs/2510.14545
@@ -52,8 +55,9 @@ class Branching(Turns):
         max_turns: int = 4,
         turn_tokens: int | None = None,
         engine: Engine | None = None,
+        workers: int = 1,
     ) -> None:
-        super().__init__(environment, max_turns, turn_tokens, engine)
+        super().__init__(environment, max_turns, turn_tokens, engine, workers)
         check_range("[0, 1]", "engine", share=share, probability=probability, penalty=penalty)
         check_range("[0, inf)", "engine", weight=weight)
         check_range("[1, inf)", "engine", window=window)
@@ -75,7 +79,7 @@ class Branching(Turns):
         episodes: dict[int, Episode] = {}
         for rows in same_prompts(prompts):
             begun = max(1, round(self.share * len(rows)))
-            episodes |= {row: self.begin(policy, distribution, prompts, row) for row in rows[:begun]}
+            episodes |= self.begin(policy, distribution, prompts, rows[:begun])
             waiting = rows[begun:]
             self._waiting |= dict.fromkeys(rows, waiting)
         while True:
@@ -86,7 +90,7 @@ class Branching(Turns):
                 return joined([episodes[row] for row in range(len(prompts))], prompts, policy, distribution)
             for waiting in self._waiting.values():
                 waiting.clear()
-            episodes |= {row: self.begin(policy, distribution, prompts, row) for row in left}
+            episodes |= self.begin(policy, distribution, prompts, left)
 
     def drawn(self, row: int, episodes: dict[int, Episode], logps: list[float] | None) -> None:
         """Let another completion of the prompt begin from before the turn, if it is to."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from grade_lightning.errors import InputError, check_range
 
-from .turns import Environment, Message
+from .environment import Environment, Message
 
 
 class Calculator(Environment):

@@ -1,13 +1,11 @@
 """Turns: the policy and an environment speak by turns; what the environment says is attended to, not trained on."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError, check_range
@@ -16,60 +14,12 @@ from grade_lightning.records import Prompts, Rollout
 
 from .distribution import Distribution
 from .engine import Engine
+from .environment import Environment, Message
+from .episode import Episode, joined, padded
 from .stopping import cut
 from .transformers import TransformersEngine
 
-Message = dict[str, str]
-"""What somebody says: `role` and `content`."""
-
-
-class Environment(ABC):
-    """One conversation partner of the policy, such as a tool, for one completion."""
-
-    @abstractmethod
-    def reset(self, row: dict[str, Any]) -> list[Message]:
-        """Begin; what it returns stands between the prompt and the policy's first turn.
-
-        Args:
-            row: the columns of the prompt's row.
-        """
-
-    @abstractmethod
-    def step(self, text: str) -> tuple[list[Message], float | None, bool]:
-        """Answer the policy's turn.
-
-        Args:
-            text: what the policy wrote.
-
-        Returns:
-            The answer; a reward for the turn, or None; whether the conversation is over.
-        """
-
-
-@dataclass
-class Episode:
-    """One completion while it is made."""
-
-    environment: Environment
-    prompt: list[int]
-    turn: int = 0
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    reward: float = 0.0
-    error: InputError | None = None
-    """What the environment failed with."""
-    done: bool = False
-    known: bool = True
-    """Whether the engine says with which probabilities it drew."""
-
-    def add(self, tokens: list[int], turn: int, sampled: bool, logps: list[float] | None = None) -> None:
-        """Append tokens of the policy, or of somebody else."""
-        self.tokens += tokens
-        self.sampled += [sampled] * len(tokens)
-        self.turns += [turn] * len(tokens)
-        self.logps += logps or [0.0] * len(tokens)
+T = TypeVar("T")
 
 
 class Turns(Engine):
@@ -77,14 +27,17 @@ class Turns(Engine):
 
     A completion is the opening, all turns and all answers together, of `max_new_tokens` at most; an answer that would
     leave no room for another turn is left out, and ends it. What the environment says is appended as plain text. A
-    column `returns` has the sum of each completion's rewards, for a reward function that names it. Where an environment
-    raises an exception in a turn, that completion ends there, with None as its return; where all do, the run ends.
+    column `returns` has the sum of each completion's rewards, for a reward function that names it, and `turn_rewards`
+    has the list of them, for :class:`.TurnRewards`. Where an environment raises an exception, that completion ends with
+    the turn, with None as its return; where all do, the run ends.
 
     Args:
         environment: makes an environment for each completion.
         max_turns: turns of the policy at most.
         turn_tokens: most tokens of a turn; None: all that are left.
         engine: draws the policy's turns; `generate` of transformers by default.
+        workers: environments that begin or answer at the same time, in threads: for those that wait for something.
+            The results are the same, unless environments share something that they change.
     """
 
     def __init__(
@@ -93,12 +46,14 @@ class Turns(Engine):
         max_turns: int = 4,
         turn_tokens: int | None = None,
         engine: Engine | None = None,
+        workers: int = 1,
     ) -> None:
-        check_range("[1, inf)", "engine", max_turns=max_turns, turn_tokens=turn_tokens)
+        check_range("[1, inf)", "engine", max_turns=max_turns, turn_tokens=turn_tokens, workers=workers)
         self.environment = environment
         self.max_turns = max_turns
         self.turn_tokens = turn_tokens
         self.engine = engine or TransformersEngine()
+        self.workers = workers
 
     def sync(self, policy: Policy, step: int) -> None:
         """Hand over the policy's weights."""
@@ -108,24 +63,34 @@ class Turns(Engine):
         """One conversation for each prompt, with the global random state.
 
         Raises:
-            InputError: an environment raises an exception, or its opening leaves the policy no room.
+            InputError: all environments raise an exception, or the opening of one leaves the policy no room.
         """
-        episodes = {row: self.begin(policy, distribution, prompts, row) for row in range(len(prompts))}
+        episodes = self.begin(policy, distribution, prompts, range(len(prompts)))
         while not all(episode.done for episode in episodes.values()):
             self.speak(policy, distribution, prompts, episodes)
         return joined([episodes[row] for row in range(len(prompts))], prompts, policy, distribution)
 
-    def begin(self, policy: Policy, distribution: Distribution, prompts: Prompts, row: int) -> Episode:
-        """A conversation up to the policy's first turn."""
-        episode = Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist())
-        try:
-            messages = episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
-        except Exception as error:
-            raise _error_of(episode.environment, error) from error
-        opening = _encoded(policy.tokenizer, messages)
-        _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
-        episode.add(opening, turn=0, sampled=False)
-        return episode
+    def begin(
+        self, policy: Policy, distribution: Distribution, prompts: Prompts, rows: Iterable[int]
+    ) -> dict[int, Episode]:
+        """Conversations up to the policy's first turn, by the rows of their prompts."""
+        episodes = {
+            row: Episode(self.environment(), prompts.ids[row][prompts.mask[row].bool()].tolist()) for row in rows
+        }
+
+        def reset(row: int) -> list[Message]:
+            episode = episodes[row]
+            try:
+                return episode.environment.reset({name: values[row] for name, values in prompts.columns.items()})
+            except Exception as error:
+                episode.error = _error_of(episode.environment, error)
+                return []
+
+        for episode, messages in zip(episodes.values(), self._at_once(reset, list(episodes)), strict=True):
+            opening = _encoded(policy.tokenizer, messages)
+            _check_opening(episode.environment, len(opening), distribution.max_new_tokens)
+            episode.add(opening, turn=0, sampled=False)
+        return episodes
 
     def speak(self, policy: Policy, distribution: Distribution, prompts: Prompts, episodes: dict[int, Episode]) -> None:
         """One turn of the policy in each conversation that goes on, and what it is answered.
@@ -141,12 +106,13 @@ class Turns(Engine):
         room = [distribution.max_new_tokens - len(episode.tokens) for episode in live]
         assert min(room) >= 1
         room = [min(tokens, self.turn_tokens or tokens) for tokens in room]
-        ids, mask = _padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
+        ids, mask = padded([e.prompt + e.tokens for e in live], tokenizer.pad_token_id, left=True)
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
         begun = Prompts(ids.to(prompts.ids), mask.to(prompts.mask), columns)
         said = cut(
             self.engine.generate(policy, replace(distribution, max_new_tokens=max(room)), begun), distribution.stop
         )
+        spoken = []
         for i, (row, episode) in enumerate(zip(rows, live, strict=True)):
             length = min(int(said.lengths[i]), room[i])
             tokens = said.completion_ids[i, :length].tolist()
@@ -154,20 +120,34 @@ class Turns(Engine):
             self.drawn(row, episodes, logps)
             episode.known = episode.known and logps is not None
             episode.add(tokens, episode.turn, sampled=True, logps=logps)
-            text = tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
-            try:
-                messages, reward, done = episode.environment.step(text)
-            except Exception as error:
-                episode.error, episode.done = _error_of(episode.environment, error), True
-                rank_zero_warn(f"{episode.error}; the completion ends here, without a return")
+            spoken.append((episode, tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]))
+        for episode, answered in zip(live, self._at_once(_answered, spoken), strict=True):
+            if isinstance(answered, InputError):
+                _fail(episode, answered)
                 continue
-            episode.reward += reward or 0.0
+            messages, reward, done = answered
+            episode.rewards.append(reward or 0.0)
             answer = _encoded(tokenizer, messages)
             full = len(episode.tokens) + len(answer) >= distribution.max_new_tokens
             episode.done = done or full or episode.turn + 1 == self.max_turns
             if not episode.done:
                 episode.add(answer, episode.turn, sampled=False)
                 episode.turn += 1
+        over = [episode for episode in live if episode.done]
+        for episode, more in zip(over, self._at_once(_closed, over), strict=True):
+            if episode.error is not None:
+                continue
+            if isinstance(more, InputError):
+                _fail(episode, more)
+            else:
+                episode.rewards[-1] += more or 0.0
+
+    def _at_once(self, function: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
+        """What a function of an environment returns for each, in their order."""
+        if self.workers == 1:
+            return [function(one) for one in given]
+        with ThreadPoolExecutor(self.workers, "environment") as pool:
+            return list(pool.map(function, given))
 
     def drawn(self, row: int, episodes: dict[int, Episode], logps: list[float] | None) -> None:
         """A turn was drawn and not yet added; nothing happens here.
@@ -178,6 +158,31 @@ class Turns(Engine):
             logps: of the turn's tokens.
         """
         return None
+
+
+def _answered(spoken: tuple[Episode, str]) -> tuple[list[Message], float | None, bool] | InputError:
+    """An environment's answer to a turn, or what it failed with, be it at the beginning."""
+    episode, text = spoken
+    if episode.error is not None:
+        return episode.error
+    try:
+        return episode.environment.step(text)
+    except Exception as error:
+        return _error_of(episode.environment, error)
+
+
+def _closed(episode: Episode) -> float | InputError | None:
+    """The last reward of an environment that is let go, or what it failed with."""
+    try:
+        return episode.environment.close()
+    except Exception as error:
+        return _error_of(episode.environment, error)
+
+
+def _fail(episode: Episode, error: InputError) -> None:
+    """End a completion, and say why."""
+    episode.error, episode.done = error, True
+    rank_zero_warn(f"{error}; the completion ends here, without a return")
 
 
 def _error_of(environment: Environment, error: Exception) -> InputError:
@@ -200,41 +205,3 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     text = "".join(message["content"] for message in messages)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False) if text else []
     return ids
-
-
-def _padded(rows: list[list[Any]], value: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows as a tensor, and where it is no padding."""
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    joined = [more + row if left else row + more for row, more in zip(rows, fill, strict=True)]
-    here = torch.arange(longest) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    return torch.tensor(joined), here.flip(1) if left else here
-
-
-def joined(episodes: list[Episode], prompts: Prompts, policy: Policy, distribution: Distribution) -> Rollout:
-    """The rollout of conversations that are over, in the order of the prompts.
-
-    Raises:
-        InputError: the environment failed in all of them.
-    """
-    errors = [episode.error for episode in episodes if episode.error is not None]
-    if errors and len(errors) == len(episodes):
-        raise errors[0] from errors[0].__cause__
-    device = prompts.ids.device
-    ids, mask = _padded([episode.tokens for episode in episodes], policy.tokenizer.pad_token_id)
-    sampled, _ = _padded([episode.sampled for episode in episodes], False)
-    turns, _ = _padded([episode.turns for episode in episodes], 0)
-    logps, _ = _padded([episode.logps for episode in episodes], 0.0)
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        completion_ids=ids.to(device),
-        completion_mask=mask.to(device),
-        engine_logps=logps.to(device, torch.float32) if all(episode.known for episode in episodes) else None,
-        tokenizer=policy.tokenizer,
-        columns=prompts.columns | {"returns": [None if e.error else e.reward for e in episodes]},
-        eos_ids=policy.eos_ids,
-        stop=list(distribution.stop),
-        sampled=sampled.to(device),
-        turns=turns.to(device),
-    )

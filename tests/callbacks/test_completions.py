@@ -7,11 +7,16 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.plugin_util import markdown_to_safe_html  # type: ignore[import-untyped]
 
 from grade_lightning.callbacks import Completions
 from grade_lightning.callbacks.completions import completion_table
-from grade_lightning.records import Rollout
+from grade_lightning.records import Prompts, Rollout
+from grade_lightning.rollouts import Distribution, Turns
 from tests.callbacks.runs import infinite, judged_by, nothing, ones, rows, trainer
+from tests.conftest import make_prompts
+from tests.rollouts.rolling import make_policy
+from tests.rollouts.test_turns import Scripted, Talks
 
 
 class Said(Rollout):
@@ -56,3 +61,16 @@ def test_completions_of_a_reward_without_a_number(function: Any, histogram: bool
 def test_completions_need_no_tensorboard(tmp_path: Path) -> None:
     trainer(tmp_path, Completions()).validate(judged_by(ones), rows(), verbose=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_says_who_speaks() -> None:
+    """Each text begins a line of its cell, and its stars are not taken for Markdown."""
+    prompts = Prompts.of(make_prompts((3,)) | {"columns": {"begins": [True]}})
+    rollout = Turns(Talks, max_turns=2, engine=Scripted()).generate(make_policy(), Distribution(), prompts)
+    table = completion_table(rollout, torch.zeros(1), torch.zeros(1), rows=8)
+    said = "**environment:** w9<br>**policy:** w6<br>**environment:** w4 w5<br>**policy:** w6 w6"
+    assert f"| {said} | 0.000 | 0.00 |" in table
+    starred = Said(["2*3*4"], ["<calc>2*3*4_5_</calc>"])
+    page = markdown_to_safe_html(completion_table(starred, torch.zeros(1), torch.zeros(1), rows=1))
+    assert "<td>2*3*4</td>" in page
+    assert "<td>&lt;calc&gt;2*3*4_5_&lt;/calc&gt;</td>" in page

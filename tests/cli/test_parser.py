@@ -40,7 +40,7 @@ UNKNOWN = """Parser key "{key}":
             "data.source",
             "LocalFile",
             "grade_lightning.data.sources.Source",
-            "--data.source LocalFile: no such class, did you mean 'LocalFiles'?; ours are BundledReviews, ",
+            "--data.source LocalFile: no such class, did you mean 'LocalFiles'?; ours are BundledProducts, ",
         ),
     ],
 )
@@ -125,12 +125,14 @@ def test_choices_are_ours_and_can_be_made() -> None:
             return progress
 
     assert choices(Schedule) == ["Constant", "Cosine", "Exponential", "Linear"]
-    assert choices(Source) == ["BundledReviews", "BundledSums", "HubDataset", "InMemory", "LocalFiles"]
+    assert choices(Source) == [
+        *("BundledProducts", "BundledReviews", "BundledSums", "HubDataset", "InMemory", "LocalFiles")
+    ]
     assert choices(Reward) == [
         *("ClassifierReward", "Constrained", "ExactMatch", "FormatReward", "FunctionReward"),
         *("GroupNormalizedSum", "ImprovementReward", "JSONSchema", "JudgeReward", "MathAnswer", "NoReward"),
         *("NumericMatch", "RemoteJudge", "SequenceClassifierReward", "SimilarityReward"),
-        *("TranslatedReward", "WeightedSum"),
+        *("TranslatedReward", "TurnRewards", "WeightedSum"),
     ]
     methods = [name for name, value in vars(grade_lightning.methods).items() if isinstance(value, type)]
     assert choices(parser.BASES["model"]) == sorted(methods)

@@ -19,8 +19,7 @@ from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import Experience, Prompts, Rollout, Scores, TokenStats
 from grade_lightning.rewards import Reward
-from grade_lightning.rollouts import Distribution, Engine, Environment, Sampler, TransformersEngine, Turns
-from grade_lightning.rollouts.turns import Message
+from grade_lightning.rollouts import Distribution, Engine, Environment, Message, Sampler, TransformersEngine, Turns
 from grade_lightning.selection import Selection
 from grade_lightning.stateful import Stateful
 from grade_lightning.terms import Term

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grade_lightning.errors import InputError
-from grade_lightning.rewards.background import wait_for
 from grade_lightning.rewards.chat_api import ChatAPI
+from grade_lightning.waiting import wait_for
 from tests.rewards.serving import Answer, says, serving
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

@@ -59,7 +59,12 @@ def test_the_policy_and_the_environment_speak_by_turns() -> None:
     assert rollout.turns is not None
     assert rollout.turns[1].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
     assert logps_of(rollout)[1].tolist() == [0, -1, -1, 0, 0, -2, -2, -2, 0, 0, -3, -3, -3, -3]
-    assert rollout.columns == {"last": [1, 9], "begins": [False, True], "returns": [1.0, 3.0]}
+    assert rollout.columns == {
+        "last": [1, 9],
+        "begins": [False, True],
+        "returns": [1.0, 3.0],
+        "turn_rewards": [[1.0], [1.0, 2.0, 0.0]],
+    }
     assert rollout.ended.tolist() == [True, True]
     assert rollout.eos_ids == [0]
 
