@@ -96,6 +96,7 @@ from grade_lightning.rewards import (
 from grade_lightning.rollouts import (
     Branching,
     Calculator,
+    ContinuousBatchingEngine,
     Distribution,
     Engine,
     Environment,
@@ -152,6 +153,7 @@ __all__ = [
     "Constant",
     "Constrained",
     "Constraint",
+    "ContinuousBatchingEngine",
     "Cosine",
     "Critic",
     "DifferentiableReward",

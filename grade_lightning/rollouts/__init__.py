@@ -1,6 +1,7 @@
 """From prompts to completions."""
 
 from .branching import Branching as Branching
+from .continuous import ContinuousBatchingEngine as ContinuousBatchingEngine
 from .distribution import Distribution as Distribution
 from .engine import Engine as Engine
 from .relaxed import RelaxedEngine as RelaxedEngine
