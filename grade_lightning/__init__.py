@@ -104,6 +104,7 @@ from grade_lightning.rollouts import (
     Search,
     TransformersEngine,
     Turns,
+    VLLMEngine,
 )
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
@@ -244,6 +245,7 @@ __all__ = [
     "TurnPPO",
     "Turns",
     "UnpairedModule",
+    "VLLMEngine",
     "Verifier",
     "WeightedSum",
     "ZerothOrder",

@@ -11,3 +11,4 @@ from .tools import Search as Search
 from .transformers import TransformersEngine as TransformersEngine
 from .turns import Environment as Environment
 from .turns import Turns as Turns
+from .vllm import VLLMEngine as VLLMEngine
