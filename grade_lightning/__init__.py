@@ -105,6 +105,7 @@ from grade_lightning.rollouts import (
     TransformersEngine,
     Turns,
     VLLMEngine,
+    VLLMServer,
 )
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
 from grade_lightning.selection import Downsampling, DropSolved, DynamicSampling, Selection
@@ -246,6 +247,7 @@ __all__ = [
     "Turns",
     "UnpairedModule",
     "VLLMEngine",
+    "VLLMServer",
     "Verifier",
     "WeightedSum",
     "ZerothOrder",

@@ -12,3 +12,4 @@ from .transformers import TransformersEngine as TransformersEngine
 from .turns import Environment as Environment
 from .turns import Turns as Turns
 from .vllm import VLLMEngine as VLLMEngine
+from .vllm_server import VLLMServer as VLLMServer

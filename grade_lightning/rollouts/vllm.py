@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from grade_lightning.errors import InputError, check_range
@@ -23,8 +24,14 @@ from .engine import Engine
 
 
 def handed_over(policy: Policy) -> dict[str, Tensor]:
-    """The policy's weights as a checkpoint names them, adapters added to the weights that they adapt."""
+    """The policy's weights as a checkpoint names them, adapters added to the weights that they adapt.
+
+    Raises:
+        InputError: they are spread over processes.
+    """
     state = policy.base.state_dict() if policy.lora is None else merged_state(policy.base)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise InputError("VLLMEngine: weights that are spread over processes cannot be handed over; leave fsdp2 out")
     return {name: tensor.detach() for name, tensor in revert_weight_conversion(policy.base, state).items()}
 
 
