@@ -8,10 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.policies import Policy
@@ -29,6 +28,8 @@ def handed_over(policy: Policy) -> dict[str, Tensor]:
     Raises:
         InputError: they are spread over processes.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     state = policy.base.state_dict() if policy.lora is None else merged_state(policy.base)
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         raise InputError("VLLMEngine: weights that are spread over processes cannot be handed over; leave fsdp2 out")
@@ -185,10 +186,10 @@ def _told(what: str) -> Iterator[None]:
 @contextmanager
 def _as_it_was() -> Iterator[None]:
     """Random states and settings of torch that vLLM changes for the whole process come back."""
-    states, threads, limit = _collect_rng_states(), torch.get_num_threads(), torch.set_num_threads
-    try:
-        yield
-    finally:
-        torch.set_num_threads = limit
-        torch.set_num_threads(threads)
-        _set_rng_states(states)
+    threads, limit = torch.get_num_threads(), torch.set_num_threads
+    with isolate_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = limit
+            torch.set_num_threads(threads)
