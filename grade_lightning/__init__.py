@@ -107,6 +107,7 @@ from grade_lightning.rewards import (
 from grade_lightning.rollouts import (
     Branching,
     Calculator,
+    ContinuousBatchingEngine,
     Distribution,
     Engine,
     Environment,
@@ -116,6 +117,8 @@ from grade_lightning.rollouts import (
     TransformersEngine,
     Turns,
     VerifiersEnvironment,
+    VLLMEngine,
+    VLLMServer,
 )
 from grade_lightning.running import make_trainer
 from grade_lightning.schedules import Constant, Cosine, Exponential, Linear, Schedule
@@ -167,6 +170,7 @@ __all__ = [
     "Constant",
     "Constrained",
     "Constraint",
+    "ContinuousBatchingEngine",
     "Cosine",
     "Critic",
     "DifferentiableReward",
@@ -260,6 +264,8 @@ __all__ = [
     "TurnRewards",
     "Turns",
     "UnpairedModule",
+    "VLLMEngine",
+    "VLLMServer",
     "Verifier",
     "VerifiersEnvironment",
     "WeightedSum",

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,12 @@ def test_a_reward_with_a_damaged_head(refuse: Refuse, shelf: Shelf) -> None:
     shutil.copytree(shelf.reward, "damaged")
     truncate(Path("damaged/reward_head.safetensors"))
     says(refuse("fit", *shelf.all, "--model.reward.path=damaged"), "damaged", "reward head cannot be read", "again")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="it is installed")
+def test_an_engine_that_is_not_installed(refuse: Refuse, shelf: Shelf) -> None:
+    line = refuse("fit", *shelf.all, "--model.sampler.engine=VLLMEngine", "--preflight")
+    says(line, "VLLMEngine needs vLLM: pip install 'grade-lightning[vllm]'")
 
 
 @pytest.mark.parametrize("key", ["policy", "reward"])
