@@ -42,7 +42,7 @@ def generate_products(n: int, seed: int, calls: float = 0.1) -> list[dict[str, s
 
     Example:
         >>> generate_products(2, seed=0, calls=0.5)[1]["completion"]
-        ' The answer is 223877.'
+        ' That is 366*624 = 224759\nThe answer is 224759.'
     """
     if n > MOST:
         raise ValueError(f"{n} different products: there are {MOST}")
