@@ -39,10 +39,10 @@ class Ahead:
         self._waiting = waiting
 
     def take(self, begin: Callable[[], Waiting]) -> Rollout:
-        """Begin to draw, and return what was begun before."""
-        begun = cache(begin())
-        before, self._waiting = self._waiting or begun, begun
-        return before()
+        """Begin to draw, and return what was begun before; that is done by then, so its engine may have new weights."""
+        before = None if self._waiting is None else self._waiting()
+        self._waiting = cache(begin())
+        return self._waiting() if before is None else before
 
     def pack(self) -> dict[str, Any] | None:
         """For a checkpoint, once it is drawn."""

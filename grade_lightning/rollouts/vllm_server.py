@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout
+from grade_lightning.waiting import in_background, wait_for
 
 from .assembling import Answer, assembled, bare
 from .distribution import Distribution
@@ -64,7 +65,7 @@ class VLLMServer(Engine):
             with _silently():
                 policy.save_pretrained(folder)
             hand_over = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
-            self._ask([("/collective_rpc", hand_over), ("/reset_prefix_cache", {})], at_once=False)
+            wait_for(self._gather([("/collective_rpc", hand_over), ("/reset_prefix_cache", {})], at_once=False))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,6 +75,10 @@ class VLLMServer(Engine):
         Raises:
             InputError: the server fails, is late, or answers something else than it was asked for.
         """
+        return self.start(policy, distribution, prompts)()
+
+    def start(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Callable[[], Rollout]:
+        """Ask the server; what is returned waits for its answers, and raises what :meth:`generate` does."""
         settings = sampling_settings(distribution, policy.eos_ids) | {"return_token_ids": True}
         del settings["detokenize"]  # a server has no such option
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
@@ -81,8 +86,13 @@ class VLLMServer(Engine):
             ("/v1/completions", {"prompt": ids, "seed": seed} | settings)
             for ids, seed in zip(bare(prompts), seeds, strict=True)
         ]
-        answers = [self._answer(found) for found in self._ask(asked, at_once=True)]
-        return assembled(type(self).__name__, policy, distribution, prompts, answers)
+        answers = in_background(self._gather(asked, at_once=True))
+
+        def waited_for() -> Rollout:
+            found = [self._answer(answer) for answer in answers.result()]
+            return assembled(type(self).__name__, policy, distribution, prompts, found)
+
+        return waited_for
 
     def _answer(self, found: Any) -> Answer:
         try:
@@ -90,9 +100,6 @@ class VLLMServer(Engine):
             return Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
         except (KeyError, IndexError, TypeError) as error:
             raise self._error(f"its answer has no {error}", "use vLLM 0.32") from error
-
-    def _ask(self, asked: list[tuple[str, dict[str, Any]]], at_once: bool) -> list[Any]:
-        return asyncio.run(self._gather(asked, at_once))
 
     async def _gather(self, asked: list[tuple[str, dict[str, Any]]], at_once: bool) -> list[Any]:
         limit = aiohttp.ClientTimeout(total=self.timeout)

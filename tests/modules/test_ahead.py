@@ -80,8 +80,13 @@ class Elsewhere(Prescribed):
     def __init__(self, meeting: threading.Barrier) -> None:
         super().__init__()
         self.meeting = meeting
+        self.drawing = False
+
+    def sync(self, policy: Policy, step: int) -> None:
+        assert not self.drawing  # with other weights than it began with
 
     def start(self, policy: Policy, distribution: Distribution, prompts: Prompts) -> Callable[[], Rollout]:
+        self.drawing = True
         rollout, found = self.generate(policy, distribution, prompts), []
 
         def draw(first: bool) -> None:
@@ -94,6 +99,7 @@ class Elsewhere(Prescribed):
 
         def wait() -> Rollout:
             thread.join()
+            self.drawing = False
             return found[0]
 
         return wait

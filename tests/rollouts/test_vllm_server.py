@@ -120,3 +120,27 @@ def test_an_address_that_cannot_work_is_named(url: str) -> None:
     with pytest.raises(InputError, match=r"engine\.base_url") as caught:
         VLLMServer(url)
     assert "key@" not in str(caught.value)
+
+
+def test_a_rollout_that_was_begun_does_not_wait_for_the_server() -> None:
+    """The server answers when the rollout was begun, and not before; its seeds are those of that moment."""
+    begun, served = Event(), Served()
+
+    def late(request: dict[str, Any], number: int) -> Answer:
+        assert begun.wait(60) or "prompt" not in request
+        return served(request, number)
+
+    policy, prompts = make_policy("llama"), Prompts.of(make_prompts())
+    with serving(late) as server:
+        engine = VLLMServer(server.url.removesuffix("/v1"))
+        begun.set()
+        engine.sync(policy, 0)
+        begun.clear()
+        torch.manual_seed(0)
+        waiting = engine.start(policy, Distribution(max_new_tokens=3), prompts)
+        drawn = torch.randint(2**62, (1,))
+        begun.set()
+        assert waiting().completion_ids.tolist() == [[5] * 3] * len(prompts)
+        torch.manual_seed(0)
+        torch.randint(2**62, (len(prompts),))
+        assert torch.equal(torch.randint(2**62, (1,)), drawn)
