@@ -19,7 +19,7 @@ from common import note, tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grade_lightning.credit import PathwiseCredit
+from grade_lightning.credit import PathwiseCredit, RegressionCredit
 from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.functional.intervals import ratio_interval
 from grade_lightning.functional.moments import gram, moments
@@ -100,7 +100,7 @@ def measure(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each set the variance of one estimate, with credit and without."""
     common: dict[str, Any] = {"policy": policy, "reward": reward, "sampler": Sampler(length), "kl": KL(0.0)}
-    credit = PathwiseCredit(o.decay)
+    credit = RegressionCredit(o.decay) if o.regression else PathwiseCredit(o.decay)
     module = RLOO(**common, num_generations=o.generations, credit=credit)
     bare = RLOO(**common, num_generations=o.generations)
     for method in (module, bare):
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="*", default=[5, 20], help="tokens of a completion at most")
     parser.add_argument("--draws", type=int, default=24, help="estimates of each set")
     parser.add_argument("--learn", type=int, default=30, help="batches from which the credit learns before")
+    parser.add_argument("--regression", action="store_true", help="credit without the reward's gradient")
     parser.add_argument("--decay", type=float, default=0.9)
     parser.add_argument("--scale", type=float, default=0.5, help="of the laboratory's rewards")
     parser.add_argument("--seed", type=int, default=1)

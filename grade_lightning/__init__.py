@@ -16,7 +16,7 @@ from grade_lightning.callbacks import (
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.credit import PathwiseCredit
+from grade_lightning.credit import Credit, PathwiseCredit, RegressionCredit
 from grade_lightning.data import (
     BundledProducts,
     BundledReviews,
@@ -172,6 +172,7 @@ __all__ = [
     "Constraint",
     "ContinuousBatchingEngine",
     "Cosine",
+    "Credit",
     "Critic",
     "DifferentiableReward",
     "Distribution",
@@ -229,6 +230,7 @@ __all__ = [
     "PromptSearch",
     "Prompts",
     "Proximal",
+    "RegressionCredit",
     "ReinMax",
     "Reinforce",
     "ReinforcePlusPlus",

@@ -1,8 +1,9 @@
-"""Credit: a control variate for policy gradients, from the gradients that earlier rewards sent to their tokens."""
+"""Credit: a control variate for policy gradients, from what earlier batches said of tokens."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,18 +28,15 @@ Share = Callable[[Tensor, Tensor], Tensor]
 """
 
 
-class PathwiseCredit(Stateful, Term):
-    """A policy gradient with less noise and the same mean: what a reward's gradient predicts is taken off the reward.
+class Credit(Stateful, Term):
+    """A policy gradient with less noise and the same mean: what is known of tokens is taken off the reward.
 
-    The gradient of the reward at a token, averaged over the completions of earlier batches, is a direction w in the
-    reward's embeddings, and makes a score s(v) = η w · e_v of each token v. How much a completion's tokens score above
-    what the policy was to expect, Σ_t δ_t, is taken off its reward before the advantages are made, and the gradient of
-    Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added: the straight-through gradient without hops, with w
-    in the place of the completion's own. Its own would not do: that is a bias of half the gradient's size.
+    Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = η w · e_v of each token v.
+    How much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward before
+    the advantages are made, and the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added.
 
-    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch;
-    where rewards are divided by their spread, the spread is that of what is left of them. It needs a reward with a
-    gradient in the policy's vocabulary, and a backward pass of it for each batch.
+    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch,
+    whatever the direction; where rewards are divided by their spread, the spread is that of what is left of them.
 
     Args:
         decay: of the moving averages, in batches.
@@ -49,16 +47,17 @@ class PathwiseCredit(Stateful, Term):
           https://arxiv.org/abs/1802.10031
     """
 
+    needs_gradient: ClassVar[bool] = False
+    """Whether the reward must have one."""
+
     def __init__(self, decay: float = 0.9) -> None:
         check_range("[0, 1)", "credit", decay=decay)
         self.decay = decay
         self.aggregate: Aggregate | None = None
         self.share: Share | None = None
-        self._directions: list[Tensor] = []
         self._fit = torch.zeros(3, dtype=torch.float64)
         self._tables: list[Tensor] = []
-        self._new: list[Tensor] = []
-        self._tokens = 0.0
+        self._scores: Tensor | None = None
 
     def attach(self, advantage: Any, aggregate: Aggregate, name: str) -> None:
         """Take the method's weights of tokens, and how far its advantage follows a reward.
@@ -71,27 +70,32 @@ class PathwiseCredit(Stateful, Term):
 
     # ---- what is learned of rewards -----------------------------------------------------------------------------
 
-    def look(self, scores: Scores, rollout: Rollout) -> Scores:
-        """Take the sum of the gradients at sampled tokens; returns the scores without them."""
-        if scores.adjoints and not self._new:
-            self._tables = [part.table for part in scores.adjoints]
-            self._new = [torch.zeros_like(table[0], dtype=torch.float32) for table in self._tables]
-        for total, part in zip(self._new, scores.adjoints, strict=True):
-            total += rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0).sum(0)
-        self._tokens += len(rollout.positions)
-        return Scores(scores.total, scores.parts, per_token=scores.per_token)
+    @abstractmethod
+    def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
+        """See a part of a batch when it is scored; returns the scores without adjoints.
+
+        Args:
+            scores: with adjoints, if there is a gradient to be had.
+            rollout: what was scored.
+            table: the policy's embeddings, (V, width).
+        """
+
+    @abstractmethod
+    def learn(self, seen: Experience, reduce: Reduce) -> None:
+        """Take what was seen into the directions."""
+
+    @abstractmethod
+    def directions(self) -> list[Tensor]:
+        """In the space of each table, from earlier batches alone; none before there are any."""
 
     def observe(self, seen: Experience, reduce: Reduce) -> None:
-        """Move the directions and the fit towards this batch's."""
-        counts = reduce.sum(torch.tensor([self._tokens], device=seen.rewards.device))
-        new = [reduce.sum(total) / counts.clamp(min=1).to(total) for total in self._new]
-        if COLUMN in seen.old.columns and "deviation" in seen.extra:
+        """Move the fit and the directions towards this batch's."""
+        if "deviation" in seen.extra:
             table = seen.rollout.layout.table
             own = torch.stack(fit(table(seen.extra["reward"]), table(seen.extra["deviation"]))).double()
             self._fit = self.decay * self._fit + reduce.sum(own).cpu()
-        if self._directions:
-            new = [self.decay * old + (1 - self.decay) * x for old, x in zip(self._directions, new, strict=True)]
-        self._directions, self._new, self._tokens = new, [], 0.0
+        self.learn(seen, reduce)
+        self._scores = None
 
     @property
     def slope(self) -> float:
@@ -100,11 +104,12 @@ class PathwiseCredit(Stateful, Term):
         return along / size if size > 0 else 1.0
 
     def scores(self) -> Tensor | None:
-        """s, (V,), from earlier batches alone; None before there are any."""
-        if not self._directions or not self._tables:
-            return None
-        pairs = zip(self._directions, self._tables, strict=True)
-        return self.slope * token_scores([Adjoint(w.to(table), table) for w, table in pairs])
+        """s, (V,), the same for all steps on a batch; None before there is a direction."""
+        directions = self.directions()
+        if self._scores is None and directions and self._tables:
+            pairs = zip(directions, self._tables, strict=True)
+            self._scores = self.slope * token_scores([Adjoint(w.to(table), table) for w, table in pairs])
+        return self._scores
 
     # ---- what is done with it -----------------------------------------------------------------------------------
 
@@ -147,15 +152,131 @@ class PathwiseCredit(Stateful, Term):
         weights = self.aggregate(seen.sampled, seen.normalizers) * seen.extra["share"]
         return -(weights * now.columns[COLUMN]).masked_fill(~seen.mask, 0).sum(), figures
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """Directions and fit."""
-        return {"directions": self._directions, "fit": self._fit}
+        """The fit."""
+        return {"fit": self._fit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them; the tables are known when the reward is loaded."""
-        self._directions, self._fit = list(state["directions"]), state["fit"]
+        """Restore it; the tables are known when a batch is scored."""
+        self._fit = state["fit"]
+
+
+class PathwiseCredit(Credit):
+    """Credit by the reward's gradient at the tokens, averaged over the completions of earlier batches.
+
+    What is added is the straight-through gradient without hops, with the average in the place of the completion's own.
+    Its own would not do: that is a bias of half the gradient's size. It needs a reward with a gradient in the policy's
+    vocabulary, and a backward pass of it for each batch.
+
+    Args:
+        decay: of the moving averages, in batches.
+
+    References:
+        See :class:`Credit`; its use with a language model's reward gradients is ours.
+    """
+
+    needs_gradient = True
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        self._directions: list[Tensor] = []
+        self._new: list[Tensor] = []
+        self._tokens = 0.0
+
+    def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
+        """Take the sum of the gradients at sampled tokens."""
+        if scores.adjoints and not self._new:
+            self._tables = [part.table for part in scores.adjoints]
+            self._new = [torch.zeros_like(part.table[0], dtype=torch.float32) for part in scores.adjoints]
+        for total, part in zip(self._new, scores.adjoints, strict=True):
+            total += rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0).sum(0)
+        self._tokens += len(rollout.positions)
+        return Scores(scores.total, scores.parts, per_token=scores.per_token)
+
+    def learn(self, seen: Experience, reduce: Reduce) -> None:
+        """Move the average towards this batch's mean over its tokens."""
+        counts = reduce.sum(torch.tensor([self._tokens], device=seen.rewards.device))
+        new = [reduce.sum(total) / counts.clamp(min=1).to(total) for total in self._new]
+        if self._directions:
+            new = [self.decay * old + (1 - self.decay) * x for old, x in zip(self._directions, new, strict=True)]
+        self._directions, self._new, self._tokens = new, [], 0.0
+
+    def directions(self) -> list[Tensor]:
+        """The averages."""
+        return self._directions
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the averages."""
+        return super().state_dict() | {"directions": self._directions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        super().load_state_dict(state)
+        self._directions = list(state["directions"])
+
+
+class RegressionCredit(Credit):
+    """Credit by a ridge regression of earlier rewards on the tokens' embeddings, for rewards of any kind.
+
+    Rewards less the mean of their prompt are regressed on the sums of the policy's embeddings of the completions'
+    tokens, less the same mean. The better it predicts, the less noise is left; however badly, the mean stays.
+
+    Args:
+        decay: of the moving sums, in batches.
+        ridge: penalty, as a share of the mean square of the features.
+
+    References:
+        See :class:`Credit`.
+    """
+
+    def __init__(self, decay: float = 0.98, ridge: float = 1.0) -> None:
+        super().__init__(decay)
+        check_range("(0, inf)", "credit", ridge=ridge)
+        self.ridge = ridge
+        self._squares: Tensor | None = None
+        self._along: Tensor | None = None
+        self._sums: list[Tensor] = []
+
+    def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
+        """Take the sums of the embeddings."""
+        if self._scores is None:
+            self._tables = [table]
+        embedded = table[rollout.completion_ids].float() * rollout.sampled.unsqueeze(-1)
+        self._sums.append(embedded.sum(1))
+        return Scores(scores.total, scores.parts, per_token=scores.per_token)
+
+    def learn(self, seen: Experience, reduce: Reduce) -> None:
+        """Add this batch's products."""
+        features, layout = torch.cat(self._sums), seen.rollout.layout
+        self._sums = []
+        if len(features) != len(seen.rewards):
+            return  # a selection left some out
+        rewards = seen.extra.get("reward", seen.rewards)
+        known = ~rewards.isnan()
+        members = torch.nn.functional.one_hot(layout.row).to(features) * known.unsqueeze(1)
+        of_group = members @ (members / members.sum(0).clamp(min=1)).mT
+        centred = (features - of_group @ features) * known.unsqueeze(1)
+        r = rewards.nan_to_num(nan=0.0).to(features)
+        squares, along = reduce.sum(centred.mT @ centred), reduce.sum(centred.mT @ (r - of_group @ r))
+        self._squares = squares if self._squares is None else self.decay * self._squares + squares
+        self._along = along if self._along is None else self.decay * self._along + along
+
+    def directions(self) -> list[Tensor]:
+        """The ridge regression's solution."""
+        if self._squares is None or self._along is None:
+            return []
+        penalty = self.ridge * self._squares.diagonal().mean().clamp(min=1e-12)
+        system = self._squares + penalty * torch.eye(len(self._squares), device=self._squares.device)
+        return [torch.linalg.solve(system.double(), self._along.double()).float()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the moving sums."""
+        return super().state_dict() | {"squares": self._squares, "along": self._along}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        super().load_state_dict(state)
+        self._squares, self._along = state["squares"], state["along"]
 
 
 def _share_of(advantage: Any, name: str) -> Share:

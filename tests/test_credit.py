@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.credit import COLUMN, PathwiseCredit
+from grade_lightning.credit import COLUMN, PathwiseCredit, RegressionCredit
 from grade_lightning.errors import InputError
 from grade_lightning.methods import CISPO, GRPO, PPO, RLOO, DrGRPO, Reinforce
 from grade_lightning.records import Prompts, Rollout, TokenStats
@@ -98,7 +98,7 @@ def test_its_own_gradient_would_be_a_bias() -> None:
         for outcome in outcomes:
             tokens = problem.tokens[outcome][problem.mask[outcome]]
             own.index_add_(0, tokens, problem.rewards[outcome].expand(len(tokens)))
-        credit._directions = [own / len(outcomes)]
+        credit._directions, credit._scores = [own / len(outcomes)], None
         found += probability * enumeration.update(module, enumeration.experience(line, problem, module, outcomes), None)
     assert (found - truth).norm() > 0.05 * truth.norm()
 
@@ -162,14 +162,30 @@ def prompts_of(seed: int) -> Prompts:
     return Prompts.of(prompts(4, 4, seed)).repeat(torch.full((4,), 4))
 
 
-def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit])
+def test_a_resumed_run_is_the_run(kind: Any, tmp_path: Path) -> None:
     given = [prompts(4, 4, seed) for seed in range(4)]
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    whole, resumed = make(), make()
+    whole, resumed = make(credit=kind()), make(credit=kind())
     trainer(max_steps=4, callbacks=[save], enable_checkpointing=True).fit(whole, loader(*given))
     rest = loader(*given[2:], *given[:2])  # a plain loader begins anew
     trainer(max_steps=4).fit(resumed, rest, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
     assert_same(weights(resumed), weights(whole))
+
+
+def test_a_regression_finds_what_tokens_are_worth() -> None:
+    """Without any gradient of the reward: tokens above 9 score higher than the others, after a few batches."""
+    module = make(credit=RegressionCredit(ridge=0.1), lr=0.0, reward=above_nine)
+    watch = run(module, *(prompts(8, 4, seed) for seed in range(12)))
+    scores = module.credit.scores()
+    assert scores is not None
+    assert scores[10:].mean() > scores[2:10].mean()
+    assert watch.logged[-1]["train/credit_r2"] > 0.1
+
+
+def above_nine(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    words = [[int(word[1:]) for word in text.split()] for text in completions]
+    return [sum(word > 9 for word in text) / max(1, len(text)) for text in words]
 
 
 @pytest.mark.parametrize("method", [DrGRPO, GRPO, Reinforce, CISPO])

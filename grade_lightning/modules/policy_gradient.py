@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from grade_lightning.advantages import Advantage
 from grade_lightning.columns import Columns
 from grade_lightning.corrections import EngineCorrection, engine_figures
-from grade_lightning.credit import PathwiseCredit
+from grade_lightning.credit import Credit
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional.aggregation import Normalizers
 from grade_lightning.gates import Gate
@@ -60,7 +60,7 @@ class PolicyGradientModule(SelectingModule):
         critic: a value head with its loss; none by default.
         terms: further terms of the loss; one with parameters is an `nn.Module`, too, and these are trained.
         correction: weights for an engine that draws from a slightly different policy; none by default.
-        credit: takes off the rewards what the reward's gradient predicts, without a bias; none by default.
+        credit: takes off the rewards what earlier batches say of their tokens, without a bias; none by default.
         whole_groups: train on all completions of a prompt in the same step.
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
@@ -90,7 +90,7 @@ class PolicyGradientModule(SelectingModule):
         critic: Critic | None = None,
         terms: list[Term] | None = None,
         correction: EngineCorrection | None = None,
-        credit: PathwiseCredit | None = None,
+        credit: Credit | None = None,
         whole_groups: bool = False,
         num_generations: int = 1,
         epochs: int = 1,
@@ -115,7 +115,7 @@ class PolicyGradientModule(SelectingModule):
         self.credit = credit
         if credit is not None:
             credit.attach(advantage, aggregate, type(self).__name__)
-            check_reward(self.reward, True)
+            check_reward(self.reward, credit.needs_gradient)
         line = PolicyLoss(gate, aggregate, level, clips)
         held = [KLLoss(kl, aggregate)] if kl.in_loss else []
         own: dict[str, Term] = {}

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch.profiler import record_function
 
-from grade_lightning.credit import PathwiseCredit
+from grade_lightning.credit import Credit
 from grade_lightning.errors import InputError
 from grade_lightning.functional.advantages import has_spread
 from grade_lightning.records import Experience, Prompts, Rollout, Scores
@@ -24,7 +25,7 @@ class SelectingModule(AlignmentModule):
 
     selection: Selection
     length_penalty: OverlongPenalty | None
-    credit: PathwiseCredit | None
+    credit: Credit | None
     num_generations: int
     takes_older: ClassVar[bool] = True
 
@@ -104,8 +105,8 @@ class SelectingModule(AlignmentModule):
         judged, credit = self.judged(rollout), self.credit
         if credit is None or not self._collecting:
             return self.reward.begin(judged)
-        scores = credit.look(self.reward.pathwise(judged), judged)
-        return lambda: scores
+        begun = partial(self.reward.pathwise, judged) if credit.needs_gradient else self.reward.begin(judged)
+        return lambda: credit.look(begun(), judged, self.policy.table())
 
     def _finished(self, seen: Experience) -> Experience:
         """With the length penalty, and the share of groups that say nothing."""
