@@ -1,19 +1,19 @@
-"""Completions and a histogram of rewards in TensorBoard."""
+"""Completions and a histogram of rewards, for any logger."""
 
 import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from grade_lightning.callbacks.loggers import log_histogram, log_table
 from grade_lightning.errors import check_range
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.records import Rollout, spoken
 
 
 class Completions(Callback):
-    """Write a table (prompt, completion, reward, KL) as text, and the rewards as a histogram.
+    """Write a table (prompt, completion, reward, KL) and the rewards as a histogram, in each logger's form for it.
 
     Args:
         every_n_steps: how often while training; validation and testing write once each time.
@@ -50,14 +50,15 @@ class Completions(Callback):
             self._write(trainer, stage, found.rollout, found.reward, found.kl)
 
     def _write(self, trainer: Trainer, stage: str, rollout: Rollout, reward: Tensor, kl: Tensor) -> None:
-        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
-            return
-        writer = trainer.logger.experiment
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scalars of the moment
-        writer.add_text(f"{stage}/completions", completion_table(rollout, reward, kl, self.rows), step)
-        answered = reward[reward.abs() < 1e19]  # TensorBoard knows no larger numbers
-        if len(answered):
-            writer.add_histogram(f"{stage}/rewards", answered.float().cpu(), step)
+        if trainer.loggers and trainer.is_global_zero:
+            columns = zip(rollout.prompts, rollout.completions, reward.tolist(), kl.tolist(), strict=True)
+            rows = [dict(zip(COLUMNS, row, strict=True)) for row in list(columns)[: self.rows]]
+            log_table(trainer, f"{stage}/completions", rows, completion_table(rollout, reward, kl, self.rows), step)
+            log_histogram(trainer, f"{stage}/rewards", reward[reward.abs() < 1e19], step)  # TensorBoard's largest
+
+
+COLUMNS = ("prompt", "completion", "reward", "KL (nats)")
 
 
 def completion_table(rollout: Rollout, reward: Tensor, kl: Tensor, rows: int) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from grade_lightning.callbacks.loggers import log_figure
 from grade_lightning.callbacks.noise_figure import draw_noise
 from grade_lightning.callbacks.opposing import Opposing, opposing, write
 from grade_lightning.callbacks.probe import loss_scale, probe, trained
@@ -280,7 +280,7 @@ class GradientVariance(Callback):
         return figures | _ratios(ratio_interval(values[:, 1] + values[:, 2], values[:, 0]), self._rows)
 
     def _draw(self, trainer: Trainer, shares: dict[str, tuple[float, float]]) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        if not trainer.loggers or not trainer.is_global_zero:
             return
         try:
             from matplotlib.figure import Figure
@@ -288,7 +288,7 @@ class GradientVariance(Callback):
             return  # of the extra `report`
         figure = Figure(figsize=(10, 0.25 * len(shares) + 3), layout="constrained")
         draw_noise(figure, self.history, shares)
-        trainer.logger.experiment.add_figure("probe/noise", figure, trainer.global_step, close=False)
+        log_figure(trainer, "probe/noise", figure, trainer.global_step)
 
 
 def _has_gradient(module: LightningModule) -> bool:

@@ -1,12 +1,12 @@
 """Prompts whose gradients oppose each other, with their texts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from grade_lightning.callbacks.loggers import log_table
 from grade_lightning.callbacks.probe import Probed
 from grade_lightning.distributed import Reduce
 from grade_lightning.functional.opposition import Opposition, opposition
@@ -29,14 +29,16 @@ class Opposing(NamedTuple):
             "probe/alignment_ratio": self.found.ratio,
         }
 
-    def table(self) -> str:
-        """Markdown: the pair that opposes each other most, and the extremes of both sides."""
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The pair that opposes each other most, and the extremes of both sides."""
         one, two = self.found.pair
-        rows = [f"cosine {self.found.cosine:.2f}", self.texts[one], self.texts[two]]
-        lines = ["| | one side | the other |", "|---|---|---|", _line(rows)]
-        for left, right in zip(*self.found.sides, strict=True):
-            lines.append(_line(["farthest apart", self.texts[left], self.texts[right]]))
-        return "\n".join(lines)
+        most = (f"cosine {self.found.cosine:.2f}", self.texts[one], self.texts[two])
+        sides = zip(*self.found.sides, strict=True)
+        return [most, *(("farthest apart", self.texts[left], self.texts[right]) for left, right in sides)]
+
+    def table(self) -> str:
+        """The same as Markdown."""
+        return "\n".join(["| | one side | the other |", "|---|---|---|", *map(_line, self.rows())])
 
 
 def opposing(
@@ -65,8 +67,8 @@ def opposing(
 
 def write(trainer: Trainer, seen: Opposing) -> None:
     """Write the texts, where the logger takes some."""
-    if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-        trainer.logger.experiment.add_text("probe/opposing", seen.table(), trainer.global_step)
+    rows = [dict(zip(("pair", "one side", "the other"), row, strict=True)) for row in seen.rows()]
+    log_table(trainer, "probe/opposing", rows, seen.table(), trainer.global_step)
 
 
 def _text(module: LightningModule, part: Any, block: int) -> str:
@@ -78,5 +80,5 @@ def _text(module: LightningModule, part: Any, block: int) -> str:
     return " / ".join(text if len(text) <= 200 else f"{text[:199]}…" for text in texts)
 
 
-def _line(cells: list[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
