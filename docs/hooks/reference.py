@@ -8,8 +8,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 PACKAGE = Path(__file__).parents[2] / "grade_lightning"
-STAGES = ("advantages", "budget", "columns", "constraints", "corrections", "curvature", "entropy_control", "estimators")
-STAGES += ("gates", "kl", "levels", "memory", "schedules", "selection", "stateful", "terms")
+STAGES = ("advantages", "budget", "columns", "constraints", "corrections", "credit", "curvature", "entropy_control")
+STAGES += ("estimators", "gates", "kl", "levels", "memory", "schedules", "selection", "stateful", "terms")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
