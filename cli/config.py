@@ -26,17 +26,20 @@ from grade_lightning.callbacks import (
     Summary,
     Terminate,
 )
-from grade_lightning.data import TextDataModule, reviews
+from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.modules.guards import check_method
 from grade_lightning.policies.loading import BUNDLED
+from grade_lightning.records import unique_name
 from grade_lightning.running import usual_precision
 
 from .arguments import classes_first, torch_first, with_base_help
 from .guard import refusals
+from .help import restrict, short, topic_of
 from .parser import Parser
 from .resume import find_start
+from .shown import grammar_judges, tensorboard
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -75,7 +78,13 @@ class GradeCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         """Let a configuration that names no method come before `--model`, too."""
-        Parser.given = list(sys.argv[1:] if args is None else args)
+        given = list(sys.argv[1:] if args is None else args)
+        Parser.given, topic = topic_of(given)
+        if topic == "":
+            print(short(self.command), end="")
+            raise SystemExit
+        if topic is not None:
+            restrict(parser, topic)
         self.config = parser.parse_args(with_base_help(_model_first(torch_first(classes_first(Parser.given)))))
         check_range("[0, 4294967295]", seed_everything=self.config.seed_everything)
 
@@ -102,13 +111,13 @@ class GradeCLI(LightningCLI):
         trainer = self.config.trainer
         method = self.config.model.class_path.rpartition(".")[2]
         if self.config.data.source is None and "judges" in self.config.model.init_args:
-            self.config.model.init_args.judges = self.config.model.init_args.judges or _grammar_judges()
+            self.config.model.init_args.judges = self.config.model.init_args.judges or grammar_judges()
         self.runs = Path(trainer.default_root_dir or "runs") / method
         self.start = find_start(self.config.ckpt_path, self.runs, self.command, Parser.given)
         if self.start.folder is not None and self.start.method is not None:
             check_method(self.start.method, method)  # before the run is written to
         self.save_config_kwargs = {"config_filename": self.start.config_name}
-        ours = _tensorboard(str(self.runs.parent), method)
+        ours = tensorboard(str(self.runs.parent), method)
         if trainer.logger in (None, True):
             trainer.logger = ours
         logger = trainer.logger
@@ -129,7 +138,9 @@ class GradeCLI(LightningCLI):
         if folder is not None:
             runs, version, purge = folder.parent, folder.name, self.start.step
             kwargs["default_root_dir"] = str(folder)
-        if self.logs_as_usual:
+        if self.command == "predict" and self.logs_as_usual:
+            kwargs["logger"] = False  # there is nothing to log
+        elif self.logs_as_usual:
             # TensorBoard hides what was logged after a restart's step; a restart is what follows a start
             kwargs["logger"] = TensorBoardLogger(
                 runs.parent, runs.name, version, default_hp_metric=False, purge_step=purge
@@ -149,8 +160,18 @@ class GradeCLI(LightningCLI):
         if self.config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(Progress())
         if self.command == "predict" or (self.command == "test" and self.config.output):
-            kwargs["callbacks"].append(PredictionWriter(self.config.output))
+            kwargs["callbacks"].append(PredictionWriter(self.config.output or self._free_place()))
         return super().instantiate_trainer(**kwargs)
+
+    def _free_place(self) -> str | None:
+        """Where predictions are written unasked: in the run whose checkpoint is given, or among those of the method."""
+        if not self.logs_as_usual:
+            return None  # in the folder of the user's logger
+        checkpoint, folder = self.start.checkpoint, self.runs
+        if checkpoint is not None and (checkpoint.parent.parent / "config.yaml").is_file():
+            folder = checkpoint.parent.parent
+        name = unique_name("predictions", [path.stem for path in folder.glob("predictions*.jsonl")])
+        return str(folder / f"{name}.jsonl")
 
 
 def _model_first(args: list[str]) -> list[str]:
@@ -161,25 +182,6 @@ def _model_first(args: list[str]) -> list[str]:
         if arg.startswith("--model="):
             return [arg, *args]
     return args
-
-
-def _grammar_judges() -> list[Namespace]:
-    """The bundled reviews come with the truth about themselves: show it beside the reward."""
-    functions = (reviews.grammar_positive, reviews.grammar_valid)
-    return [
-        Namespace(
-            class_path="grade_lightning.rewards.FunctionReward",
-            init_args=Namespace(function=function),
-        )
-        for function in functions
-    ]
-
-
-def _tensorboard(folder: str, name: str) -> Any:
-    return Namespace(
-        class_path="lightning.pytorch.loggers.TensorBoardLogger",
-        init_args=Namespace(save_dir=folder, name=name, version=None, default_hp_metric=False),
-    )
 
 
 def build(args: ArgsType = None, command: str = "fit") -> GradeCLI:

@@ -24,6 +24,8 @@ from grade_lightning.rollouts import Engine, Sampler
 from grade_lightning.schedules import Schedule
 from grade_lightning.selection import Selection
 
+from .shown import filled
+
 BASES: dict[str, type] = {
     "model": LightningModule,
     "reward": Reward,
@@ -161,6 +163,11 @@ class Parser(LightningArgumentParser):
                 raise TypeError(f'Parser key "{action.dest}":\n  Expected options by name. Got value: {value}')
             if value is None and action.default not in (None, SUPPRESS):
                 self._check_value_key(action, value, action.dest, namespace)
+
+    def dump(self, cfg: Namespace, **kwargs: Any) -> str:
+        """The configuration as text; what `--print_config` prints has the values that are in force instead of null."""
+        text: str = super().dump(filled(cfg) if hasattr(self, "print_config") else cfg, **kwargs)
+        return text
 
     def format_help(self, *args: Any) -> str:
         """The help; that of a nested part names its options as the user has to write them."""

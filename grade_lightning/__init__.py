@@ -1,5 +1,8 @@
 """Align language models through their sampled tokens (GRADE-STE) or by policy gradients, as Lightning modules."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
 from grade_lightning.advantages import OptimalTokenBaseline, grouped
 from grade_lightning.budget import KnapsackBudget
 from grade_lightning.callbacks import (
@@ -127,7 +130,10 @@ from grade_lightning.stateful import Stateful
 from grade_lightning.strategies import FSDP2
 from grade_lightning.terms import Critic, DriftPenalty, EntropyBonus, Proximal, Term, TokenTerm
 
-__version__ = "0.1.0"
+try:
+    __version__ = _version("grade-lightning")  # which is in pyproject.toml alone
+except _PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "AEPO",

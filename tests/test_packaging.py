@@ -1,6 +1,7 @@
 """The package: what is in it, and that one fact is in one file."""
 
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -11,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule
 
+import grade_lightning
 import grade_lightning.methods
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +91,53 @@ def test_every_method_has_its_section() -> None:
     headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
     assert sorted(methods) == sorted(headings)
     assert [name for name in methods if f"`{name}`" not in (ROOT / "README.md").read_text()] == []
+
+
+def test_the_version_is_in_one_place_and_the_citation_has_it() -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert version not in (ROOT / "grade_lightning" / "__init__.py").read_text()
+    assert grade_lightning.__version__ in (version, "unknown")
+
+
+def test_a_release_keeps_no_secret() -> None:
+    """Publishing is trusted by the workflow's identity, which one job alone may show."""
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        workflow = yaml.safe_load(text)
+        assert "secrets." not in text
+        assert workflow["permissions"] == {"contents": "read"}
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert {name for name, job in jobs.items() if "permissions" in job} == {"publish"}
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("build") is None, reason="needs the package build")
+def test_a_wheel_of_the_sdist_works_outside_of_the_checkout(tmp_path: Path) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    source.mkdir()
+    for name in ("grade_lightning", "cli"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+
+    def call(*args: str, cwd: Path, **more: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
+        done = subprocess.run(
+            [sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call("-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), cwd=source)  # the wheel is of the sdist
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    call("-m", "pip", "install", "--no-deps", "--target", str(there), str(wheel), cwd=tmp_path)
+    code = "import grade_lightning as g; from grade_lightning_cli.listing import main; print(g.__file__); main([])"
+    out = call("-c", code, cwd=tmp_path, PYTHONPATH=str(there))
+    assert out.startswith(str(there))
+    assert "GradeSTE" in out
 
 
 @pytest.mark.slow

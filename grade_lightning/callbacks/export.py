@@ -169,13 +169,14 @@ class Export(Callback):
                 "generation": _sampling(module),
             }
         facts["versions"] = ", ".join([f"Python {platform.python_version()}", *_versions(adapters)])
+        classifier = getattr(module, "classifier", None) if labelled else None
         lines = [
             f"# {name.rpartition('/')[2]}",
             f"{base} after {trainer.global_step} steps of {type(module).__name__} in grade_lightning.",
             _table(("", ""), [fact for fact in facts.items() if fact[1]]),
             *_figures(trainer),
             "## Loading",
-            module.usage() or _loading(name, base, getattr(module, "classifier", None) if labelled else None, adapters),
+            module.usage() or _loading(name, base, classifier, adapters, _is_chat(module.tokenizer, data)),
         ]
         return ModelCard(f"---\n{about}\n---\n\n" + "\n\n".join(lines) + "\n")
 
@@ -237,7 +238,14 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(name: str, base: str, classifier: Any, adapters: bool) -> str:
+def _is_chat(tokenizer: Any, data: Any) -> bool:
+    """Whether what was trained on are conversations."""
+    rows = [split[0] for split in getattr(data, "splits", {}).values() if len(split)]
+    spoken = any(isinstance(row.get(name), list) for row in rows for name in ("prompt", "messages", "chosen"))
+    return spoken and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _loading(name: str, base: str, classifier: Any, adapters: bool, chat: bool) -> str:
     if classifier is not None:
         standard = isinstance(classifier, SequenceClassifier)
         kind = "SequenceClassifierReward" if standard else "ClassifierReward"
@@ -264,8 +272,16 @@ def _loading(name: str, base: str, classifier: Any, adapters: bool) -> str:
             "",
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
             *load,
-            'inputs = tokenizer("The film was", return_tensors="pt")',
+            *(_CHAT if chat else ['inputs = tokenizer("The film was", return_tensors="pt")']),
             "print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))",
             "```",
         ]
     )
+
+
+_CHAT = (
+    'messages = [{"role": "user", "content": "How was the film?"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+    ")",
+)

@@ -19,7 +19,7 @@ class PredictionWriter(BasePredictionWriter):
     The file appears when it is complete. With several processes each writes its own, `NAME.rank1.jsonl` and so on.
 
     Args:
-        output: the file; `predictions.jsonl` in the run's own folder by default. It must not exist.
+        output: the file; `predictions.jsonl` in the trainer's folder by default. It must not exist.
     """
 
     def __init__(self, output: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,35 @@ def test_the_card(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_of_paths_the_last_part_is_public(path: str, shown: str) -> None:
     assert export._public(path) == shown
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "chat"),
+    [
+        ({"prompt": [{"role": "user", "content": "w2"}]}, "{{ messages }}", True),
+        ({"messages": [{"role": "user", "content": "w2"}]}, "{{ messages }}", True),
+        ({"prompt": "w2"}, "{{ messages }}", False),
+        ({"prompt": [{"role": "user", "content": "w2"}]}, None, False),
+    ],
+)
+def test_a_model_of_conversations(row: dict[str, Any], template: str | None, chat: bool) -> None:
+    data = SimpleNamespace(splits={"prompt": [row], "empty": []})
+    assert export._is_chat(SimpleNamespace(chat_template=template), data) is chat
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_the_card_says_of_loading_runs(
+    chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}w2 w3 {% endfor %}"
+    tokenizer.save_pretrained("out")
+    make_model("gpt2").save_pretrained("out")
+    code = export._loading("out", "small", None, adapters=False, chat=chat)
+    assert ("apply_chat_template" in code) == chat
+    exec(code.replace("```python", "").replace("```", ""), {})
+    assert capsys.readouterr().out.startswith("['")
 
 
 def test_adapters_name_their_base(base: str, tmp_path: Path) -> None:

@@ -293,6 +293,16 @@ def test_predict_names_its_own_file(run: Run, shelf: Shelf, capsys: pytest.Captu
     (written,) = re.findall(r"written: (.+)", capsys.readouterr().out)
     assert len(rows(Path(written))) == 8
     assert Path(written).is_relative_to("runs/GradeSTE")
+    run("predict", *shelf.all)  # without a run of its own; nothing is written over
+    assert {path.name for path in Path("runs/GradeSTE").iterdir()} == {"predictions.jsonl", "predictions-2.jsonl"}
+
+
+def test_predictions_lie_in_the_run_whose_checkpoint_is_given(run: Run, finished: Finished, shelf: Shelf) -> None:
+    before = {path.name for path in finished.folder.iterdir()}
+    run("predict", *shelf.all, f"--ckpt_path={finished.checkpoint}")
+    assert {path.name for path in finished.folder.iterdir()} - before == {"predictions.jsonl"}
+    assert not Path("runs").exists()
+    (finished.folder / "predictions.jsonl").unlink()
 
 
 @pytest.mark.slow

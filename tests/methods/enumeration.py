@@ -165,7 +165,7 @@ def make(line: Line, problem: Problem) -> Any:
         settings["num_generations"] = 1
     if not line.kl:
         settings["kl"] = KL()
-    module: Any = type(method.__name__, (Tabular, method), {})(sampler=Sampler(max_new_tokens=2), **settings)
+    module: Any = type(f"Tabular{line.method}", (Tabular, method), {})(sampler=Sampler(max_new_tokens=2), **settings)
     module.problem, module.table, module.true_values = problem, problem.leaf(), line.true_values
     if isinstance(module.advantage, Baseline):
         module.advantage.average = 0.3
