@@ -48,6 +48,7 @@ def truncated_importance(
           https://fengyao.notion.site/off-policy-rl
 
     Example:
+        >>> import torch
         >>> logps, engine = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.4, 0.1]]).log()
         >>> truncated_importance(logps, engine, torch.ones(1, 2, dtype=torch.bool), cap=2.0)
         tensor([[1.2500, 2.0000]])
@@ -61,6 +62,7 @@ def effective_share(
     """(Σ w)² / (b Σ w²) of the weights of whole completions: the share of them that the rest is worth, 1 at best.
 
     Example:
+        >>> import torch
         >>> logps, engine = torch.tensor([[0.75], [0.25]]).log(), torch.tensor([[0.25], [0.75]]).log()
         >>> effective_share(logps, engine, torch.ones(2, 1, dtype=torch.bool))  # weights 3 and 1/3
         tensor(0.6098)
