@@ -59,9 +59,10 @@ def test_a_run_in_a_few_lines(folder: str, tmp_path: Path) -> None:
     assert {"prompt", "completion", "reward"} <= rows[0].keys()
 
 
-def test_the_trainer_is_that_of_the_command_line(tmp_path: Path) -> None:
+def test_the_trainer_is_that_of_the_command_line(folder: str, tmp_path: Path) -> None:
     """Its callbacks and settings, but what only a command has."""
-    cli = import_module("grade_lightning_cli.config").build(["--model", "RLOO", "--trainer.accelerator", "cpu"])
+    args = ["--model", "RLOO", "--model.policy.path", folder, "--model.reward", "NumericMatch"]  # nothing bundled
+    cli = import_module("grade_lightning_cli.config").build([*args, "--trainer.accelerator", "cpu"])
     ours = make_trainer(max_steps=300, accelerator="cpu", default_root_dir=tmp_path)
     theirs = {type(callback) for callback in cli.trainer.callbacks}
     found = {type(callback) for callback in ours.callbacks}  # type: ignore[attr-defined]
