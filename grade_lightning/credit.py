@@ -153,12 +153,12 @@ class Credit(Stateful, Term):
         return -(weights * now.columns[COLUMN]).masked_fill(~seen.mask, 0).sum(), figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The fit."""
-        return {"fit": self._fit}
+        """The fit, and the scores of a window that has begun."""
+        return {"fit": self._fit, "scores": self._scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it; the tables are known when a batch is scored."""
-        self._fit = state["fit"]
+        """Restore both; the tables are known when a batch is scored."""
+        self._fit, self._scores = state["fit"], state["scores"]
 
 
 class PathwiseCredit(Credit):
@@ -194,7 +194,9 @@ class PathwiseCredit(Credit):
         return Scores(scores.total, scores.parts, per_token=scores.per_token)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
-        """Move the average towards this batch's mean over its tokens."""
+        """Move the average towards this batch's mean over its tokens; not by a window resumed in its middle."""
+        if not self._new:
+            return
         counts = reduce.sum(torch.tensor([self._tokens], device=seen.rewards.device))
         new = [reduce.sum(total) / counts.clamp(min=1).to(total) for total in self._new]
         if self._directions:
@@ -246,11 +248,13 @@ class RegressionCredit(Credit):
         return Scores(scores.total, scores.parts, per_token=scores.per_token)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
-        """Add this batch's products."""
+        """Add this batch's products; none of a window resumed in its middle, or that lost rows."""
+        if not self._sums:
+            return
         features, layout = torch.cat(self._sums), seen.rollout.layout
         self._sums = []
-        if len(features) != len(seen.rewards):
-            return  # a selection left some out
+        if len(features) != len(seen.rewards):  # all processes reduce, whatever each keeps
+            features = features.new_zeros(len(seen.rewards), features.shape[1])
         rewards = seen.extra.get("reward", seen.rewards)
         known = ~rewards.isnan()
         members = torch.nn.functional.one_hot(layout.row).to(features) * known.unsqueeze(1)

@@ -188,6 +188,17 @@ def above_nine(prompts: list[str], completions: list[str], **columns: Any) -> li
     return [sum(word > 9 for word in text) / max(1, len(text)) for text in words]
 
 
+@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit])
+def test_a_window_that_is_resumed_in_the_middle_has_its_scores(kind: Any, tmp_path: Path) -> None:
+    """It ends as it would have; what it would have said for later ones is lost."""
+    given = [prompts(4, 4, seed) for seed in range(2)]
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = make(credit=kind(), epochs=2), make(credit=kind(), epochs=2)
+    trainer(max_steps=4, callbacks=[save], enable_checkpointing=True).fit(whole, loader(*given, visits=2))
+    trainer(max_steps=4).fit(resumed, loader(*given, visits=2), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+    assert_same(weights(resumed), weights(whole))
+
+
 @pytest.mark.parametrize("method", [DrGRPO, GRPO, Reinforce, CISPO])
 def test_methods_that_take_it(method: Any) -> None:
     settings = {"num_generations": 1} if method is Reinforce else {}
