@@ -53,14 +53,17 @@ def run(engine: Engine, epochs: int, lora: bool = False, save: Path | None = Non
     return seen
 
 
-def assert_agrees_over_a_resume(make_engine: Callable[[], Engine], folder: Path, lora: bool = False) -> None:
+def assert_agrees_over_a_resume(
+    make_engine: Callable[[], Engine], folder: Path, lora: bool = False, updates: int = 4
+) -> None:
     """The engine draws from the weights of each step, to rounding, and a resumed run draws what the whole run drew."""
-    whole = run(make_engine(), 2, lora)
-    first = run(make_engine(), 1, lora, save=folder / "half.ckpt")
-    second = run(make_engine(), 2, lora, ckpt_path=folder / "half.ckpt")
+    epochs = updates // 2
+    whole = run(make_engine(), epochs, lora)
+    first = run(make_engine(), epochs // 2, lora, save=folder / "half.ckpt")
+    second = run(make_engine(), epochs, lora, ckpt_path=folder / "half.ckpt")
     assert max(whole.gaps + first.gaps + second.gaps) < 2e-5
     assert first.drawn + second.drawn == whole.drawn
-    assert len({str(drawn) for drawn in whole.drawn}) == 4
+    assert len({str(drawn) for drawn in whole.drawn}) == len(whole.drawn) == updates
 
 
 def assert_follows_the_distribution(engine: Engine, policy: Policy, prompts: Prompts, size: int = 500) -> None:

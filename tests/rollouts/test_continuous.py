@@ -1,6 +1,7 @@
 """Continuous batching: log-probabilities, the distribution, what it refuses, and what it leaves behind."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts, Rollout
-from grade_lightning.rollouts import ContinuousBatchingEngine, Distribution, Sampler
+from grade_lightning.rollouts import ContinuousBatchingEngine, Distribution, Engine, Sampler, TransformersEngine
 from grade_lightning.rollouts.continuous import _Processed
 from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer, mostly_slow
 from tests.rollouts.agreement import assert_agrees_over_a_resume, assert_follows_the_distribution
@@ -36,9 +37,15 @@ def test_logps_are_those_of_the_model_alone(name: str, settings: dict[str, Any])
     assert (rollout.completion_ids[~rollout.completion_mask] == 1).all()
 
 
+@pytest.mark.parametrize("updates", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_it_samples_the_policy_that_learns_also_after_a_resume(lora: bool, tmp_path: Path) -> None:
-    assert_agrees_over_a_resume(ContinuousBatchingEngine, tmp_path, lora)
+@pytest.mark.parametrize(
+    "engine", mostly_slow([ContinuousBatchingEngine, TransformersEngine], ContinuousBatchingEngine)
+)
+def test_it_samples_the_policy_that_learns_also_after_a_resume(
+    engine: Callable[[], Engine], lora: bool, updates: int, tmp_path: Path
+) -> None:
+    assert_agrees_over_a_resume(engine, tmp_path, lora, updates)
 
 
 def test_samples_follow_the_distribution() -> None:

@@ -90,7 +90,7 @@ class TestWithVLLM:
     def test_it_samples_the_policy_that_learns_also_after_a_resume(
         self, engine: VLLMEngine, lora: bool, tmp_path: Path
     ) -> None:
-        assert_agrees_over_a_resume(lambda: engine, tmp_path, lora)
+        assert_agrees_over_a_resume(lambda: engine, tmp_path, lora, updates=20)
 
     def test_a_run_without_the_hand_over_is_off(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         real = VLLMEngine.sync
