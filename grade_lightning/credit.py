@@ -91,7 +91,9 @@ class Credit(Stateful, Term):
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Move the fit and the directions towards this batch's."""
         if "deviation" in seen.extra:
-            table = seen.rollout.layout.table
+            layout = seen.rollout.layout
+            single = layout.shape[1] == 1  # no other completion of the prompt: then those of the other prompts will do
+            table = (lambda x: x.unsqueeze(0)) if single else layout.table
             own = torch.stack(fit(table(seen.extra["reward"]), table(seen.extra["deviation"]))).double()
             self._fit = self.decay * self._fit + reduce.sum(own).cpu()
         self.learn(seen, reduce)
@@ -102,6 +104,12 @@ class Credit(Stateful, Term):
         """η: the slope of rewards on deviations in the batches so far; 1 before there are any."""
         along, size, _ = self._fit.tolist()
         return along / size if size > 0 else 1.0
+
+    def fitted(self) -> dict[str, Tensor]:
+        """η, and ρ²: the share of the rewards' variance that Σδ explains."""
+        along, size, whole = self._fit.tolist()
+        share = along**2 / (size * whole) if size * whole > 0 else 0.0
+        return {"credit_slope": torch.tensor(self.slope), "credit_r2": torch.tensor(share)}
 
     def scores(self) -> Tensor | None:
         """s, (V,), the same for all steps on a batch; None before there is a direction."""
@@ -141,11 +149,7 @@ class Credit(Stateful, Term):
 
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         """−Σ_t Σ_v s(v) π_t(v), as the method weighs its tokens."""
-        along, size, whole = self._fit.tolist()
-        figures = {
-            "credit_slope": now.logps.new_tensor(self.slope),
-            "credit_r2": now.logps.new_tensor(along**2 / (size * whole) if size * whole > 0 else 0.0),
-        }
+        figures = {name: value.to(now.logps) for name, value in self.fitted().items()}
         if COLUMN not in now.columns:
             return now.logps.new_zeros(()), figures
         assert self.aggregate is not None

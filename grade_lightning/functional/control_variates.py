@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grade_lightning.functional.estimators import softmax_vjp
 from grade_lightning.functional.replay import Adjoint
 
 
@@ -56,6 +57,32 @@ def deviations(
         tensor([1.])
     """
     return (scores.to(expected)[tokens] - expected.detach()).masked_fill(~mask, 0).sum(-1)
+
+
+def score_function(
+    probs: Float[Tensor, "n v"],
+    tokens: Int[Tensor, " n"],
+    advantages: Float[Tensor, "n 1"],
+    scores: Float[Tensor, " v"] | None = None,
+    share: Float[Tensor, "n 1"] | None = None,
+) -> Float[Tensor, "n v"]:
+    """The gradient of A log π(x) + share · Σ_v s(v) π(v) at the logits.
+
+    Args:
+        probs: π at each position.
+        tokens: x, what was sampled.
+        advantages: A.
+        scores: s of each token; none: the first part alone.
+        share: of the second part.
+
+    Example:
+        >>> score_function(torch.tensor([[0.25, 0.75]]), torch.tensor([0]), torch.tensor([[2.0]]))
+        tensor([[ 1.5000, -1.5000]])
+    """
+    found = (-advantages * probs).scatter_add(1, tokens.unsqueeze(1), advantages.to(probs))
+    if scores is None or share is None:
+        return found
+    return found + share * softmax_vjp(probs, scores.to(probs).expand_as(probs))
 
 
 def fit(

@@ -1,21 +1,25 @@
 """GRADE-STE: the reward's gradient flows through the sampled tokens."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from grade_lightning.blends import Calibrated
 from grade_lightning.corrections import EngineCorrection, engine_figures
+from grade_lightning.credit import COLUMN
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.functional.control_variates import expected_score
 from grade_lightning.functional.corrections import WeightLevel
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.kl import KL, Coefficient
-from grade_lightning.modules import AlignmentModule
-from grade_lightning.modules.measuring import figures, sampled_logps, stats_of
+from grade_lightning.modules.blending import BlendingModule
+from grade_lightning.modules.measuring import COUNT, figures, sampled_logps, stats_of
 from grade_lightning.numerics import widened
 from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Experience, Rollout, StepOutput
@@ -24,7 +28,7 @@ from grade_lightning.rollouts import Sampler
 from grade_lightning.schedules import Constant, Schedule
 
 
-class GradeSTE(AlignmentModule):
+class GradeSTE(BlendingModule):
     r"""Maximise reward − β KL(π‖π_ref) by backpropagation through the sampled tokens.
 
     The completions are sampled as usual; their Gumbel noise is restored afterwards, and the gradient of the unrolled
@@ -47,6 +51,9 @@ class GradeSTE(AlignmentModule):
         kl_rate: make that a bound instead, as `kl.rate`: β grows by this for each nat beyond it, and may fall to 0.
         correction: weights for an engine that draws from a slightly different policy; `sequence`, or `prefix`, which
             weighs each position's KL by the tokens before it alone; none by default.
+        blend: what earlier batches do to the gradient: `Calibrated` gives it its length, `Mixed` takes bias away; none
+            by default.
+        num_generations: completions for each prompt, G; `data.batch_size` counts completions. `Mixed` needs 2 or more.
         kl_prefix: how far the KL's gradient goes: `none`, each position's own distribution; `policy`, also that earlier
             tokens moved the policy's later distributions; `full`, also those of the reference: the true gradient.
         optimizer: any torch optimizer by class path.
@@ -76,6 +83,8 @@ class GradeSTE(AlignmentModule):
         kl_rate: float | None = None,
         kl_prefix: Literal["none", "policy", "full"] = "none",
         correction: EngineCorrection | None = None,
+        blend: Calibrated | None = None,
+        num_generations: int = 1,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -93,6 +102,7 @@ class GradeSTE(AlignmentModule):
                 "prefix or sequence"
             )
         self.correction = correction
+        self.set_blend(blend, num_generations)
 
     def loss(self, experience: Experience) -> StepOutput:
         """One replay of the rollout."""
@@ -125,13 +135,15 @@ class GradeSTE(AlignmentModule):
             return -self.beta * kl_weights[rows] * found
 
         taken = [(rollout.take(part.gradient), part.table) for part in scores.adjoints]
-        direct = [Adjoint(gradient * weights.to(gradient), table) for gradient, table in taken]
+        slope = 1.0 if self.blend is None else self.blend.slope
+        direct = [Adjoint(slope * gradient * weights.to(gradient), table) for gradient, table in taken]
         if self.kl_prefix == "full":
             pulled = reference.pull(reference_cotangent)
             (gradient,) = torch.autograd.grad(reference.hidden, reference_inputs, pulled)
             arrived = rollout.take(next_input_gradient(gradient, length))
             direct.append(Adjoint(arrived, frozen.table()))
 
+        source = None if self.kl_prefix == "none" else held
         replayed = replay(
             vocabulary,
             inputs,
@@ -142,20 +154,25 @@ class GradeSTE(AlignmentModule):
             length,
             hops=length - 1 if self.hops == "exact" else min(int(self.hops), length - 1),
             tolerance=self.tolerance,
-            source=None if self.kl_prefix == "none" else held,
+            source=source,
         )
+
+        through = self.blended(replayed.cotangent, source, vocabulary, reference, experience, weights)
+        token_scores = None if self.blend is None else self.blend.scores()
 
         def ascent(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             sampled, dist = distribution.both(rollout, logits, rows)
             ref_dist = distribution.log_distribution(reference.at(rows))
             found = tuple(figures(sampled, dist, lambda: ref_dist, rollout.tokens[rows]))
-            cotangent = replayed.cotangent(logits, rows)
+            cotangent = through(logits, rows)
             if self.kl_prefix == "none":
                 cotangent = cotangent + kl_cotangent(dist, ref_dist, found[3], rows)
-            return cotangent, found
+            expected = () if token_scores is None else (expected_score(sampled, token_scores),)
+            return cotangent, (*found, *expected)
 
         zero, columns = vocabulary.push(ascent)
-        now = stats_of(rollout, columns)
+        more = dict(zip([COLUMN], map(rollout.put, columns[COUNT:]), strict=False))
+        now = replace(stats_of(rollout, columns[:COUNT]), columns=more)
         objective = scores.total.nansum() - self.beta * sequences.masked_sum(now.kl, mask).sum()
         return StepOutput(
             loss=-(zero + objective) / len(mask),
@@ -166,6 +183,7 @@ class GradeSTE(AlignmentModule):
                 "hop_residual": replayed.residual,
                 **engine_figures(now.logps, rollout),
                 **corrected,
+                **({} if self.blend is None else self.blend.figures(objective.device)),
             },
         )
 

@@ -1,0 +1,176 @@
+"""Blends: what GradeSTE makes of its gradient with what earlier batches say of it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from grade_lightning.advantages import leave_one_out
+from grade_lightning.credit import PathwiseCredit
+from grade_lightning.distributed import Reduce
+from grade_lightning.errors import InputError, check_range
+from grade_lightning.functional.control_variates import deviations, score_function
+from grade_lightning.functional.mixing import Errors, errors, mix_weight
+from grade_lightning.functional.vocabulary import Cotangent, Vocabulary
+from grade_lightning.records import Experience, Rollout
+
+
+class Calibrated(PathwiseCredit):
+    """The reward's gradient times η, the slope of rewards on what its running mean predicts.
+
+    The straight-through gradient is too short where a reward is curved. With one direction w, the average gradient of
+    earlier batches, Σ_t δ_t is how much better a completion's tokens are than was to be expected to first order; η says
+    how much the reward itself changes with it. β then weighs the same against the reward as in a policy gradient.
+    That the slope is the missing length is a conjecture: docs/results says where it holds.
+
+    Args:
+        decay: of the moving averages, in batches.
+    """
+
+    min_generations: ClassVar[int] = 1
+    """Completions of a prompt that it needs."""
+
+    def __init__(self, decay: float = 0.98) -> None:
+        super().__init__(decay)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Move slope and direction by this batch."""
+        super().observe(self.take_off(replace(seen, rewards=seen.scores.total)), reduce)
+
+    def figures(self, device: torch.device) -> dict[str, Tensor]:
+        """What is logged."""
+        return {name: value.to(device) for name, value in self.fitted().items()}
+
+
+class Mixed(Calibrated):
+    """λ times the calibrated gradient and 1 − λ times an unbiased one: as much bias as pays in noise.
+
+    The unbiased one is the policy gradient of the same completions with pathwise credit: the others of the prompt are
+    the baseline, and the exact KL of later tokens is in it. λ makes the expected squared error of the sum smallest,
+    as the gradients of parts of the batch say every now and then. With `weight: 0` the whole gradient is unbiased.
+
+    Args:
+        weight: λ; by default it is estimated, and 1 before.
+        every: steps between two estimates. Each costs a backward pass for each part and both gradients.
+        parts: parts of a batch that are compared, of whole prompts.
+        decay: of the moving averages, in batches; those of λ, in estimates.
+    """
+
+    min_generations = 2
+
+    def __init__(self, weight: float | None = None, every: int = 10, parts: int = 2, decay: float = 0.98) -> None:
+        super().__init__(decay)
+        check_range("[0, 1]", "blend", weight=weight)
+        check_range("[1, inf)", "blend", every=every)
+        check_range("[2, inf)", "blend", parts=parts)
+        self.fixed = weight
+        self.every = every
+        self.parts = parts
+        self._errors: Tensor | None = None
+        self._found: list[Tensor] = []
+
+    @property
+    def weight(self) -> float:
+        """λ."""
+        if self.fixed is not None:
+            return self.fixed
+        return 1.0 if self._errors is None else float(mix_weight(Errors(*self._errors)))
+
+    def due(self, step: int) -> bool:
+        """Whether λ is to be estimated in this step."""
+        return self.fixed is None and step % self.every == 0
+
+    def unbiased(self, seen: Experience, expected: Tensor | None, weights: Tensor, reduce: Reduce) -> Cotangent:
+        """The policy gradient with credit, as a cotangent on the logits of what was sampled.
+
+        Args:
+            seen: with the penalties of single tokens, −β KL.
+            expected: Σ_v s(v) π(v) of each position, (B, T); None before there are scores.
+            weights: of the engine's correction, (n, 1).
+            reduce: statistics over processes.
+        """
+        rollout, scores = seen.rollout, self.scores()
+        rewards = seen.scores.total
+        if scores is not None and expected is not None:
+            rewards = rewards - deviations(scores, rollout.completion_ids, expected, rollout.sampled).to(rewards)
+        advantages = leave_one_out(replace(seen, rewards=rewards), reduce).masked_fill(~seen.mask, 0)
+        taken = weights * rollout.take(advantages).unsqueeze(1)
+        # a completion without others has no advantage, and then nothing is to be given back
+        answered = seen.rollout.layout.table(seen.scores.total).isnan().logical_not().sum(-1)
+        share = weights * rollout.take((seen.rollout.layout.spread(answered) > 1).unsqueeze(1) * seen.mask).unsqueeze(1)
+
+        def cotangent(logits: Tensor, rows: slice) -> Tensor:
+            return score_function(logits.softmax(-1), rollout.tokens[rows], taken[rows], scores, share[rows])
+
+        return cotangent
+
+    def look_at(
+        self, vocabulary: Vocabulary, rollout: Rollout, both: Sequence[Cotangent], parameters: Iterable[Tensor]
+    ) -> None:
+        """Compare the gradients of parts of the batch, biased and unbiased; :meth:`observe` takes it from here.
+
+        Raises:
+            InputError: the parameters are spread over processes, or there are too few prompts.
+        """
+        wanted = list(parameters)
+        if any(isinstance(p, DTensor) for p in wanted):
+            raise InputError("blend Mixed: weights that are sharded cannot be compared by parts; set blend.weight")
+        prompts = rollout.layout.shape[0]
+        if prompts < self.parts:
+            raise InputError(
+                f"blend Mixed: {prompts} prompts in a batch cannot be split into {self.parts} parts; raise "
+                "data.batch_size, or set blend.weight"
+            )
+        part = rollout.take(
+            (rollout.layout.row % self.parts).to(rollout.ids.device).unsqueeze(1).expand_as(rollout.sampled)
+        )
+        rows = [_gradients(vocabulary, c, part == i, wanted) for c in both for i in range(self.parts)]
+        products = torch.stack([torch.stack([_inner(x, y) for y in rows]) for x in rows])
+        n = self.parts
+        self._found.append(torch.stack(errors(products[:n, :n], products[:n, n:], products[n:, n:])))
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Also move what λ follows from."""
+        super().observe(seen, reduce)
+        if not self._found:
+            return
+        new = reduce.mean(torch.stack(self._found).mean(0)).cpu()
+        batches = len(self._found) * reduce.processes
+        new[:3] /= batches  # the mean of so many batches is trained on
+        self._errors = new if self._errors is None else self.decay * self._errors + (1 - self.decay) * new
+        self._found = []
+
+    def figures(self, device: torch.device) -> dict[str, Tensor]:
+        """With λ."""
+        return super().figures(device) | {"mix_weight": torch.tensor(self.weight, device=device)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what λ follows from."""
+        return super().state_dict() | {"errors": self._errors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        super().load_state_dict(state)
+        self._errors = state["errors"]
+
+
+def _gradients(
+    vocabulary: Vocabulary, cotangent: Callable[[Tensor, slice], Tensor], keep: Tensor, parameters: list[Tensor]
+) -> list[Tensor | None]:
+    """Of some of the positions; no hook of DDP is woken."""
+
+    def own(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return cotangent(logits, rows) * keep[rows].unsqueeze(1), ()
+
+    zero, _ = vocabulary.push(own)
+    return list(torch.autograd.grad(zero, parameters, retain_graph=True, allow_unused=True))
+
+
+def _inner(one: list[Tensor | None], two: list[Tensor | None]) -> Tensor:
+    products = [
+        (x.double() * y.double()).sum() for x, y in zip(one, two, strict=True) if x is not None and y is not None
+    ]
+    return torch.stack(products).sum()

@@ -1,0 +1,212 @@
+"""Blends of GradeSTE's gradient: a length that is fitted, and a mix whose unbiased part is the truth by enumeration."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from grade_lightning.blends import Calibrated, Mixed
+from grade_lightning.errors import InputError
+from grade_lightning.functional.divergences import categorical_kl
+from grade_lightning.functional.mixing import Errors, mix_weight
+from grade_lightning.methods import GradeSTE
+from grade_lightning.policies import Policy
+from grade_lightning.records import Experience, Prompts, Rollout
+from grade_lightning.rewards import ClassifierReward
+from grade_lightning.rollouts import Sampler
+from tests.conftest import make_tokenizer
+from tests.methods.toy_task import Toy, assert_same, batches, fit, make, trainer, weights
+from tests.modules.toys import Prescribed
+from tests.test_corrections import few_classifier, few_tokens
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+class Pairs:
+    """GradeSTE on three tokens, with every pair of its seven completions of up to two."""
+
+    def __init__(self, blend: Calibrated | None, **settings: Any) -> None:
+        self.method = GradeSTE(
+            Policy.from_model(few_tokens(1), make_tokenizer()),
+            ClassifierReward.from_classifier(few_classifier()),
+            sampler=Sampler(max_new_tokens=2, temperature=0.8),
+            beta=0.3,
+            blend=blend,
+            num_generations=2,
+            **settings,
+        )
+        with torch.no_grad():
+            for p in self.method.policy.model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+        every = [list(x) for n in (1, 2) for x in itertools.product(range(3), repeat=n)]
+        self.completions = [x for x in every if 0 not in x[:-1] and (x[-1] == 0 or len(x) == 2)]
+        self.trained = [p for p in self.method.policy.parameters() if p.requires_grad]
+
+    def rollout(self, rows: list[list[int]]) -> Rollout:
+        two = torch.full((len(rows), 1), 2)
+        prompts = Prompts(two, torch.ones_like(two), {"completions": [[row] for row in rows]})
+        found = Prescribed().generate(self.method.policy, self.method.sampler.distribution, prompts)
+        return replace(found, groups=torch.zeros(len(rows), dtype=torch.long))
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        return torch.cat(
+            [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(self.trained, found, strict=True)]
+        )
+
+    def mean(self) -> Tensor:
+        """Of the gradient, over all pairs."""
+        every = self.rollout(self.completions)
+        assert every.engine_logps is not None
+        probs = every.engine_logps.sum(-1).exp()
+        assert float(probs.sum()) == pytest.approx(1)
+        total: Any = 0
+        for i, j in itertools.product(range(len(probs)), repeat=2):
+            rollout = self.rollout([self.completions[i], self.completions[j]])
+            seen = Experience(rollout, self.method.reward.pathwise(rollout), self.method.beta)
+            total = total + probs[i] * probs[j] * self.gradient(self.method.loss(seen).loss)
+        found: Tensor = total
+        return found
+
+    def truth(self) -> Tensor:
+        """Of −E[R] + β E[KL], by autograd."""
+        policy, rollout = self.method.policy, self.rollout(self.completions)
+        attention, length = rollout.mask[:, :-1], rollout.completion_ids.shape[1]
+        own, other = (
+            self.method.sampler.distribution.log_distribution(x.logits(x.embed(rollout.ids[:, :-1]), attention, length))
+            for x in (policy, policy.frozen)
+        )
+        logps = own.gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
+        probs = (logps * rollout.sampled).sum(-1).exp()
+        kl = (categorical_kl(own, other.detach()) * rollout.sampled).sum(-1)
+        rewards = self.method.reward.score(rollout).total
+        return self.gradient(-(probs * (rewards - self.method.beta * kl)).sum())
+
+
+def known(blend: Any, slope: float = 1.7) -> Any:
+    """With a direction from nowhere, as from earlier batches."""
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    blend._tables, blend._directions = [table], [torch.randn(4, dtype=torch.float64, generator=generator)]
+    blend._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
+    return blend
+
+
+@pytest.mark.parametrize("kl_prefix", ["none", "full"])
+@pytest.mark.parametrize("credit", [False, True], ids=["without credit", "with credit"])
+def test_without_the_biased_part_the_mean_is_the_truth(credit: bool, kl_prefix: Any) -> None:
+    """Reward and KL, at another temperature, over all pairs of completions."""
+    pairs = Pairs(known(Mixed(weight=0.0)) if credit else Mixed(weight=0.0), kl_prefix=kl_prefix)
+    truth = pairs.truth()
+    assert (pairs.mean() - truth).norm() < 1e-10 * truth.norm()
+
+
+def test_the_mix_is_one_of_both() -> None:
+    truth, straight = (Pairs(known(Mixed(weight=x))).mean() for x in (0.0, 1.0))
+    assert (straight - truth).norm() > 0.1 * truth.norm()
+    torch.testing.assert_close(Pairs(known(Mixed(weight=0.3))).mean(), 0.3 * straight + 0.7 * truth)
+
+
+def test_the_slope_is_a_factor_of_the_rewards_part_alone() -> None:
+    plain, scaled = Pairs(None), Pairs(known(Calibrated(), slope=2.5))
+    held = Pairs(known(Calibrated(), slope=0.0))
+    torch.testing.assert_close(scaled.mean() - held.mean(), 2.5 * (plain.mean() - held.mean()))
+
+
+@pytest.mark.parametrize("generations", [1, 4])
+def test_the_slope_is_that_of_rewards_on_what_the_direction_predicts(generations: int) -> None:
+    """A reward that adds up over tokens is predicted, with a slope of about 1."""
+    module = make(GradeSTE, blend=Calibrated(), lr=0.0, num_generations=generations)
+    module.reward = Sum()
+    run = fit(module, 8, batches(8, repeat=32))
+    last = run.steps[-1]
+    assert run.steps[0]["train/credit_slope"] == 1
+    assert last["train/credit_slope"] == pytest.approx(1, abs=0.2)
+    assert last["train/credit_r2"] > 0.2
+
+
+class Sum(Toy):
+    """Not divided by the length."""
+
+    def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return (embeddings[..., 10:].sum(-1) * mask).sum(-1)
+
+
+def test_parts_of_a_batch_are_compared() -> None:
+    """Each gradient is that of its part alone; without a difference there is no bias."""
+    module = make(GradeSTE, blend=Mixed(every=1), num_generations=2)
+    module.configure_model()
+    assert isinstance(module, GradeSTE)
+    batch = next(iter(batches(1, repeat=2)))
+    kept: list[Any] = []
+    blend = module.blend
+    assert isinstance(blend, Mixed)
+    real = blend.look_at
+
+    def look_at(vocabulary: Any, rollout: Rollout, both: Any, parameters: Any) -> None:
+        parameters = list(parameters)
+        real(vocabulary, rollout, both, parameters)
+        real(vocabulary, rollout, (both[0], both[0]), parameters)
+        kept.append(rollout)
+
+    blend.look_at = look_at  # type: ignore[method-assign]
+    with module.collecting():
+        seen = module.collect(batch)
+    module.beta = 0.0
+    module.loss(seen)
+    assert len(kept) == 1
+    found, same = (Errors(*x) for x in blend._found)
+    assert (
+        float(same.biased)
+        == pytest.approx(float(same.shared), abs=1e-6)
+        == pytest.approx(float(same.unbiased), abs=1e-6)
+    )
+    assert abs(float(same.bias)) < 1e-6
+    assert float(found.biased) == float(same.biased)
+    gradients = []
+    for part in range(2):
+        rows = (seen.rollout.layout.row % 2 == part).nonzero().squeeze(1)
+        rollout = seen.rollout.select(rows)
+        module.blend = None
+        loss = module.loss(Experience(rollout, module.reward.pathwise(rollout), 0.0)).loss * len(rows)
+        trained = [p for p in module.policy.parameters() if p.requires_grad]
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).double())
+    one, two = gradients
+    assert float(found.biased) == pytest.approx(float((one - two).square().sum()) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("blend", [Calibrated, Mixed])
+def test_a_resumed_run_is_the_run(blend: Any, tmp_path: Path) -> None:
+    settings = {"every": 2} if blend is Mixed else {}
+    whole, resumed = (make(GradeSTE, blend=blend(**settings), num_generations=2) for _ in range(2))
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(max_steps=5, callbacks=[save], enable_checkpointing=True).fit(whole, batches(5))
+    trainer(max_steps=5).fit(resumed, batches(5), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+    assert_same(weights(resumed), weights(whole))
+    if blend is Mixed:
+        assert isinstance(whole, GradeSTE)
+        assert isinstance(whole.blend, Mixed)
+        assert whole.blend._errors is not None
+        assert whole.blend.weight == float(mix_weight(Errors(*whole.blend._errors)))
+
+
+def test_the_mix_is_logged_and_is_all_of_the_first_step() -> None:
+    module = make(GradeSTE, blend=Mixed(every=1), num_generations=4)
+    run = fit(module, 4, batches(4, repeat=8))
+    found = [step["train/mix_weight"] for step in run.steps]
+    assert found[0] == 1
+    assert all(0 <= weight <= 1 for weight in found)
+    assert found[-1] < 1
+
+
+def test_what_cannot_work_is_named() -> None:
+    with pytest.raises(InputError, match=r"num_generations = 1: blend Mixed compares the completions of a prompt"):
+        GradeSTE(blend=Mixed())
+    module = make(GradeSTE, blend=Mixed(parts=5), num_generations=2)
+    with pytest.raises(InputError, match=r"3 prompts in a batch cannot be split into 5 parts"):
+        fit(module, 1, batches(1, repeat=1))
