@@ -128,7 +128,10 @@ class Mixed(Calibrated):
             (rollout.layout.row % self.parts).to(rollout.ids.device).unsqueeze(1).expand_as(rollout.sampled)
         )
         rows = [_gradients(vocabulary, c, part == i, wanted) for c in both for i in range(self.parts)]
-        products = torch.stack([torch.stack([_inner(x, y) for y in rows]) for x in rows])
+        self.compare(torch.stack([torch.stack([_inner(x, y) for y in rows]) for x in rows]))
+
+    def compare(self, products: Tensor) -> None:
+        """Keep what the inner products of the parts' gradients say, the biased ones first."""
         n = self.parts
         self._found.append(torch.stack(errors(products[:n, :n], products[:n, n:], products[n:, n:])))
 

@@ -1,0 +1,118 @@
+"""What would a mix of GradeSTE's gradient and an unbiased one gain, and for how many completions?
+
+At one policy, without any step: GradeSTE's gradient, calibrated, and the policy gradient with pathwise credit are taken
+of the same batches, a prompt with its completions at a time (`Mixed`). From their variances, their covariance and the
+squared bias follow, for any number of completions, the best weight λ of the biased one and the expected squared errors,
+over the squared length |G|² of the true gradient. The first batches only teach the credit. Intervals (95 %) leave out
+one batch at a time. No KL.
+
+python benchmarks/mixing.py --policy MODEL --reward REWARD --train imdb_train.parquet --test imdb_test.parquet
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import note
+from torch import Tensor
+
+from grade_lightning.blends import Mixed
+from grade_lightning.data import LocalFiles, TextDataModule
+from grade_lightning.functional.intervals import jackknife
+from grade_lightning.functional.mixing import Errors, errors, mix_weight
+from grade_lightning.methods import GradeSTE
+from grade_lightning.records import Batching, Experience
+from grade_lightning.rewards import ClassifierReward
+from grade_lightning.rollouts import Sampler
+
+
+class Kept(Mixed):
+    """Keeps the products of all gradients."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__(every=1, parts=parts)
+        self.products: list[Tensor] = []
+        self.learning = True
+
+    def due(self, step: int) -> bool:
+        """Once it has learned."""
+        return not self.learning
+
+    def compare(self, products: Tensor) -> None:
+        """Keep them."""
+        self.products.append(products)
+
+
+def observed(module: GradeSTE, batch: dict[str, Any]) -> None:
+    """A batch as in training, without a step."""
+    with module.collecting():
+        seen = module.collect(batch)
+    step = module.loss(seen)
+    module.observe(Experience(seen.rollout, seen.scores, seen.beta, old=step.stats.detach()))
+
+
+def figures(products: Tensor, completions: int, size: int) -> Tensor:
+    """Of batches (n, 2p, 2p): cosine, length, and for `size` completions λ and the errors of S, U and the mix."""
+    parts = products.shape[-1] // 2
+    blocks = [products[:, :parts, :parts], products[:, :parts, parts:], products[:, parts:, parts:]]
+    crossed = [(x.sum((1, 2)) - x.diagonal(dim1=1, dim2=2).sum(1)).mean() / (parts * (parts - 1)) for x in blocks]
+    found = torch.stack([torch.stack(errors(*(x[i] for x in blocks))) for i in range(len(products))]).mean(0)
+    scale = completions / size
+    now = Errors(found[0] * scale, found[1] * scale, found[2] * scale, found[3])
+    weight, bias = mix_weight(now), now.bias.clamp(min=0)
+    mixed = weight**2 * (now.biased + bias) + (1 - weight) ** 2 * now.unbiased + 2 * weight * (1 - weight) * now.shared
+    cosine = crossed[1] / (crossed[0] * crossed[2]).sqrt()
+    wrong = torch.stack([now.biased + bias, now.unbiased, mixed]) / crossed[2]
+    return torch.cat([torch.stack([cosine, (crossed[0] / crossed[2]).sqrt(), weight]), wrong])
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("policy", "reward", "train", "test"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=8, help="of a batch")
+    parser.add_argument("--generations", type=int, default=4, help="completions of each prompt")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a completion at most")
+    parser.add_argument("--learn", type=int, default=40, help="batches from which the credit learns before")
+    parser.add_argument("--batches", type=int, default=40, help="that are compared")
+    parser.add_argument("--hops", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 64, 256, 1024, 4096])
+    parser.add_argument("--seed", type=int, default=1)
+    o = parser.parse_args()
+    torch.manual_seed(o.seed)
+    blend = Kept(o.prompts)
+    module = GradeSTE(
+        policy=str(o.policy),
+        reward=ClassifierReward(str(o.reward)),
+        sampler=Sampler(o.length),
+        beta=0.0,
+        hops=o.hops,
+        blend=blend,
+        num_generations=o.generations,
+    )
+    module.configure_model()
+    completions = o.prompts * o.generations
+    data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=completions, max_prompt_tokens=32)
+    data.prepare_data()
+    data.attach(module.tokenizer, Batching(generations=o.generations))
+    data.setup()
+    batches = iter(data.train_dataloader())
+    for i in range(o.learn + o.batches):
+        blend.learning = i < o.learn
+        observed(module, next(batches))
+        note(f"batch {i + 1} of {o.learn + o.batches}")
+    products = torch.stack(blend.products)
+    fitted = {name: float(value) for name, value in blend.fitted().items()}
+    print(f"slope {fitted['credit_slope']:.2f}, its r² {fitted['credit_r2']:.2f}; the length is of S times the slope\n")
+    print("| completions | cosine | length | λ | error of GradeSTE | of the unbiased one | of the mix |")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
+    for size in o.sizes:
+        found = jackknife(lambda rows, size=size: figures(products[rows], completions, size), len(products))
+        cells = [f"{e:.2f} ({a:.2f} … {b:.2f})" for e, a, b in zip(*(x.tolist() for x in found), strict=True)]
+        print(f"| {size} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
