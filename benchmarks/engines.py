@@ -58,6 +58,8 @@ ASKED = [
     "List ten things to pack for a trip.",
 ]
 GROUP = 4
+MICRO = 4
+"""Micro-batches of a training step."""
 
 
 class Generate(Engine):
@@ -97,18 +99,21 @@ class Seen:
 
 
 class Clock(Callback):
-    """Seconds of each training step."""
+    """Seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.processor: list[float] = []
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """It begins."""
-        self.began = time.perf_counter(), time.process_time()
+        if batch_idx % MICRO == 0:
+            self.began = time.perf_counter(), time.process_time()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """It is over."""
+        if (batch_idx + 1) % MICRO:
+            return
         self.seconds.append(time.perf_counter() - self.began[0])
         self.processor.append(time.process_time() - self.began[1])
 
@@ -147,8 +152,9 @@ def rest_of_a_step(policy: Policy, prompts: Prompts, rollout: Rollout, rounds: i
         enable_progress_bar=False,
         enable_model_summary=False,
         max_steps=rounds,
+        accumulate_grad_batches=MICRO,  # 64 whole rows at once are 23 GB of activations
         callbacks=[clock],
-    ).fit(module, DataLoader([batch] * rounds, batch_size=None))  # type: ignore[arg-type]
+    ).fit(module, DataLoader([batch] * (MICRO * rounds), batch_size=None))  # type: ignore[arg-type]
     return clock
 
 

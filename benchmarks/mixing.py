@@ -3,18 +3,22 @@
 At one policy, without any step: GradeSTE's gradient, calibrated, and the policy gradient with pathwise credit are taken
 of the same batches, a prompt with its completions at a time (`Mixed`). From their variances, their covariance and the
 squared bias follow, for any number of completions, the best weight λ of the biased one and the expected squared errors,
-over the squared length |G|² of the true gradient. The first batches only teach the credit. Intervals (95 %) leave out
-one batch at a time. No KL.
+over the squared length |G|² of the true gradient; cosine and length are of GradeSTE's gradient times the slope. The
+first batches only teach the credit. Intervals (95 %) leave out one batch at a time. No KL.
 
-python benchmarks/mixing.py --policy MODEL --reward REWARD --train imdb_train.parquet --test imdb_test.parquet
+On text: python benchmarks/mixing.py --policy MODEL --reward REWARD --train imdb_train.parquet --test imdb_test.parquet
+In the laboratory of credit.py: python benchmarks/mixing.py --length 8
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Prompts as RandomPrompts
 from common import note
+from credit import VOCABULARY, laboratory
 from torch import Tensor
 
 from grade_lightning.blends import Mixed
@@ -22,8 +26,9 @@ from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.functional.intervals import jackknife
 from grade_lightning.functional.mixing import Errors, errors, mix_weight
 from grade_lightning.methods import GradeSTE
+from grade_lightning.numerics import hash_seed
 from grade_lightning.records import Batching, Experience
-from grade_lightning.rewards import ClassifierReward
+from grade_lightning.rewards import ClassifierReward, DifferentiableReward
 from grade_lightning.rollouts import Sampler
 
 
@@ -67,51 +72,66 @@ def figures(products: Tensor, completions: int, size: int) -> Tensor:
     return torch.cat([torch.stack([cosine, (crossed[0] / crossed[2]).sqrt(), weight]), wrong])
 
 
+def measured(module: GradeSTE, batches: Iterator[dict[str, Any]], learn: int, count: int) -> tuple[Tensor, Tensor]:
+    """Products of all gradients of `count` batches, (count, 2p, 2p); the slope and its r² after `learn` others."""
+    blend = module.blend
+    assert isinstance(blend, Kept)
+    module.configure_model()
+    for i in range(learn + count):
+        blend.learning = i < learn
+        observed(module, next(batches))
+        note(f"batch {i + 1} of {learn + count}")
+    return torch.stack(blend.products), torch.stack(list(blend.fitted().values()))
+
+
+def show(products: Tensor, fitted: Tensor, completions: int, sizes: list[int]) -> None:
+    """A line for each number of completions."""
+    start = f"| {float(fitted[0]):.2f} | {float(fitted[1]):.2f}"
+    for size in sizes:
+        found = jackknife(lambda rows, size=size: figures(products[rows], completions, size), len(products))
+        cells = [f"{e:.2f} ({a:.2f} … {b:.2f})" for e, a, b in zip(*(x.tolist() for x in found), strict=True)]
+        print(f"{start} | {size} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
-    """Measure, and print the tables."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("policy", "reward", "train", "test"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--prompts", type=int, default=8, help="of a batch")
     parser.add_argument("--generations", type=int, default=4, help="completions of each prompt")
     parser.add_argument("--length", type=int, default=32, help="tokens of a completion at most")
     parser.add_argument("--learn", type=int, default=40, help="batches from which the credit learns before")
     parser.add_argument("--batches", type=int, default=40, help="that are compared")
+    parser.add_argument("--problems", type=int, default=6, help="of the laboratory")
+    parser.add_argument("--scale", type=float, default=0.5, help="of the laboratory's rewards")
     parser.add_argument("--hops", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="*", default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--seed", type=int, default=1)
     o = parser.parse_args()
-    torch.manual_seed(o.seed)
-    blend = Kept(o.prompts)
-    module = GradeSTE(
-        policy=str(o.policy),
-        reward=ClassifierReward(str(o.reward)),
-        sampler=Sampler(o.length),
-        beta=0.0,
-        hops=o.hops,
-        blend=blend,
-        num_generations=o.generations,
-    )
-    module.configure_model()
     completions = o.prompts * o.generations
+    print("| slope | r² | completions | cosine | length | λ | error of GradeSTE | of the unbiased one | of the mix |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+
+    def method(policy: Any, reward: DifferentiableReward) -> GradeSTE:
+        settings: dict[str, Any] = {"beta": 0.0, "hops": o.hops, "num_generations": o.generations}
+        return GradeSTE(policy, reward, sampler=Sampler(o.length), blend=Kept(o.prompts), **settings)
+
+    if o.policy is None:
+        for seed in range(o.problems):
+            module = method(*laboratory(o.length, o.scale, seed))
+            torch.manual_seed(hash_seed(o.seed, seed))
+            rows = iter(RandomPrompts(o.prompts, VOCABULARY, length=4))
+            show(*measured(module, rows, o.learn, o.batches), completions, o.sizes)
+        return
+    torch.manual_seed(o.seed)
+    module = method(str(o.policy), ClassifierReward(str(o.reward)))
+    module.configure_model()
     data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=completions, max_prompt_tokens=32)
     data.prepare_data()
     data.attach(module.tokenizer, Batching(generations=o.generations))
     data.setup()
-    batches = iter(data.train_dataloader())
-    for i in range(o.learn + o.batches):
-        blend.learning = i < o.learn
-        observed(module, next(batches))
-        note(f"batch {i + 1} of {o.learn + o.batches}")
-    products = torch.stack(blend.products)
-    fitted = {name: float(value) for name, value in blend.fitted().items()}
-    print(f"slope {fitted['credit_slope']:.2f}, its r² {fitted['credit_r2']:.2f}; the length is of S times the slope\n")
-    print("| completions | cosine | length | λ | error of GradeSTE | of the unbiased one | of the mix |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    for size in o.sizes:
-        found = jackknife(lambda rows, size=size: figures(products[rows], completions, size), len(products))
-        cells = [f"{e:.2f} ({a:.2f} … {b:.2f})" for e, a, b in zip(*(x.tolist() for x in found), strict=True)]
-        print(f"| {size} | {' | '.join(cells)} |", flush=True)
+    show(*measured(module, iter(data.train_dataloader()), o.learn, o.batches), completions, o.sizes)
 
 
 if __name__ == "__main__":

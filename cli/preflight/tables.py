@@ -1,5 +1,6 @@
 """What is printed of a preflight: settings, parameters, memory and a few texts."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from grade_lightning.data import TextDataModule
 from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies.endings import end_of_turn
+from grade_lightning.rollouts import TransformersEngine
 
 from . import inventory
 from .memory import PHASES, Memory
@@ -51,6 +53,7 @@ def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule, ba
     rows[f"a {kind} begins with"] = tokens(first[:BEGINNING])
     if isinstance(module, AlignmentModule):
         rows["reward"] = f"{type(module.reward).__name__}: {module.reward.name}"
+        rows["engine"] = _engine(module)
         rows["a completion ends with"] = tokens(module.eos_ids)
         rows["padding"] = "prompts on the left, completions on the right"
     else:
@@ -60,6 +63,13 @@ def settings(trainer: Trainer, module: TrainableModule, data: TextDataModule, ba
     for row in rows.items():
         table.add_row(*map(escape, row))
     return table
+
+
+def _engine(module: AlignmentModule) -> str:
+    engine = module.sampler.engine
+    other = isinstance(engine, TransformersEngine) and find_spec("vllm") is not None
+    hint = "; vLLM is installed and may be faster: --model.sampler.engine VLLMEngine" if other else ""
+    return f"{type(engine).__name__}{hint}"
 
 
 def counts(parts: dict[str, list[Tensor]]) -> Table:

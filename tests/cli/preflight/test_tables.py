@@ -11,6 +11,7 @@ from tests.cli.preflight.conftest import METHODS, Look, arguments, cell
 from tests.conftest import mostly_slow
 
 inventory = import_module("grade_lightning_cli.preflight.inventory")
+tables = import_module("grade_lightning_cli.preflight.tables")
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "GradeSTE", "PPO"))
@@ -32,6 +33,16 @@ def test_every_method(method: str, look: Look, shelf: Shelf) -> None:
     weights = {"policy", "reference", "reward"} if sampled else {"classifier" if method == "RewardModel" else "policy"}
     weights |= {"critic"} if method in ("PPO", "TurnPPO", "STPPO") else set()
     assert set(memory.parts) == weights | {"gradients", "optimizer state"}
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_engine_and_a_faster_one(
+    installed: bool, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "find_spec", lambda name: name if installed else None)
+    out, _ = look(*shelf.all)
+    assert cell(out, "engine").startswith("TransformersEngine")
+    assert ("--model.sampler.engine VLLMEngine" in " ".join(out.split())) == installed
 
 
 def test_completions_are_really_sampled_and_scored(look: Look, shelf: Shelf, own: str) -> None:
