@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch import LightningModule
 
 import grade_lightning
-import grade_lightning.methods
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -95,15 +93,6 @@ def test_every_page_is_in_the_index_of_its_folder(folder: Path) -> None:
     listed = {link.partition("#")[0] for link in links(folder / "index.md")}
     assert {path.name for path in folder.glob("*.md")} - {"index.md"} <= listed
     assert {f"{path.parent.name}/index.md" for path in folder.glob("*/index.md")} <= listed
-
-
-def test_every_method_has_its_section() -> None:
-    values = vars(grade_lightning.methods).values()
-    methods = {value.__name__ for value in values if isinstance(value, type) and issubclass(value, LightningModule)}
-    assert methods
-    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
-    assert sorted(methods) == sorted(headings)
-    assert [name for name in methods if f"`{name}`" not in (ROOT / "README.md").read_text()] == []
 
 
 def test_the_version_is_in_one_place_and_the_citation_has_it() -> None:
