@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).parents[1]
-MADE = {"start.md", "changelog.md", "contributing.md"}  # of documents of the top level
+MADE = {"changelog.md", "contributing.md"}  # of documents of the top level
 LOADED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"?(https?:)?//", re.IGNORECASE)
 
 
