@@ -58,4 +58,4 @@ def main(args: Sequence[str] | None = None) -> None:
             table.add_row(name, escape(said))
         console.print(table)
         console.print()
-    console.print("grade-fit --model.help NAME shows the arguments of one; docs/methods.md has formulas and papers.")
+    console.print("grade-fit --model.help NAME shows the arguments of one; docs/methods/ has formulas and papers.")

@@ -21,7 +21,7 @@ Credit = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class KL:
-    """How a policy gradient is held to the reference. Which choices are unbiased: docs/methods.md.
+    """How a policy gradient is held to the reference. Which choices are unbiased: docs/methods/kl.md.
 
     Args:
         beta: coefficient β; in the reward, reward per nat. 0: no KL in the objective (it is logged all the same).

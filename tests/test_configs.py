@@ -133,7 +133,7 @@ def test_a_recipe_states_only_what_differs(printed: Any) -> None:
 def commands(names: str = "fit|validate|test|predict") -> list[str]:
     """Every such command of ours in the documentation and in the recipes, in one line each."""
     found = []
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
         text = path.read_text().replace("\\\n# ", "\\\n").replace("\\\n", " ")
         found += re.findall(rf"^(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:{names}) --.*)$", text, re.MULTILINE)
     return sorted(set(found))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch import LightningModule
 
 import grade_lightning
-import grade_lightning.methods
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
+FOLDERS = sorted({path.parent for path in (ROOT / "docs").rglob("*.md")})
+CODE = ("grade_lightning", "cli", "tests", "benchmarks", "configs", ".github")
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +79,20 @@ def test_tests_that_are_named_are_there(document: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_page_is_in_the_index() -> None:
-    listed = {link.partition("#")[0] for link in links(ROOT / "docs" / "index.md")}
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= listed
+def test_pages_that_the_code_names_are_there() -> None:
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".yml")]
+    named = {link for path in files for link in re.findall(r"\bdocs/[\w/]+\.md(?:#[\w-]+)?", path.read_text())}
+    assert named
+    for page, _, anchor in (link.partition("#") for link in named):
+        assert (ROOT / page).is_file(), page
+        assert not anchor or anchor in anchors(ROOT / page), f"{page}#{anchor}"
 
 
-def test_every_method_has_its_section() -> None:
-    values = vars(grade_lightning.methods).values()
-    methods = {value.__name__ for value in values if isinstance(value, type) and issubclass(value, LightningModule)}
-    assert methods
-    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
-    assert sorted(methods) == sorted(headings)
-    assert [name for name in methods if f"`{name}`" not in (ROOT / "README.md").read_text()] == []
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_page_is_in_the_index_of_its_folder(folder: Path) -> None:
+    listed = {link.partition("#")[0] for link in links(folder / "index.md")}
+    assert {path.name for path in folder.glob("*.md")} - {"index.md"} <= listed
+    assert {f"{path.parent.name}/index.md" for path in folder.glob("*/index.md")} <= listed
 
 
 def test_the_version_is_in_one_place_and_the_citation_has_it() -> None:

@@ -16,7 +16,7 @@ import grade_lightning
 from grade_lightning.modules import TrainableModule
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def imports(page: Path) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+DOCUMENTS = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?)(?=\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", ".sbatch": "bash"}
@@ -22,7 +22,6 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", ".sbatch": "bash"
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made of files outside of `docs/`."""
     texts = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in DOCUMENTS.items()}
-    texts["start.md"] = texts["start.md"].replace("# grade_lightning", "# Getting started", 1)
     for page, text in texts.items():
         files.append(File.generated(config, page, content=text))
     texts |= {file.src_uri: file.content_string for file in files.documentation_pages() if file.generated_by is None}

@@ -1,7 +1,7 @@
 """How far the expected update of each policy gradient is from the exact gradient of the expected reward.
 
 All completions, and all batches of them with their probabilities, are enumerated: nothing here is sampled. Print the
-table of docs/methods.md with `python -m tests.methods.enumeration`.
+table of docs/methods/unbiased.md with `python -m tests.methods.enumeration`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The table of docs/methods.md: which expected updates are the exact gradient, and how far off the others are."""
+"""The table of docs/methods/unbiased.md: which expected updates are exact gradients, and how far off the others are."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from tests.methods.enumeration import LINES, SEEDS, Found, Line, cell, examine, expected, limit, make_problem, truth
 from tests.modules.toys import METHODS
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs" / "methods" / "unbiased.md"
 UNBIASED = {"Reinforce, any fixed baseline", "RLOO", "RLOO, the optimal token baseline", "DrGRPO"}
 UNBIASED |= {"Reinforce, with its KL", "RLOO, with its KL"}
 QUICK = UNBIASED | {"GRPO", "DRPO"}
@@ -22,8 +22,8 @@ def name_of(line: Line) -> str:
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
     """The cells of the docs, by line."""
-    text = DOCS.read_text().split("### Which of them are unbiased")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    lines = re.findall(r"^\|.*\|$", DOCS.read_text(), re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows[2:]}
 
 
