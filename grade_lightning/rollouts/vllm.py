@@ -185,9 +185,12 @@ def _told(what: str) -> Iterator[None]:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Random states and settings of torch that vLLM changes for the whole process come back."""
+    """Random states and settings of torch that vLLM changes for the whole process come back.
+
+    Weights that are made while Lightning validates, in inference mode, could not be written to in training.
+    """
     threads, limit = torch.get_num_threads(), torch.set_num_threads
-    with isolate_rng():
+    with isolate_rng(), torch.inference_mode(False):
         try:
             yield
         finally:

@@ -68,6 +68,14 @@ class TestWithVLLM:
         pytest.importorskip("vllm")
         return VLLMEngine(kv_cache_gb=0.1, max_length=64)
 
+    def test_it_may_be_built_while_a_run_validates(self, engine: VLLMEngine) -> None:
+        """The first of all tests: there the engine is built."""
+        policy = tiny_policy()
+        with torch.inference_mode():
+            draw(policy, engine)
+        shaken(policy)
+        assert gap(policy, Distribution(max_new_tokens=8), draw(policy, engine)) < 2e-5
+
     @pytest.mark.parametrize("settings", _SETTINGS.values(), ids=_SETTINGS)
     def test_logps_are_the_learners(self, engine: VLLMEngine, settings: dict[str, Any]) -> None:
         policy = tiny_policy()
@@ -140,6 +148,7 @@ class Fake:
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
         assert method == "reload_weights"
+        assert not torch.is_inference_mode_enabled()
         self.weights = dict(kwargs["weights_iterator"])
 
     def reset_prefix_cache(self) -> None:
@@ -186,6 +195,12 @@ def faulty(fault: Callable[[list[Any]], list[Any]], call: int) -> VLLMEngine:
     engine = VLLMEngine()
     engine._engine = Fake(fault, call)
     return engine
+
+
+@pytest.mark.usefixtures("fake_package")
+def test_weights_are_handed_over_outside_of_inference_mode() -> None:
+    with torch.inference_mode():
+        draw(tiny_policy(), faulty(lambda answers: answers, 99))
 
 
 @pytest.mark.usefixtures("fake_package")
