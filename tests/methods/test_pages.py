@@ -66,3 +66,11 @@ def test_the_evidence_of_a_page_is_on_the_page_that_it_links_to(name: str) -> No
         if link:
             there = (PAGES / link[1]).read_text()
             assert numbers(cells[1]) <= numbers(there), f"{name}: {cells}"
+
+
+def test_the_numbers_of_the_index_are_on_the_pages_behind_them() -> None:
+    behind = ("../results/methods.md", "../policy_gradients_compared.md", "unbiased.md")
+    measured = {number for name in behind for number in numbers((PAGES / name).read_text())}
+    cells = [cell for row in rows((PAGES / "index.md").read_text()) for cell in row[2:]]
+    assert numbers(" ".join(cells)) <= measured
+    assert len(numbers(" ".join(cells))) > 50
