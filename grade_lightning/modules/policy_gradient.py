@@ -1,7 +1,7 @@
 """What all policy gradients share: the line of stages, and several optimizer steps on what was drawn at once."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -65,6 +65,8 @@ class PolicyGradientModule(SelectingModule):
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
         minibatches: optimizer steps in each epoch.
+        micro_batches: what the micro-batches of an optimizer step have the same number of: `rows`, or `tokens`
+            (padding included), so that one with long completions has few of them and needs no more memory.
         optimizer: any torch optimizer by class path.
         lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
@@ -95,6 +97,7 @@ class PolicyGradientModule(SelectingModule):
         num_generations: int = 1,
         epochs: int = 1,
         minibatches: int = 1,
+        micro_batches: Literal["rows", "tokens"] = "rows",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -133,6 +136,7 @@ class PolicyGradientModule(SelectingModule):
         self.num_generations = num_generations
         self.epochs = epochs
         self.minibatches = minibatches
+        self.by_tokens = micro_batches == "tokens"
         self._window: Window | None = None
         self._packed: dict[str, Any] | None = None
 
@@ -254,7 +258,8 @@ class PolicyGradientModule(SelectingModule):
         if step == 0 or self._window is None:
             seen = self.begin_step(batch)
             shares = self.policy.shares_prompts
-            plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups, shares) if steps > 1 else []
+            how = self.whole_groups, shares, self.by_tokens
+            plan = plan_steps(seen, batching, self.reduce.mean, *how) if steps > 1 else []
             self._window = Window(seen, plan)
         window = self._window
         seen = window.experience if steps == 1 else window.part(step)
