@@ -79,7 +79,7 @@ from grade_lightning.modules import (
     TrainableModule,
     UnpairedModule,
 )
-from grade_lightning.policies import ChunkedPass, LoRA, Pass, Policy, RowSampling, SharedPrefixPass
+from grade_lightning.policies import ChunkedPass, LoRA, PackedPass, Pass, Policy, RowSampling, SharedPrefixPass
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import (
     ClassifierReward,
@@ -223,6 +223,7 @@ __all__ = [
     "OnlineIPO",
     "OptimalTokenBaseline",
     "OverlongPenalty",
+    "PackedPass",
     "PairwiseJudge",
     "PairwiseModule",
     "Pass",

@@ -35,6 +35,8 @@ class KL:
         horizon: how slowly, in completions.
         rate: make the target a bound instead: β grows by this for each nat beyond it, and shrinks likewise below it, to
             0 at least; it may begin there (dual ascent).
+        every: where nothing is trained on the KL (`beta` 0), measure it in every so many optimizer steps alone: the
+            others save the reference's pass, and log no KL.
 
     References:
         | adaptive β: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019),
@@ -55,6 +57,7 @@ class KL:
     target: float | None = None
     horizon: int = 10_000
     rate: float | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers and name a choice whose gradient is not the KL's."""
@@ -62,6 +65,9 @@ class KL:
         check_range("(0, inf)", "kl", target=self.target)
         check_range("[1, inf)", "kl", horizon=self.horizon)
         check_range("(0, inf)", "kl", rate=self.rate)
+        check_range("[1, inf)", "kl", every=self.every)
+        if self.every > 1 and self.acts:
+            raise InputError(f"kl.every = {self.every}: with a kl.beta or kl.rate the KL is needed in every step")
         if self.rate is not None and self.target is None:
             raise InputError("kl.rate: needs a kl.target, which it makes a bound")
         if self.target is not None and not self.acts:

@@ -252,9 +252,17 @@ class AlignmentModule(DrawingAhead, Generating, Remembering, TrainableModule, AB
         logged = self.meter.figures(rollout, scores, step, experience.beta, self._gather)
         rows = len(rollout.ids)
         self.log_dict(logged, batch_size=rows)
-        for name in ("reward", "kl"):
+        if not step.stats.referenced:
+            self._forget_kl()
+        for name in ("reward", "kl") if step.stats.referenced else ("reward",):
             self.log(name, logged[f"train/{name}"], prog_bar=True, logger=False, batch_size=rows)
         self.last_rollout = rollout, scores, masked_sum(step.stats.kl, rollout.sampled)
+
+    def _forget_kl(self) -> None:
+        """Lightning would log that of an earlier step once more."""
+        for result in (self.trainer._results or {}).values():
+            if result.meta.name == "kl" or result.meta.name.startswith("train/kl"):
+                result.reset()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock, when the batch is a new one."""

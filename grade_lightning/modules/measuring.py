@@ -20,6 +20,8 @@ from grade_lightning.terms import GRAPHS, Graphs
 
 COUNT = 5
 """Statistics that are measured for every method: those of :func:`figures`."""
+OWN = 3
+"""The first ones of these, which need no reference."""
 
 
 def measure(
@@ -31,6 +33,7 @@ def measure(
     values: Callable[[Tensor], Tensor] | None = None,
     parts: Sequence[Columns] = (),
     scores: Tensor | None = None,
+    referenced: bool = True,
 ) -> TokenStats:
     """Statistics of a rollout's tokens, the policy's own or others.
 
@@ -44,6 +47,7 @@ def measure(
         values: a value head on the hidden states.
         parts: those that ask for further statistics.
         scores: of each token of the vocabulary, (V,): their mean at each position is measured, with a graph.
+        referenced: without the reference what needs it is NaN, and a pass is saved.
     """
     hidden = policy.training_pass.hidden(policy, rollout)
     vocabulary = policy.vocabulary(rollout.take(hidden))
@@ -60,15 +64,16 @@ def measure(
         if scores is not None:
             found = replace(found, columns=found.columns | {COLUMN: rollout.put(now[0])})
     else:
-        reference = reference_vocabulary(policy, rollout)
+        reference = reference_vocabulary(policy, rollout) if referenced else None
+        count = COUNT if referenced else OWN
         hidden_states = vocabulary.hidden.detach()
         columns = vocabulary.map(
             lambda logits, rows: all_figures(logits, rows, reference, hidden_states, parts),
             differentiable=first + wanted,
         )
         names = [COLUMN] * first + [name for part in parts for name in part.names]
-        more = dict(zip(names, map(rollout.put, columns[:first] + columns[first + COUNT :]), strict=True))
-        found = replace(stats_of(rollout, columns[first : first + COUNT]), columns=more)
+        more = dict(zip(names, map(rollout.put, columns[:first] + columns[first + count :]), strict=True))
+        found = replace(stats_of(rollout, columns[first : first + count]), columns=more)
     return found if values is None else replace(found, values=values(hidden))
 
 
@@ -111,9 +116,11 @@ def figures(sampled: Tensor, dist: Tensor, reference: Callable[[], Tensor], toke
 
 
 def stats_of(rollout: Rollout, columns: tuple[Tensor, ...]) -> TokenStats:
-    """Put what :func:`figures` found at the positions of its tokens."""
-    logps, whole, entropy, kl, ref_logps = (rollout.put(column) for column in columns)
-    return TokenStats(logps=logps, log_ratio=whole - ref_logps, kl=kl, entropy=entropy, ref_logps=ref_logps)
+    """Put what :func:`figures` found, all of it or its own part, at the positions of its tokens."""
+    logps, whole, entropy, *others = (rollout.put(column) for column in columns)
+    kl, ref_logps = others or (rollout.put(torch.full_like(columns[0], torch.nan, requires_grad=False)),) * 2
+    stats = TokenStats(logps=logps, log_ratio=whole - ref_logps, kl=kl, entropy=entropy, ref_logps=ref_logps)
+    return replace(stats, referenced=bool(others))
 
 
 def _updated(known: TokenStats, rollout: Rollout, columns: tuple[Tensor, ...]) -> TokenStats:
@@ -143,7 +150,8 @@ def _figures(
         assert reference is not None
         return distribution.log_distribution(reference.at(rows))
 
-    yield from figures(sampled, dist, ref_dist, rollout.tokens[rows])
+    own = OWN if reference is None else COUNT
+    yield from islice(figures(sampled, dist, ref_dist, rollout.tokens[rows]), own)
     for part in parts:
         assert hidden is not None
         yield from part.columns(sampled, rollout.tokens[rows], hidden[rows])

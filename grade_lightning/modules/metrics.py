@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grade_lightning.functional import divergences
 from grade_lightning.functional.sequences import masked_sum
-from grade_lightning.records import Rollout, Scores, StepOutput
+from grade_lightning.records import Rollout, Scores, StepOutput, TokenStats
 
 Gather = Callable[[Tensor], Tensor]
 """(b, …) → the rows of all processes, one after another."""
@@ -44,12 +44,7 @@ class StepMeter:
             "train/loss": (step.loss, one),
             "train/reward": (reward, answered),
             "train/reward_std": (spread, answered),
-            "train/kl": (kl.sum(), rows),
-            "train/kl_per_token": (kl.sum(), tokens),
-            **{
-                f"train/kl_{name}": (masked_sum(estimate(stats.log_ratio), mask).sum(), rows)
-                for name, estimate in divergences.ESTIMATORS.items()
-            },
+            **(self._kl(kl, stats, mask) if stats.referenced else {}),
             "train/entropy": (masked_sum(stats.entropy, mask).sum(), tokens),
             "train/response_length": (tokens, rows),
             "train/eos_rate": (rollout.ended.sum(), rows),
@@ -70,8 +65,18 @@ class StepMeter:
         rewards, answers = every[:, list(terms).index("train/reward")].unbind(1)
         apart = (answers * (rewards / answers - logged["train/reward"]).square()).nansum() / answers.sum()
         logged["train/reward_std"] = (logged["train/reward_std"] + apart).sqrt()
-        logged["train/objective"] = logged["train/reward"] - beta * logged["train/kl"]
+        price = beta * logged["train/kl"] if stats.referenced else 0.0  # without it nothing is charged
+        logged["train/objective"] = logged["train/reward"] - price
         return logged
+
+    def _kl(self, kl: Tensor, stats: TokenStats, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is said of the distance to the reference."""
+        rows = kl.new_tensor(1.0) * len(kl)
+        estimates = {
+            f"train/kl_{name}": (masked_sum(estimate(stats.log_ratio), mask).sum(), rows)
+            for name, estimate in divergences.ESTIMATORS.items()
+        }
+        return {"train/kl": (kl.sum(), rows), "train/kl_per_token": (kl.sum(), mask.sum()), **estimates}
 
 
 def _answered(values: Tensor) -> tuple[Tensor, Tensor]:

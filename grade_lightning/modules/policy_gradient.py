@@ -1,7 +1,7 @@
 """What all policy gradients share: the line of stages, and several optimizer steps on what was drawn at once."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -65,6 +65,8 @@ class PolicyGradientModule(SelectingModule):
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
         minibatches: optimizer steps in each epoch.
+        micro_batches: what the micro-batches of an optimizer step have the same number of: `rows`, or `tokens`
+            (padding included), so that one with long completions has few of them and needs no more memory.
         optimizer: any torch optimizer by class path.
         lr_scheduler: any torch scheduler; a straight line to zero over the run by default.
     """
@@ -95,6 +97,7 @@ class PolicyGradientModule(SelectingModule):
         num_generations: int = 1,
         epochs: int = 1,
         minibatches: int = 1,
+        micro_batches: Literal["rows", "tokens"] = "rows",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -124,12 +127,16 @@ class PolicyGradientModule(SelectingModule):
                 term.aggregate = term.aggregate or aggregate
             own[unique_name(type(term).__name__, own)] = term
         self.terms: list[Term] = [line, *held, *(part for part in (critic, credit) if part is not None), *own.values()]
+        needs = [type(term).__name__ for term in self.terms if term.graphs in ("log_ratio", "kl")]
+        if kl.every > 1 and needs:
+            raise InputError(f"kl.every = {kl.every}: {needs[0]} trains on the reference in every step; leave it out")
         self.own_terms = own
         self.trained_terms = nn.ModuleDict({name: term for name, term in own.items() if isinstance(term, nn.Module)})
         self.whole_groups = whole_groups
         self.num_generations = num_generations
         self.epochs = epochs
         self.minibatches = minibatches
+        self.by_tokens = micro_batches == "tokens"
         self._window: Window | None = None
         self._packed: dict[str, Any] | None = None
 
@@ -163,17 +170,29 @@ class PolicyGradientModule(SelectingModule):
             return seen  # the training pass measures
         with torch.no_grad(), self.policy.evaluating():
             parts = torch.arange(len(rollout.ids)).chunk(self.batching.parts)
-            stats = [self.measure(rollout.select(rows)) for rows in parts]
+            stats = [self.measure_drawn(rollout.select(rows)) for rows in parts]
         return self.appraise(seen, TokenStats.join(stats, rollout.completion_ids.shape[1]))
 
     # ---- measure, advantage -------------------------------------------------------------------------------------
 
     def measure(self, rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
         """One pass, with the critic's values."""
+        return self._measure(rollout, known, graphs)
+
+    def measure_drawn(self, rollout: Rollout, graphs: Graphs = "log_ratio") -> TokenStats:
+        """The first pass over what was drawn in this step: the reference is read in one of `kl.every` steps."""
+        if (self.global_step + 1) % self.kl.every == 0:
+            return self.measure(rollout, None, graphs)
+        return self._measure(rollout, None, graphs, referenced=False)
+
+    def _measure(
+        self, rollout: Rollout, known: TokenStats | None, graphs: Graphs, referenced: bool = True
+    ) -> TokenStats:
         values = None if self.critic is None else self.critic.values
         parts = [part for part in self.parts().values() if isinstance(part, Columns)]
         scores = None if self.credit is None else self.credit.scores()
-        return measure(self.policy, self.sampler.distribution, rollout, known, graphs, values, parts, scores)
+        distribution = self.sampler.distribution
+        return measure(self.policy, distribution, rollout, known, graphs, values, parts, scores, referenced)
 
     def appraise(self, seen: Experience, old: TokenStats) -> Experience:
         """Add what was measured when the completions were drawn, and the advantages that follow from it."""
@@ -214,7 +233,7 @@ class PolicyGradientModule(SelectingModule):
         graphs = furthest(self.terms)
         if seen.old is not None:
             return seen, self.measure(seen.rollout, seen.old, graphs)
-        now = self.measure(seen.rollout, None, graphs)
+        now = self.measure_drawn(seen.rollout, graphs)
         return self.appraise(seen, now.detach()), now
 
     def add_terms(self, seen: Experience, now: TokenStats) -> StepOutput:
@@ -239,7 +258,8 @@ class PolicyGradientModule(SelectingModule):
         if step == 0 or self._window is None:
             seen = self.begin_step(batch)
             shares = self.policy.shares_prompts
-            plan = plan_steps(seen, batching, self.reduce.mean, self.whole_groups, shares) if steps > 1 else []
+            how = self.whole_groups, shares, self.by_tokens
+            plan = plan_steps(seen, batching, self.reduce.mean, *how) if steps > 1 else []
             self._window = Window(seen, plan)
         window = self._window
         seen = window.experience if steps == 1 else window.part(step)

@@ -1,5 +1,6 @@
 """Windows: completions that are trained on in several steps, and which step trains on which of them."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
 from grade_lightning.functional.aggregation import Normalizers
+from grade_lightning.functional.micro_batches import even_by_tokens
 from grade_lightning.records import Batching, Experience
 
 Plan = list[tuple[Tensor, Normalizers]]
@@ -48,6 +50,7 @@ def plan_steps(
     mean: Callable[[Tensor], Tensor],
     whole_groups: bool = False,
     neighbours: bool = False,
+    by_tokens: bool = False,
 ) -> Plan:
     """Share out the completions over the steps of a window.
 
@@ -62,6 +65,8 @@ def plan_steps(
         whole_groups: keep the completions of a prompt together; else they may go to different steps.
         neighbours: those of a prompt that are in the same step go to the same micro-batch, as far as it is large
             enough; prompts are sorted by their longest completion.
+        by_tokens: micro-batches of an optimizer step have about as many tokens, padding included, instead of as many
+            completions.
 
     Raises:
         InputError: they cannot be shared out evenly.
@@ -81,11 +86,22 @@ def plan_steps(
         longest = torch.stack([lengths[rows].max() for rows in members])
         prompts = torch.stack([seen.rollout.layout.row[rows[0]] for rows in members])
         steps = [_sorted(step, longest[step], prompts[step] if neighbours else None) for step in steps]
-    chunks = [torch.cat([members[unit] for unit in chunk]) for step in steps for chunk in step.chunk(accumulation)]
+    cuts = [_by_tokens(step, members, seen, accumulation) if by_tokens else step.chunk(accumulation) for step in steps]
+    chunks = [torch.cat([members[unit] for unit in chunk]) for chunk in itertools.chain.from_iterable(cuts)]
     counts = torch.stack([torch.stack([lengths[rows].sum(), torch.tensor(len(rows))]) for rows in chunks])
     own = counts.float().to(seen.rollout.ids.device).unflatten(0, (-1, accumulation)).mean(1)
     totals = mean(own).repeat_interleave(accumulation, 0).tolist()
     return [(rows, Normalizers(tokens, count)) for rows, (tokens, count) in zip(chunks, totals, strict=True)]
+
+
+def _by_tokens(step: Tensor, members: list[Tensor], seen: Experience, parts: int) -> tuple[Tensor, ...]:
+    """The units of a step in micro-batches of about the same number of tokens, prompts included."""
+    prompts, completions = seen.rollout.host_lengths
+    lengths = prompts + completions
+    rows = [members[unit] for unit in step]
+    counts = even_by_tokens([len(own) for own in rows], [int(lengths[own].max()) for own in rows], parts)
+    pieces: tuple[Tensor, ...] = step.split(counts)
+    return pieces
 
 
 def _sorted(units: Tensor, longest: Tensor, prompts: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from .loading import bundled_folder as bundled_folder
 from .loading import resolve_model as resolve_model
 from .lora import LoRA as LoRA
 from .network import Network as Network
+from .packed import PackedPass as PackedPass
 from .passes import Pass as Pass
 from .passes import SharedPrefixPass as SharedPrefixPass
 from .passes import WholePass as WholePass

@@ -111,7 +111,7 @@ def examine_backbone(model: Any, path: str) -> int:
     return width
 
 
-def run(body: Callable[..., Any], inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Any:
+def run(body: Callable[..., Any], inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Any:
     """The output of a model, or of its body, for embeddings."""
     return body(inputs_embeds=inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False)
 

@@ -75,11 +75,13 @@ class ChunkedPass(WholePass):
                 "are made in chunks; leave policy.training_pass out"
             )
 
-    def states(self, network: Network, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def states(self, network: Network, inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Final hidden states, (b, l, width)."""
         parameters = [p for p in network.base.parameters() if p.requires_grad]
         graph = torch.is_grad_enabled() and (inputs.requires_grad or bool(parameters))
-        if not graph or inputs.shape[1] <= self.chunk or attention_mask.dim() > 2 or self._drops(network):
+        if attention_mask is None or attention_mask.dim() > 2 or not graph or inputs.shape[1] <= self.chunk:
+            return super().states(network, inputs, attention_mask, positions)
+        if self._drops(network):
             return super().states(network, inputs, attention_mask, positions)
         call = _call(network, attention_mask, positions)
         found: Tensor = _Chunked.apply(call, self.chunk, self.keep, inputs, *parameters)  # type: ignore[no-untyped-call]

@@ -62,12 +62,13 @@ class Network(ABC):
         with self.ready():
             return embedding_table(self.base)
 
-    def states(self, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def states(self, inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Final hidden states.
 
         Args:
             inputs: input embeddings, (b, l, width).
-            attention_mask: (b, l), 0 for padding; or of which positions each one sees, as transformers takes it.
+            attention_mask: (b, l), 0 for padding; or of which positions each one sees, as transformers takes it. None:
+                a sequence begins wherever the positions start again.
             positions: position of each input, (b, l).
 
         Returns:
@@ -111,14 +112,19 @@ class Frozen(Network):
         base: the transformers model.
         anatomy: where it is cut.
         ready: in which it is called, such as without its adapters.
+        way: how sequences go through it: the `states` of a training pass; each in its own row by default.
     """
 
     phase = "reference"
 
     def __init__(
-        self, base: PreTrainedModel, anatomy: Anatomy, ready: Callable[[], AbstractContextManager[Any]]
+        self,
+        base: PreTrainedModel,
+        anatomy: Anatomy,
+        ready: Callable[[], AbstractContextManager[Any]],
+        way: Callable[[Network, Tensor, Tensor | None, Tensor], Tensor] = Network.states,
     ) -> None:
-        self._base, self._anatomy, self._ready = base, anatomy, ready
+        self._base, self._anatomy, self._ready, self._way = base, anatomy, ready, way
 
     @property
     def anatomy(self) -> Anatomy:
@@ -138,6 +144,10 @@ class Frozen(Network):
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings of `ids`, without a graph."""
         return super().embed(ids)
+
+    def states(self, inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        """As of any network, in the way of the training pass."""
+        return self._way(self, inputs, attention_mask, positions)
 
     def head(self) -> tuple[Head, list[Tensor]]:
         """As that of any network, and without gradients for its parameters."""

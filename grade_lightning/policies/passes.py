@@ -31,7 +31,7 @@ class Pass(ABC):
         """
         return None
 
-    def states(self, network: Network, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def states(self, network: Network, inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Final hidden states of embeddings, with their graph; arguments as :meth:`.Network.states`."""
         return Network.states(network, inputs, attention_mask, positions)
 

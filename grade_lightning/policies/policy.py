@@ -47,7 +47,8 @@ class Policy(nn.Module, Network):
             is not the one that sampled, and the KL at step 0 is not 0. (LoRA's own dropout is separate.)
         torch_compile: compile the training pass of the network below the head. The rollout is not affected.
         training_pass: how rollouts go through the network when they are measured; each sequence whole by default
-            (`WholePass`), or each prompt once for all its completions (`SharedPrefixPass`).
+            (`WholePass`), each prompt once for all its completions (`SharedPrefixPass`), without padding
+            (`PackedPass`), or a chunk of positions at a time (`ChunkedPass`).
         row_sampling: weight gradients of some layers from a part of their rows; exact by default.
         load_in_4bit: read the linear layers of a base under LoRA in 4 bits (QLoRA; needs the extra `bits`).
 
@@ -245,9 +246,9 @@ class Policy(nn.Module, Network):
     def frozen(self) -> Frozen:
         """The reference as a network."""
         model: Any = self.base if self.reference is None else self.reference
-        return Frozen(model, self.anatomy, self.as_reference)
+        return Frozen(model, self.anatomy, self.as_reference, self.training_pass.states)
 
-    def states(self, inputs: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def states(self, inputs: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """As of any network, in the way of the training pass."""
         return self.training_pass.states(self, inputs, attention_mask, positions)
 

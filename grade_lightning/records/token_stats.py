@@ -27,11 +27,14 @@ class TokenStats:
     """Expected return, from a value head."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """What parts asked for besides (:mod:`grade_lightning.columns`), by name; no graph."""
+    referenced: bool = True
+    """Whether the reference was measured, too; else `log_ratio`, `kl` and `ref_logps` are NaN."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenStats":
         """The same with `function` applied to each tensor."""
         columns = {name: function(tensor) for name, tensor in self.columns.items()}
-        return replace(self, columns=columns, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, columns=columns, **tensors)
 
     def detach(self) -> "TokenStats":
         """The same without graphs."""
@@ -43,12 +46,13 @@ class TokenStats:
         padded = [part.map(lambda x: pad(x, (0, length - x.shape[1]))) for part in parts]
         first, tensors = padded[0], [part._tensors() for part in padded]
         columns = {name: torch.cat([part.columns[name] for part in padded]) for name in first.columns}
-        return cls(columns=columns, **{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+        whole: dict[str, Any] = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+        return cls(columns=columns, referenced=all(part.referenced for part in padded), **whole)
 
     def pack(self) -> dict[str, Any]:
-        """Tensors alone, as a checkpoint may hold them."""
+        """Tensors and plain values alone, as a checkpoint may hold them."""
         packed = self.map(Tensor.cpu)
-        return packed._tensors() | {"columns": packed.columns}
+        return packed._tensors() | {"columns": packed.columns, "referenced": self.referenced}
 
     def _tensors(self) -> dict[str, Tensor]:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -17,15 +17,16 @@ from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, GSPO, PPO, Reinforce, ReinforcePlusPlus
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.modules.window import plan_steps
-from grade_lightning.records import Experience, Rollout, Scores
+from grade_lightning.records import Batching, Experience, Rollout, Scores
 from grade_lightning.rollouts import Sampler
-from tests.conftest import mostly_slow
+from tests.conftest import make_tokenizer, mostly_slow
 from tests.methods.toy_task import assert_same, trainer, weights
 from tests.modules.toys import (
     Numbered,
     Watch,
     build,
     data,
+    distance,
     flat,
     loader,
     own_weights,
@@ -305,3 +306,33 @@ def test_a_checkpoint_of_a_step_that_failed_can_be_resumed(tmp_path: Path) -> No
     again = build(Reinforce)
     trainer(max_epochs=2).fit(again, loader(prompts(4, 1)), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert again.trainer.global_step > 0
+
+
+def test_micro_batches_of_about_as_many_tokens_are_the_same_step() -> None:
+    """Short completions together, long ones nearly alone; the gradient of a step is that of equal rows."""
+    found = []
+    for what in ("rows", "tokens"):
+        module = build(GRPO, num_generations=4, epochs=2, micro_batches=what)
+        watch = run(module, *(prompts(4, 4, seed) for seed in range(2)), accumulate_grad_batches=4)
+        found.append(watch)
+    rows, tokens = found
+    assert len(tokens.gradients) == len(rows.gradients) == 4
+    for ours, truth in zip(tokens.gradients, rows.gradients, strict=True):
+        assert distance(ours, truth) < 1e-9
+
+
+@pytest.mark.parametrize(("whole_groups", "smallest"), [(False, 11 * 7), (True, 2 * 41)])
+def test_micro_batches_by_tokens_hold_every_row_once_and_none_is_large(whole_groups: bool, smallest: int) -> None:
+    lengths, prompt = torch.tensor([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 20, 20, 40, 40]), 1
+    ids = torch.ones(len(lengths), 40, dtype=torch.long)
+    mask = torch.arange(40) < lengths.unsqueeze(1)
+    labels = torch.arange(len(lengths)) // 2
+    rollout = Rollout(ids[:, :prompt], ids[:, :prompt], ids, mask, None, make_tokenizer(), groups=labels)
+    seen = Experience(rollout, Scores(torch.zeros(len(lengths)), {}))
+    batching = Batching("prompts", 2, accumulation=4)
+    plans = [plan_steps(seen, batching, Reduce().mean, whole_groups, by_tokens=by) for by in (False, True)]
+    for plan in plans:
+        assert sorted(torch.cat([rows for rows, _ in plan]).tolist()) == list(range(len(lengths)))
+        assert {totals for _, totals in plan} == {plans[0][0][1]}
+    largest = [max(len(rows) * (prompt + int(lengths[rows].max())) for rows, _ in plan) for plan in plans]
+    assert largest == [4 * 41, smallest]
