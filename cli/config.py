@@ -126,7 +126,7 @@ class GradeCLI(LightningCLI):
         if self.config.ckpt_path == "last" and self.start.checkpoint is None and elsewhere:
             raise InputError(
                 f"--ckpt_path last: looks for runs in {self.runs}, but with this --trainer.logger or "
-                "--checkpoint.dirpath checkpoints lie elsewhere; give the path of a .ckpt file"
+                "--checkpoint.dirpath checkpoints are elsewhere; give the path of a .ckpt file"
             )
         if trainer.precision is None:
             trainer.precision = usual_precision(trainer.accelerator)

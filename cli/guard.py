@@ -108,7 +108,7 @@ def all_end_together(trainer: Trainer) -> Iterator[None]:
         failed = [process.returncode for process in launcher.procs if process.returncode]
         launcher.kill(signal.SIGKILL)  # in a collective a process hears nothing less
         if known is None and failed:
-            raise InputError(f"another process ended with status {failed[0]}; what it said is above") from error
+            raise InputError(f"another process ended with status {failed[0]}; its message is above") from error
         raise
 
 

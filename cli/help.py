@@ -17,18 +17,18 @@ usage: {prog} --model NAME [options]
       --model.reward.function my_rewards.score --data.source LocalFiles --data.source.train prompts.csv
 
 the run
-  -c, --config FILE                      options from a file, as many as you like
+  -c, --config FILE                      options from a file; may be given several times
   --ckpt_path PATH                       a run's folder or `last`, to resume; a .ckpt file, to start from
   --seed_everything 42                   the seed
 {own}
 the method
   --model NAME                           a method (grade-methods lists them), or a class of yours: package.Class
   --model.policy.path my/model           the language model: a folder or a name on the Hub
-  --model.policy.lora.r 16               train adapters of that rank instead of all weights
+  --model.policy.lora.r 16               train adapters of this rank instead of all weights
   --model.reward NAME                    what is maximised (grade-methods lists them, too)
   --model.sampler.max_new_tokens 48      tokens of a completion, at most
   --model.sampler.temperature 1.0        of the sampling
-  --model.beta 0.002                     what a nat of KL to the start costs; of policy gradients: --model.kl.beta
+  --model.beta 0.002                     price of a nat of KL to the reference; policy gradients: --model.kl.beta
   --model.optimizer.lr 1e-5              learning rate; the defaults are for the tiny bundled models
 
 the data
@@ -57,10 +57,10 @@ WHAT = {
     "predict": "Write completions of the test prompts, with rewards and KL, as JSON lines.",
 }
 OWN = {
-    "fit": "  --preflight                            say what the run will do and need, and end\n"
+    "fit": "  --preflight                            show what the run will do and need, then end\n"
     "  --export.folder FOLDER                 where the trained model is written",
-    "test": "  --output FILE                          write the completions there, too",
-    "predict": "  --output FILE                          where they are written",
+    "test": "  --output FILE                          write the completions to this file, too",
+    "predict": "  --output FILE                          the file that they are written to",
 }
 
 

@@ -125,5 +125,5 @@ def _check(path: Path) -> tuple[int, str | None]:
             f"{path}: cannot be read as a checkpoint of weights ({reason}); it is damaged or foreign"
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-        raise InputError(f"{path}: is no checkpoint of Lightning; give the .ckpt file that grade-fit wrote")
+        raise InputError(f"{path}: is not a checkpoint of Lightning; give the .ckpt file that grade-fit wrote")
     return int(checkpoint.get("global_step", 0)), checkpoint.get("grade_lightning", {}).get("method")

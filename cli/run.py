@@ -87,7 +87,7 @@ def _run_to_test(cli: GradeCLI) -> Path | None:
         return None
     for path in (folder / "test.json", folder / "test.jsonl"):
         if path.exists():
-            rank_zero_info(f"{path}: is there already and stays; remove it to have this test in its place")
+            rank_zero_info(f"{path}: exists and is kept; remove it to write this test")
             return None
     return folder
 

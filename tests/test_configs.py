@@ -135,12 +135,13 @@ def commands(names: str = "fit|validate|test|predict") -> list[str]:
     found = []
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
         text = path.read_text().replace("\\\n# ", "\\\n").replace("\\\n", " ")
-        found += re.findall(rf"^(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:{names}) --.*)$", text, re.MULTILINE)
+        found += re.findall(rf"^ *(?:# +|srun )?(?:[^`\n]*: )?(grade-(?:{names}) .*)$", text, re.MULTILINE)
     return sorted(set(found))
 
 
 def test_commands_are_found() -> None:
-    assert len(commands()) >= 8
+    assert len(commands()) >= 70
+    assert len(commands("report")) >= 4
 
 
 @pytest.mark.parametrize("command", commands())
@@ -165,6 +166,16 @@ def test_comparisons_of_the_documentation_are_understood(
     args[args.index("--out") + 1] = str(tmp_path / "out")
     import_module("grade_lightning_cli.compare").compare(["--list", *(arg for arg in args if arg != "--list")])
     assert "--run" in capsys.readouterr().out
+
+
+def test_reports_of_the_documentation_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = import_module("grade_lightning_cli.report.main")
+    read: list[Any] = []
+    monkeypatch.setattr(report, "report", lambda folders, *_: read.append(folders))
+    for command in commands("report"):
+        report.main(shlex.split(command, comments=True)[1:])
+    assert all(read)
+    assert len(read) == len(commands("report"))
 
 
 def test_bundled_spells_out_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

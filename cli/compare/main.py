@@ -29,14 +29,17 @@ def compare(args: Sequence[str] | None = None) -> None:
     Parser.given = given
     parser = Parser(
         prog="grade-compare",
-        description="Train several methods, everything else equal; resume where it stopped. Behind a lone -- stand "
-        "arguments of grade-fit for all runs.",
+        description="Train several methods, everything else equal; resume where it stopped. Arguments of grade-fit "
+        "for all runs follow after a lone --.",
     )
     parser.add_argument("-c", "--config", action="config", help="A plan in YAML.")
     parser.add_argument("--out", type=str, required=True, help="Folder of the comparison.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
     parser.add_argument(
-        "--threads", type=int | None, default=None, help="Of each run; the cores are shared out by default."
+        "--threads",
+        type=int | None,
+        default=None,
+        help="Threads of each run; by default the cores are divided among the runs.",
     )
     parser.add_argument("--list", action="store_true", help="Only print a command for each run that can start now.")
     parser.add_argument("--run", type=str | None, default=None, help="Only this run: METHOD/SETTING/seed_N.")

@@ -31,12 +31,12 @@ def option_pairs(args: list[str]) -> dict[str, Any]:
     """
     words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise InputError(f"behind --: give options of grade-fit with one value each, not {' '.join(args)}")
+        raise InputError(f"after --: give options of grade-fit with one value each, not {' '.join(args)}")
     pairs: dict[str, Any] = {}
     for option, value in zip(words[::2], words[1::2], strict=True):
         key = option.removeprefix("--")
         if key in pairs and not repeatable(key):
-            raise InputError(f"behind --: {option} stands there twice; give it once")
+            raise InputError(f"after --: {option} is given twice; give it once")
         pairs[key] = [*as_list(pairs[key]), value] if key in pairs else value
     return pairs
 

@@ -87,13 +87,13 @@ def plan(
     numbers = _whole_numbers("seeds", seeds)
     searching = [] if grid_seeds is None else _whole_numbers("grid_seeds", grid_seeds)
     if searching and not grid:
-        raise InputError("grid_seeds: there is no grid to search; take them away")
+        raise InputError("grid_seeds: there is no grid to search; remove them")
     lists: dict[str, list[Any]] = {"methods": names, "seeds": numbers, **(grid or {})}
     if searching:
         lists["grid_seeds"] = searching
     for name, values in lists.items():
         if not values or len(set(map(str, values))) < len(values):
-            raise InputError(f"{name}: must hold something, and nothing twice")
+            raise InputError(f"{name}: must not be empty, and must not repeat a value")
     odd = [name for name in names if not name or set(name) & set("/\\") or name.startswith(".")]
     if odd:
         raise InputError(f"methods: {odd[0]!r} cannot be the name of a folder")
@@ -107,7 +107,7 @@ def plan(
     given = [*option_names(arguments or {}), *option_names(grid or {})]
     given += [key for one in each.values() for key in option_names(one) if key != "model"]
     if planned := sorted(_PLANNED.intersection(given)):
-        raise InputError(f"{planned[0]}: the plan itself sets it for each run; take it away")
+        raise InputError(f"{planned[0]}: the plan itself sets it for each run; remove it")
     found = Plan(each, arguments or {}, grid or {}, numbers, completions, beta, validations, searching)
     if len(found.settings()) < math.prod(map(len, found.grid.values())):
         raise InputError("grid: two of its points have the same name, in which / is _; give other values")
@@ -176,5 +176,5 @@ def file_digests(plan: Plan) -> dict[str, str]:
         try:
             digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         except OSError as error:
-            raise InputError(f"config {path}: cannot be read ({error.strerror}); mend the plan") from None
+            raise InputError(f"config {path}: cannot be read ({error.strerror}); fix the plan") from None
     return digests

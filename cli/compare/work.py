@@ -52,7 +52,7 @@ def _train(comparison: Comparison, run: Run) -> None:
     spent = {k: int(v) for k, v in cli.model.meter.spent.items()} if isinstance(cli.model, AlignmentModule) else {}
     step, steps = cli.trainer.global_step, cli.config.trainer.max_steps
     if not diverged and step < steps:
-        raise InputError(f"ended at step {step} of {steps}; take away what ended it, such as trainer.max_time")
+        raise InputError(f"ended at step {step} of {steps}; remove what ended it, such as trainer.max_time")
     if not diverged and 0 < spent.get("reward_calls", 0) < plan.completions:
         raise InputError(f"{spent['reward_calls']} of {plan.completions} completions were sampled; look at the data")
     last = cli.summary.measurements[-1].metrics if cli.summary.measurements and not diverged else {}
@@ -101,7 +101,7 @@ def _budget(cli: GradeCLI, plan: Plan) -> list[str]:
         (cli.trainer.logger, "logger"),
     ):
         if there is None:
-            raise InputError(f"trainer.{option}: a comparison needs it; take it away from the arguments")
+            raise InputError(f"trainer.{option}: a comparison needs it; remove it from the arguments")
     batching = batching_of(model)
     window = cli.datamodule.batch_size * micro * cli.trainer.world_size * batching.minibatches
     windows, rest = divmod(plan.completions, window)

@@ -38,7 +38,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             Done: all is measured.
         """
         if not isinstance(pl_module, TrainableModule):
-            raise InputError(f"preflight: {type(pl_module).__name__} is no TrainableModule of grade_lightning")
+            raise InputError(f"preflight: {type(pl_module).__name__} is not a TrainableModule of grade_lightning")
         trainer.callbacks = [self]  # type: ignore[attr-defined]  # the others are for a real run
         size, unit = self.data.batch_size, inventory.smallest_batch(pl_module, self.data.batch_size)
         parts, room = inventory.tensors_by_part(pl_module), inventory.room(trainer, pl_module)

@@ -95,5 +95,5 @@ def _check_free(out: Path) -> None:
     page = out / "report.html"
     if out.exists() and not (page.is_file() and MARK in page.read_text(errors="replace")):
         raise InputError(
-            f"{out}: exists and is no report of grade-report; name another folder with --out, or remove it"
+            f"{out}: exists and is not a report of grade-report; name another folder with --out, or remove it"
         )

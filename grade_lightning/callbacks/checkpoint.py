@@ -45,8 +45,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not isinstance(reason, OSError):
                 raise
             raise InputError(
-                f"{whole}: the checkpoint cannot be written ({reason.strerror}); earlier ones are as they were: make "
-                "room, and resume from the latest with --ckpt_path last"
+                f"{whole}: the checkpoint cannot be written ({reason.strerror}); earlier ones are unchanged: free "
+                "some space, and resume from the latest with --ckpt_path last"
             ) from error
 
 

@@ -59,7 +59,7 @@ class EControl(Callback):
         """
         if not isinstance(trainer.strategy, DDPStrategy):
             raise InputError(
-                f"EControl: takes the place of DDP's averaging, and the strategy is {type(trainer.strategy).__name__}; "
+                f"EControl: replaces DDP's averaging, but the strategy is {type(trainer.strategy).__name__}; "
                 "set --trainer.strategy ddp, or leave the callback out"
             )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:

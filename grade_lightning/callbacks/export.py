@@ -131,7 +131,7 @@ class Export(Callback):
         except Exception as error:  # of the network, of the Hub, of the account: the run is over and must end well
             reason = " ".join(str(error).split())[:200]
             rank_zero_warn(
-                f"export.push_to_hub: {name} was not pushed ({type(error).__name__}: {reason}); the model lies in "
+                f"export.push_to_hub: {name} was not pushed ({type(error).__name__}: {reason}); the model is in "
                 f"{folder}, and `hf upload {name} {folder}` pushes it"
             )
         else:

@@ -94,8 +94,8 @@ class GradientVariance(Callback):
         self._norms.clear()
         if not pl_module.automatic_optimization:
             raise InputError(
-                f"GradientVariance: {type(pl_module).__name__} sets automatic_optimization = False, so nobody but "
-                "itself knows when a gradient is complete; leave the callback out"
+                f"GradientVariance: {type(pl_module).__name__} sets automatic_optimization = False, so it is "
+                "unknown when a gradient is complete; leave the callback out"
             )
         if self.probe_every_n_steps and not _has_gradient(pl_module):
             raise InputError(

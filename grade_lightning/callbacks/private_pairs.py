@@ -68,7 +68,7 @@ class PrivatePairs(Callback):
             raise InputError("PrivatePairs: clips gradients, which --trainer.precision 16-mixed scales; use bf16-mixed")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise InputError(
-                f"PrivatePairs: clips whole gradients, which {type(trainer.strategy).__name__} has not; use ddp"
+                f"PrivatePairs: clips whole gradients, which {type(trainer.strategy).__name__} does not have; use ddp"
             )
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             model.require_backward_grad_sync = False  # they are clipped before they are added up

@@ -37,7 +37,7 @@ def as_source(value: "SourceLike | None", prompts: Sequence[Prompt] | None = Non
         if value is not None:
             raise InputError("data: both source and prompts are given; give one of them")
         if isinstance(prompts, str):
-            raise InputError("data.prompts: a text is no list of prompts; put it into a list")
+            raise InputError("data.prompts: a text is not a list of prompts; put it into a list")
         return InMemory([{"prompt": prompt} for prompt in prompts])
     if isinstance(value, Source):
         return value
@@ -52,6 +52,6 @@ def as_source(value: "SourceLike | None", prompts: Sequence[Prompt] | None = Non
     if isinstance(value, Dataset | IterableDataset | Sequence):
         return InMemory(value)
     raise InputError(
-        f"data.source: {type(value).__name__} is none; give a Source, a dataset, a list of rows, a file, a folder or "
-        "the name of a dataset of the Hub"
+        f"data.source: {type(value).__name__} is not a source; give a Source, a dataset, a list of rows, a file, a "
+        "folder or the name of a dataset of the Hub"
     )

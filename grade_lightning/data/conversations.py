@@ -103,7 +103,7 @@ def assistant_spans(
             if start is None or end is None:
                 raise InputError(
                     f"column '{column}': the chat template writes a turn differently when others follow it, so that "
-                    "nobody can tell what the assistant says; put {% generation %} and {% endgeneration %} around it"
+                    "it is unclear what the assistant says; put {% generation %} and {% endgeneration %} around it"
                 )
             spans.append((start, end))
     return spans

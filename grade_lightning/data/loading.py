@@ -137,7 +137,7 @@ class ResumableLoader(DataLoader[Any]):
             said = "{batch} of {of} rows a batch, {repeats} steps on each, {processes} processes"
             rank_zero_warn(
                 f"checkpoint: it is of {said.format(**state)}; this run is of {said.format(**now)}. The epoch resumes "
-                f"after the {state['rows']} rows that were given out; the noise is another, and a window of "
+                f"after the {state['rows']} rows that were given out; the noise differs, and a window of "
                 "completions that was begun is dropped"
             )
         if self.on_resume is not None:
@@ -150,8 +150,8 @@ class ResumableLoader(DataLoader[Any]):
     def _of_batches(self, given: int) -> dict[str, int]:
         """The place in a checkpoint of an earlier version, which is a number of batches."""
         rank_zero_warn(
-            f"checkpoint: it is of an earlier version, whose place in the data is {given} batches; they are taken for "
-            "batches of today's size and processes, so give the --data.batch_size that the run had"
+            f"checkpoint: it is of an earlier version, whose place in the data is {given} batches; they are read as "
+            "batches of the present size and processes, so give the --data.batch_size that the run had"
         )
         whole, given = divmod(given, self.repeats)
         rows = whole * self._rows

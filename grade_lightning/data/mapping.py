@@ -84,12 +84,12 @@ def transform_rows(rows: Dataset, transform: Transform, name: str) -> Dataset:
             new = transform(row)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise InputError(f"{name}: row {i}: data.transform {called} raised {reason}; mend the function") from error
+            raise InputError(f"{name}: row {i}: data.transform {called} raised {reason}; fix the function") from error
         if new is not None and not isinstance(new, dict):
             raise InputError(f"{name}: row {i}: data.transform {called} returned {new!r:.60}; return a dict or None")
         found += [] if new is None else [new]
     if not found:
-        raise InputError(f"{name}: data.transform {called} dropped all {len(rows)} rows; mend the function")
+        raise InputError(f"{name}: data.transform {called} dropped all {len(rows)} rows; fix the function")
     return table_of(found, name)
 
 

@@ -128,7 +128,7 @@ class PreferenceView(View):
         for number, value in zip(numbers, rows["margin"] if "margin" in rows.column_names else (), strict=False):
             if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value)):
                 raise InputError(
-                    f"column 'margin', row {number}: {value!r:.60} is no number; write one, or drop the row"
+                    f"column 'margin', row {number}: {value!r:.60} is not a number; write one, or drop the row"
                 )
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, train: bool) -> Collate:
@@ -150,7 +150,7 @@ def _check_texts(rows: Dataset, numbers: Sequence[int], split: str, name: str) -
     for number, value in zip(numbers, rows[name], strict=True):
         if not isinstance(value, str):
             raise InputError(
-                f"column '{name}', row {number} (split '{split}'): {value!r:.60} is no text; write the "
+                f"column '{name}', row {number} (split '{split}'): {value!r:.60} is not a text; write the "
                 "completion as text or drop the row"
             )
 

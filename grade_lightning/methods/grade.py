@@ -75,7 +75,7 @@ class Grade(AlignmentModule):
         super().__init__(policy, reward, judges, sampler, beta, optimizer, lr_scheduler)
         own = self.sampler.distribution
         if own.stop:
-            raise InputError("--model.sampler.stop: soft tokens say no strings; leave it out, or use GradeSTE")
+            raise InputError("--model.sampler.stop: soft tokens form no strings; leave it out, or use GradeSTE")
         self.soft = replace(own, top_k=own.top_k or top_k)
         self.engine = RelaxedEngine(block)
         self.tau = tau or Linear(2.0, 0.5)

@@ -127,5 +127,5 @@ def _traces(rollout: Rollout, pairs: int) -> Tensor:
         )
     for value in values[:pairs]:
         if value not in (True, False):
-            raise InputError(f"column 'trace': {value!r:.60} is neither true nor false; mend the row or drop it")
+            raise InputError(f"column 'trace': {value!r:.60} is neither true nor false; fix the row or drop it")
     return torch.tensor([bool(value) for value in values[:pairs]])

@@ -33,5 +33,6 @@ def as_policy(value: "PolicyLike | None") -> Policy:
     if value is None or isinstance(value, str | Path):
         return Policy() if value is None else Policy(str(value))
     raise InputError(
-        f"policy: {type(value).__name__} is none; give a Policy, a model of transformers, or the name or folder of one"
+        f"policy: {type(value).__name__} is not a policy; give a Policy, a model of transformers, or the name or "
+        "folder of one"
     )

@@ -208,7 +208,7 @@ def _check_rows(compute: Callable[[Tensor, Tensor], Tensor], ids: Tensor, name: 
         gap = distance(compute(changed, ones[:1])[:, :-1], long[:, :-1])
         if not gap <= tolerance(long):
             raise InputError(
-                f"{name} is no causal model: a later token changes its {what} (by {gap:.2g} of their spread)"
+                f"{name} is not a causal model: a later token changes its {what} (by {gap:.2g} of their spread)"
             )
     mask = ones.clone()
     mask[1, :2] = 0

@@ -49,9 +49,9 @@ def chat_of(prompt: Prompt, row: Mapping[str, Any], variables: Mapping[str, Any]
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise InputError(f"column 'tools': {tools!r:.60} is no JSON ({error}); write a list of schemas") from error
+            raise InputError(f"column 'tools': {tools!r:.60} is not JSON ({error}); write a list of schemas") from error
     if tools is not None and not isinstance(tools, list):
-        raise InputError(f"column 'tools': {tools!r:.60} is no list; write a list of JSON schemas")
+        raise InputError(f"column 'tools': {tools!r:.60} is not a list; write a list of JSON schemas")
     own = plain(row.get("chat_template_kwargs")) or {}
     return Chat(plain(prompt), plain(tools) or None, {**variables, **own})
 

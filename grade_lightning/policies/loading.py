@@ -44,7 +44,7 @@ def resolve_model(path: str, kind: str) -> str:
             )
         return str(folder)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: holds no config.json, so it is no model folder; name a folder that has one")
+        raise InputError(f"{path}: holds no config.json, so it is not a model folder; name a folder that has one")
     if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "~", "/"))):
         raise InputError(f"{path}: no such folder; give a model folder, a name on the Hub, or '{BUNDLED}'")
     return path

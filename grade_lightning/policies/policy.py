@@ -150,7 +150,7 @@ class Policy(nn.Module, Network):
         embedding: Any = self.base.get_input_embeddings()
         rows, logits = embedding.weight.shape[0], self.anatomy.size
         if rows != logits:
-            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make them as many")
+            raise InputError(f"{self.path}: embeds {rows} tokens, but has logits of {logits}; make the numbers equal")
         self._warn()
         if self.row_sampling is not None:
             sample_rows(self.model, self.row_sampling)
@@ -161,13 +161,13 @@ class Policy(nn.Module, Network):
         name, unused = type(self.base).__name__, self.anatomy.unused
         if self.anatomy.body is None:
             rank_zero_warn(
-                f"{self.path}: {name} cannot be cut into body and head; it is used whole, which is right and takes the "
-                "memory of all logits"
+                f"{self.path}: {name} cannot be cut into body and head; it is used whole, which is correct and takes "
+                "the memory of all logits"
             )
         if unused:
             rank_zero_warn(
                 f"{self.path}: no text reaches {len(unused)} of the trainable parameters of {name}, such as "
-                f"{unused[0]}; they stay as they are"
+                f"{unused[0]}; they are not trained"
             )
         if self.anatomy.obstacle:
             rank_zero_warn(

@@ -42,6 +42,6 @@ def as_reward(value: "RewardLike") -> Reward:
     if isinstance(value, Sequence):
         return WeightedSum([as_reward(part) for part in value])
     raise InputError(
-        f"reward: {type(value).__name__} is none; give a Reward, a function, the name or folder of a classifier, or a "
-        "list of these"
+        f"reward: {type(value).__name__} is not a reward; give a Reward, a function, the name or folder of a "
+        "classifier, or a list of these"
     )

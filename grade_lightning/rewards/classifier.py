@@ -97,7 +97,7 @@ class Classifier(nn.Module):
         folder = Path(path)
         if not (folder / HEAD_CONFIG).is_file():
             raise InputError(
-                f"{path}: holds no {HEAD_CONFIG}, so it is no reward model with a mean-pooled head; train one with "
+                f"{path}: holds no {HEAD_CONFIG}, so it is not a reward model with a mean-pooled head; train one with "
                 "grade-fit --model RewardModel and name its folder, or read a classifier of transformers by "
                 "SequenceClassifierReward"
             )

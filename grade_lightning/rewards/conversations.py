@@ -74,7 +74,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: A
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"reward {tokenizer.name_or_path}: its chat template does not take {messages!r:.100} ({reason}); mend it, "
+            f"reward {tokenizer.name_or_path}: its chat template does not take {messages!r:.100} ({reason}); fix it, "
             "or remove it from the folder to have what is said scored as plain text"
         ) from error
 
@@ -97,7 +97,7 @@ def around(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str,
     before, found, after = text.rpartition(_ANSWER)
     if not found:
         raise InputError(
-            f"reward {tokenizer.name_or_path}: its chat template leaves out what the assistant says; mend it, or "
+            f"reward {tokenizer.name_or_path}: its chat template leaves out what the assistant says; fix it, or "
             "remove it from the folder to have what is said scored as plain text"
         )
     return before, after

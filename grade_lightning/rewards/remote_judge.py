@@ -71,7 +71,7 @@ class RemoteJudge(BackgroundReward):
             raise InputError(f"RemoteJudge: yes and no are both {yes!r}; choose two words")
         for word in (self.yes, self.no):
             if not re.fullmatch(r"\w+", word):
-                raise InputError(f"RemoteJudge: {word!r} is no single word, as an answer must be; choose another")
+                raise InputError(f"RemoteJudge: {word!r} is not a single word, as an answer must be; choose another")
         asked = {"temperature": 0.0, "max_tokens": 8 if output == "number" else 1}
         if output == "probability":
             asked |= {"logprobs": True, "top_logprobs": 20}
@@ -149,8 +149,8 @@ class RemoteJudge(BackgroundReward):
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"reward {self.api.owner}: {self.api.url}: answers {self.api.quoted(str(answer))}, which is no "
-                "chat completion; check base_url"
+                f"reward {self.api.owner}: {self.api.url}: answers {self.api.quoted(str(answer))}, which is not "
+                "a chat completion; check base_url"
             ) from error
         if self.output == "number":
             number = _NUMBER.search(text)

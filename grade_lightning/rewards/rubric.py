@@ -61,7 +61,7 @@ class Rubric:
         front, found, back = text.rpartition(_STAND_IN)
         if not found:
             raise InputError(
-                f"reward {tokenizer.name_or_path}: its chat template leaves out what the user says; mend it, or remove "
+                f"reward {tokenizer.name_or_path}: its chat template leaves out what the user says; fix it, or remove "
                 "it from the folder to have plain text judged"
             )
         return front, back

@@ -66,7 +66,7 @@ def _begin(written: str, said: str) -> int:
     if begin < 0:
         raise InputError(
             f"reward: its chat template does not write what the assistant says as it is ({said!r:.100}), so that its "
-            "gradient has no place; mend the template, or remove it from the folder to have what is said scored as "
+            "gradient has no place; fix the template, or remove it from the folder to have what is said scored as "
             "plain text"
         )
     return begin

@@ -30,7 +30,7 @@ class TurnRewards(Reward):
         """
         if rollout.turns is None or "turn_rewards" not in rollout.columns:
             raise InputError(
-                f"reward {self.name}: nobody gave rewards for turns; let an environment speak: "
+                f"reward {self.name}: no rewards for turns were given; use an environment: "
                 "--model.sampler.engine Turns --model.sampler.engine.environment …"
             )
         given: list[list[float] | None] = rollout.columns["turn_rewards"]

@@ -165,7 +165,7 @@ class JSONSchema(Verifier):
             kind = library.validators.validator_for(schema or {})
             kind.check_schema(schema or {})
         except library.exceptions.SchemaError as error:
-            raise InputError(f"reward {self.name}: this is no JSON schema ({error.message})") from error
+            raise InputError(f"reward {self.name}: this is not a JSON schema ({error.message})") from error
         self.validator = kind(schema or {})
 
     def check(self, completion: str, answer: Any) -> float:
@@ -202,7 +202,7 @@ def _compiled(pattern: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise InputError(f"reward {name}: pattern {pattern!r} is no regular expression ({error})") from error
+        raise InputError(f"reward {name}: pattern {pattern!r} is not a regular expression ({error})") from error
 
 
 def _extracted(pattern: re.Pattern[str] | None, text: str) -> str | None:

@@ -96,8 +96,8 @@ class Branching(Turns):
         """Let another completion of the prompt begin from before the turn, if it is to."""
         if logps is None:
             raise InputError(
-                f"engine {type(self.engine).__name__}: it does not say with which probabilities it draws, by which "
-                "Branching decides; give it engine_logps, or take Turns"
+                f"engine {type(self.engine).__name__}: it does not return the probabilities of its tokens, "
+                "which Branching needs; give it engine_logps, or take Turns"
             )
         now, trunk = first_surprise(torch.tensor(logps), self.window), episodes[row]
         if trunk.turn == 0:

@@ -147,7 +147,7 @@ def _compiled(pattern: str, owner: str) -> re.Pattern[str]:
     try:
         found = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise InputError(f"{owner}.pattern: {pattern!r} is no regular expression ({error}); mend it") from error
+        raise InputError(f"{owner}.pattern: {pattern!r} is not a regular expression ({error}); fix it") from error
     if found.groups != 1:
         raise InputError(f"{owner}.pattern: {pattern!r} has {found.groups} groups; put one around what is asked")
     return found

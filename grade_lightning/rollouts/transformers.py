@@ -70,7 +70,7 @@ class TransformersEngine(Engine):
                 continue
             if gap <= allowed:
                 if way == "none":
-                    rank_zero_warn(f"{name} samples rightly without a cache alone ({reason}), which is slow")
+                    rank_zero_warn(f"{name} samples correctly only without a cache ({reason}), which is slow")
                 return way
             reason = f"its log-probabilities differ (by {gap:.2g} nats a token)"
         raise InputError(f"{name} cannot be sampled as it is trained: with every cache {reason}")

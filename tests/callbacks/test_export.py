@@ -311,7 +311,7 @@ def test_a_push_that_fails_loses_nothing(
     assert (tmp_path / "out" / "model.safetensors").is_file()
     (line,) = [str(warning.message) for warning in recwarn if "push" in str(warning.message)]
     assert "\n" not in line
-    assert f"was not pushed (ConnectionError: no route); the model lies in {tmp_path / 'out'}" in line
+    assert f"was not pushed (ConnectionError: no route); the model is in {tmp_path / 'out'}" in line
 
 
 # ---- where it goes --------------------------------------------------------------------------------------------------

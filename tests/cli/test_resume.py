@@ -194,7 +194,7 @@ def test_last_is_of_our_logger(run: Run, shelf: Shelf, capsys: pytest.CaptureFix
         with pytest.raises(SystemExit) as exit:
             run("fit", *shelf.all, elsewhere, "--ckpt_path=last")
         assert exit.value.code == 2
-        assert "checkpoints lie elsewhere; give the path of a .ckpt file" in capsys.readouterr().err
+        assert "checkpoints are elsewhere; give the path of a .ckpt file" in capsys.readouterr().err
 
 
 def test_a_run_of_another_method_is_not_touched(

@@ -233,7 +233,7 @@ def test_test_leaves_what_it_found_with_the_run(
     assert metrics["reward"] == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
     before = (own / "test.json").stat().st_mtime_ns
     run("test", *shelf.all, f"--ckpt_path={own}")
-    assert "is there already and stays" in capsys.readouterr().err
+    assert "exists and is kept" in capsys.readouterr().err
     assert (own / "test.json").stat().st_mtime_ns == before
     pytest.importorskip("scipy")  # what grade-report reads needs its extra
     (single,) = import_module("grade_lightning_cli.report.reading").read([own]).runs

@@ -194,7 +194,7 @@ def test_pairs_are_split_for_a_reward_model_where_one_is_trained() -> None:
 def test_margins_are_numbers() -> None:
     table = preferences(60) | {"margin": ["much"] * 60}
     data = ready(Rows(table), "preferences", test_size=10, prompt_size=20)
-    with pytest.raises(InputError, match=r"column 'margin', row \d+: 'much' is no number"):
+    with pytest.raises(InputError, match=r"column 'margin', row \d+: 'much' is not a number"):
         data.train_dataloader()
 
 
@@ -484,7 +484,7 @@ def test_completion_that_is_no_text(value: Any) -> None:
     data = ready(Rows(table), "pairs", prompt_size=40, batch_size=1)
     row = 13 if value is None else data._numbers["prompts"][0]
     assert row in data._numbers["prompts"]
-    with pytest.raises(InputError, match=rf"^column 'rejected', row {row} \(split 'prompts'\): .* is no text; write"):
+    with pytest.raises(InputError, match=rf"^column 'rejected', row {row} \(split 'prompts'\): .* is not a text;"):
         data.train_dataloader()
 
 
@@ -525,7 +525,7 @@ def test_unpaired_batches() -> None:
         ),
         (
             {"completion": [[{"role": "assistant", "content": "a"}] * 2] * 80},
-            r"column 'completion', row \d+ .* no text",
+            r"column 'completion', row \d+ .* not a text",
         ),
     ],
     ids=["label", "one label", "completion"],

@@ -50,7 +50,7 @@ def test_rows_are_changed_and_dropped() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (KeyError("q"), r"mine: row 0: data.transform change raised KeyError: 'q'; mend the function"),
+        (KeyError("q"), r"mine: row 0: data.transform change raised KeyError: 'q'; fix the function"),
         (3, r"mine: row 0: data.transform change returned 3; return a dict or None"),
         (None, r"mine: data.transform change dropped all 40 rows"),
     ],

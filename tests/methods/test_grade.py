@@ -298,5 +298,5 @@ def test_a_reward_that_abstains_counts_as_nothing() -> None:
 
 
 def test_soft_tokens_say_no_stop_strings() -> None:
-    with pytest.raises(InputError, match=r"--model.sampler.stop: soft tokens say no strings; .* use GradeSTE"):
+    with pytest.raises(InputError, match=r"--model.sampler.stop: soft tokens form no strings; .* use GradeSTE"):
         Grade(sampler=Sampler(stop="w3"))

@@ -18,5 +18,5 @@ def test_what_is_a_policy(tmp_path: Path) -> None:
     assert as_policy(model).base is model
     assert SupervisedFineTuning(policy="gpt2").policy.path == "gpt2"
     assert DPO(policy="gpt2").policy.path == "gpt2"
-    with pytest.raises(InputError, match="policy: int is none; give a Policy, a model"):
+    with pytest.raises(InputError, match="policy: int is not a policy; give a Policy, a model"):
         as_policy(3)  # type: ignore[arg-type]

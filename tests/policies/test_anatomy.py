@@ -79,7 +79,7 @@ def test_what_cannot_be_cut_is_used_whole(recwarn: pytest.WarningsRecorder) -> N
 @pytest.mark.parametrize(
     ("kind", "overrides", "said"),
     [
-        ("bert", {}, "is no causal model: a later token changes its logits"),
+        ("bert", {}, "is not a causal model: a later token changes its logits"),
         ("rwkv", {}, "its logits of a row change with the padding of its batch"),
         ("gemma3n_text", {}, "does not make of embeddings what it makes of tokens"),
     ],

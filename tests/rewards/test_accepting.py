@@ -28,5 +28,5 @@ def test_what_is_a_reward(tmp_path: Path) -> None:
     module = RLOO(reward=brevity, judges=[brevity, "bundled"])
     assert isinstance(module.reward, FunctionReward)
     assert [type(judge) for judge in module.judges] == [FunctionReward, ClassifierReward]
-    with pytest.raises(InputError, match="reward: int is none; give a Reward, a function"):
+    with pytest.raises(InputError, match="reward: int is not a reward; give a Reward, a function"):
         as_reward(3)  # type: ignore[arg-type]

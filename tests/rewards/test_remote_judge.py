@@ -108,8 +108,8 @@ def test_fields_of_the_request() -> None:
     ("answer", "kwargs", "message"),
     [
         (says("yes"), {}, "answers without log-probabilities; use a server or model that has them, or set output"),
-        ((200, {}, '{"error": "x"}'), {"output": "answer"}, r"answers \"\{'error': 'x'\}\", which is no chat comp"),
-        ((200, {}, "[]"), {}, "which is no chat completion"),
+        ((200, {}, '{"error": "x"}'), {"output": "answer"}, r"answers \"\{'error': 'x'\}\", which is not a chat comp"),
+        ((200, {}, "[]"), {}, "which is not a chat completion"),
         ((200, {}, "<html>"), {}, "which is no JSON"),
     ],
 )
@@ -148,5 +148,5 @@ def test_numbers_as_they_are_written(said: str, number: float) -> None:
 
 @pytest.mark.parametrize("word", ["very good", "A+", ""])
 def test_an_answer_is_one_word(word: str) -> None:
-    with pytest.raises(InputError, match="is no single word"):
+    with pytest.raises(InputError, match="is not a single word"):
         RemoteJudge("a judge", yes=word)

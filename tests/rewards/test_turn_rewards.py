@@ -51,7 +51,7 @@ def test_without_an_environment_there_are_none() -> None:
     module = make_turns()
     rollout = module.draw(Prompts.of(make_prompts()))
     rollout.turns = None
-    with pytest.raises(InputError, match=r"^reward TurnRewards: nobody gave rewards .*--model\.sampler\.engine Turns"):
+    with pytest.raises(InputError, match=r"^reward TurnRewards: no rewards for turns .*--model\.sampler\.engine Turns"):
         TurnRewards()(rollout)
 
 

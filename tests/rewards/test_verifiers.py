@@ -75,7 +75,7 @@ def test_json_of_a_schema(text: str, score: float, tmp_path: Path) -> None:
 
 def test_a_schema_that_is_none(tmp_path: Path) -> None:
     pytest.importorskip("jsonschema")
-    with pytest.raises(InputError, match=r"^reward JSONSchema: this is no JSON schema \(.*\)$"):
+    with pytest.raises(InputError, match=r"^reward JSONSchema: this is not a JSON schema \(.*\)$"):
         JSONSchema({"type": "thing"})
     with pytest.raises(InputError, match="cannot be read as JSON"):
         JSONSchema(str(tmp_path / "none.json"))
@@ -120,5 +120,5 @@ def test_data_and_settings_that_cannot_work_are_one_line() -> None:
     with pytest.raises(InputError, match=r"column 'answer' holds 'two', which has no number"):
         NumericMatch().check("2", "two")
     for kind in (FormatReward, ExactMatch, NumericMatch):
-        with pytest.raises(InputError, match=r"pattern '\(' is no regular expression"):
+        with pytest.raises(InputError, match=r"pattern '\(' is not a regular expression"):
             kind(pattern="(")

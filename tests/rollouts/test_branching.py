@@ -131,5 +131,5 @@ def test_what_it_cannot_work_with_is_said() -> None:
     held = Branching(Held, share=0.1, probability=1.0, penalty=0.0, engine=Scripted())
     with pytest.raises(InputError, match=r"environment Held: it cannot be copied \(.*lock.*\), as Branching does"):
         held.generate(make_policy(), Distribution(), given([2]))
-    with pytest.raises(InputError, match="engine Silent: it does not say with which probabilities it draws"):
+    with pytest.raises(InputError, match="engine Silent: it does not return the probabilities of its tokens"):
         Branching(Talks, engine=Silent()).generate(make_policy(), Distribution(), given([2]))

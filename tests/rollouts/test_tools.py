@@ -55,7 +55,7 @@ def test_a_search_finds_the_paragraph_that_shares_most_words(tmp_path: Path) -> 
 
 
 def test_wrong_settings(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Calculator\.pattern: '\(' is no regular expression"):
+    with pytest.raises(InputError, match=r"Calculator\.pattern: '\(' is not a regular expression"):
         Calculator("(")
     with pytest.raises(InputError, match="has 0 groups; put one around what is asked"):
         Calculator("<calc>")

@@ -53,7 +53,7 @@ def test_what_stands_behind_the_line_is_for_all(tmp_path: Path) -> None:
     [
         ("-- --data.seed", "one value each"),
         ("-- 3 --data.seed", "one value each"),
-        ("-- --data.seed 3 --data.seed=4", "--data.seed stands there twice"),
+        ("-- --data.seed 3 --data.seed=4", "--data.seed is given twice"),
         ("--seeds 1,2", "seeds: given without methods; give the whole plan"),
         ("--completions 9600 -- --data.seed 3", "completions, arguments: given without methods"),
         ("--run foo", "--run foo: not in the plan; give METHOD/SETTING/seed_N, such as RLOO/default/seed_1"),

@@ -91,7 +91,7 @@ def test_a_run_that_ends_early_is_not_finished(shelf: Shelf, tmp_path: Path) -> 
     }
     comparison = Comparison(tmp_path / "out", plan("RLOO", early, seeds=[1]))
     (run,) = comparison.runs()
-    with pytest.raises(InputError, match="ended at step 2 of 8; take away what ended it"):
+    with pytest.raises(InputError, match="ended at step 2 of 8; remove what ended it"):
         work(comparison, run)
     assert run.result is None
 

@@ -176,7 +176,7 @@ def test_something_else_is_not_replaced(make: Make, kind: str, capsys: pytest.Ca
     with pytest.raises(SystemExit) as stopped:
         main.main([str(folder), "--out", str(out)])
     assert stopped.value.code == 2
-    assert f"grade-report: error: {out}: exists and is no report of grade-report" in capsys.readouterr().err
+    assert f"grade-report: error: {out}: exists and is not a report of grade-report" in capsys.readouterr().err
     assert [path.read_text() for path in ([out] if kind == "file" else out.iterdir())] == ["mine"]
 
 
