@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
-from grade_lightning.functional.vocabulary import ELEMENTS
+from grade_lightning.functional.vocabulary import positions_at_once
 from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import slice_rows
@@ -71,7 +71,7 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         lengths, size = inventory.lengths(module, self.data), self.data.batch_size
         if isinstance(policy := getattr(module, "policy", None), Policy):
             vocabulary = policy.base.get_output_embeddings().weight.shape[0]
-            chunk = ELEMENTS.get(module.device.type, ELEMENTS["cuda"]) / vocabulary
+            chunk = positions_at_once(vocabulary, module.device.type)
             whole = math.ceil(chunk / lengths["completion"] / unit)
             policy.eos_ids = []  # no completion ends early
         few = max(1, min(whole, size // unit // 2)) * unit

@@ -27,6 +27,9 @@ Columns = Callable[[Tensor, slice], Iterable[Tensor]]
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits that are made at a time: what a processor's cache holds, and what keeps a GPU busy."""
+ROWS, TIMES = 128, 4
+"""Under a large vocabulary those would be few positions, and a matrix product of few rows is slow: up to so many
+positions are taken, for up to so many times as many logits."""
 
 
 class Vocabulary:
@@ -37,7 +40,7 @@ class Vocabulary:
         head: makes logits of hidden states and `parameters`.
         parameters: of the head; those that require grad get one.
         size: number of logits of a position.
-        elements: logits that are made at a time; :data:`ELEMENTS` by default.
+        elements: logits that are made at a time; by default as :func:`positions_at_once` says.
 
     Example:
         >>> hidden, weight = torch.eye(3), torch.eye(3)
@@ -55,7 +58,7 @@ class Vocabulary:
         elements: int | None = None,
     ) -> None:
         self.hidden, self.head, self.parameters = hidden, head, tuple(parameters)
-        self.chunk = max(1, (elements or ELEMENTS.get(hidden.device.type, ELEMENTS["cuda"])) // size)
+        self.chunk = positions_at_once(size, hidden.device.type) if elements is None else max(1, elements // size)
 
     @record_function("vocabulary")
     def map(self, function: Columns, differentiable: int | None = None) -> tuple[Float[Tensor, " n"], ...]:
@@ -109,6 +112,21 @@ class Vocabulary:
     def at(self, rows: slice) -> Float[Tensor, "m v"]:
         """The logits of some positions, without a graph."""
         return self.head(self.hidden[rows], *self.parameters)
+
+
+def positions_at_once(size: int, device: str) -> int:
+    """How many positions have their logits made together.
+
+    Args:
+        size: logits of a position.
+        device: its type.
+
+    Example:
+        >>> [positions_at_once(size, "cpu") for size in (1024, 8192, 32768, 131072)]
+        [1024, 128, 128, 32]
+    """
+    elements = ELEMENTS.get(device, ELEMENTS["cuda"])
+    return max(1, elements // size, min(ROWS, TIMES * elements // size))
 
 
 def linear(

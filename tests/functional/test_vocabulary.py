@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.sequences import entropy, token_logps
-from grade_lightning.functional.vocabulary import Head, Vocabulary, linear
+from grade_lightning.functional.vocabulary import Head, Vocabulary, linear, positions_at_once
 
 N, H, V, CAP = 7, 4, 11, 3.0
 chunked = pytest.mark.parametrize("elements", [1, 2 * V, 3 * V + 1, N * V], ids=["1", "2", "3", "all"])
@@ -232,3 +232,17 @@ def test_chunks_within_a_checkpointed_block() -> None:
     found = checkpoint(lambda hidden: problem.mapped(2 * V), problem.hidden, use_reentrant=False)
     assert isinstance(found, Tensor)
     same(problem.gradients(found), problem.gradients(problem.plain()))
+
+
+def test_a_large_vocabulary_has_more_logits_at_a_time_and_never_many_more() -> None:
+    """Else a matrix product would have the rows of a few positions; a small one is as it was."""
+    for device, most in (("cpu", 2**20), ("cuda", 2**27), ("xpu", 2**27)):
+        for size in (100, 8192, 8193, 49152, 151_936, 10**6):
+            positions = positions_at_once(size, device)
+            assert positions >= min(128, most // size)
+            assert positions * size <= 4 * most
+            if most // size >= 128:
+                assert positions == most // size
+    assert positions_at_once(10**9, "cpu") == 1
+    hidden = torch.zeros(200, 2)
+    assert Vocabulary(hidden, torch.nn.functional.linear, [torch.zeros(16384, 2)], 16384).chunk == 128

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
-from grade_lightning.functional.vocabulary import ELEMENTS
+from grade_lightning.functional.vocabulary import ELEMENTS, TIMES, positions_at_once
 from grade_lightning.methods import GradeSTE
 from grade_lightning.policies import LoRA, Policy
 from grade_lightning.records import Experience, Prompts, Rollout
@@ -130,7 +130,8 @@ def test_a_few_positions_at_a_time_are_the_same(name: str, lora: bool, monkeypat
     method.estimator = ReinMax()
     rollout = roll(method)
     whole = replayed(method, rollout)
-    monkeypatch.setitem(ELEMENTS, "cpu", 4 * VOCABULARY)
+    monkeypatch.setitem(ELEMENTS, "cpu", 4 * VOCABULARY // TIMES)
+    assert positions_at_once(VOCABULARY, "cpu") == 4
     assert relative(replayed(method, rollout), whole) < (1e-12 if name == "gpt2" else 1e-6)
 
 
