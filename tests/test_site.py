@@ -29,7 +29,9 @@ def navigation() -> list[str]:
 
 def test_every_page_has_one_place_in_the_navigation() -> None:
     found = [page for page in navigation() if not page.startswith("reference/")]
-    written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    folder = ROOT / "docs"
+    paths = [*folder.rglob("*.md"), *(path.with_suffix(".md") for path in folder.rglob("*.ipynb"))]
+    written = {path.relative_to(folder).as_posix() for path in paths}
     assert sorted(found) == sorted(written | MADE)
 
 
@@ -57,3 +59,7 @@ def test_the_site_is_built_strictly_and_asks_for_nothing_elsewhere(tmp_path: Pat
     assert "code/tests/methods/test_grade_ste.py.html" in found["start.html"]
     assert (site / "code" / "tests" / "methods" / "test_grade_ste.py.html").is_file()
     assert ":class:" not in found["reference/modules.html"]
+    tutorial = found["tutorials/1_first_alignment.html"]
+    assert "data:image/png;base64," in tutorial
+    assert 'href="2_your_own_reward.html"' in tutorial
+    assert (site / "tutorials" / "1_first_alignment.ipynb").is_file()
