@@ -1,7 +1,7 @@
 """What several benchmarks share: a GPT-2 of random weights, random prompts, and a reward that costs next to nothing."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from grade_lightning.policies import Policy
+from grade_lightning.policies import Pass, Policy
 from grade_lightning.rewards import DifferentiableReward
 
 HUGE_ALLOCATIONS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -70,9 +70,9 @@ def model(
     return network
 
 
-def policy(vocabulary: int, **size: Any) -> Policy:
+def policy(vocabulary: int, training_pass: Pass | None = None, **size: Any) -> Policy:
     """The same as a policy, with its reference."""
-    return Policy.from_model(model(vocabulary, **size), tokenizer(vocabulary))
+    return Policy.from_model(model(vocabulary, **size), tokenizer(vocabulary), training_pass=training_pass)
 
 
 class Memory:
@@ -101,6 +101,21 @@ class Memory:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def matrix_rate(
+    rows: int, inner: int, columns: int, device: str, dtype: torch.dtype, clock: Callable[[], float]
+) -> float:
+    """Operations a second of a product (rows × inner) (inner × columns), the best of five: what is possible here."""
+    left, right = (torch.randn(count, inner, device=device, dtype=dtype) for count in (rows, columns))
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        wait(device)
+        began = clock()
+        left @ right.mT
+        wait(device)
+        best = min(best, clock() - began)
+    return 2 * rows * inner * columns / best
 
 
 def wait(device: str) -> None:

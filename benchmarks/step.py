@@ -12,6 +12,11 @@ prefix again at every step, with the model's own gradient checkpointing (each la
 pass) and the logits of all positions; "one checkpoint" does so with one checkpoint for each step and one position's
 logits, the least memory that running the prefix again can have.
 
+A line says what matrix products of these shapes reach here, and how long those of RLOO's training pass (policy forward
+and backward, reference forward, head) take at that rate: what a step takes beyond it is sampling, and work that is no
+product. With `--ragged` completions end by chance, after a third of `--length` on average if nothing cut them off; ours
+alone.
+
 One step of each contestant in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
 of the ratio to another contestant of the same round. Memory is the peak in a process of its own, in the second step,
 above what was there before it without gradients (weights, reference, optimizer state): tensors on a GPU, else resident
@@ -41,7 +46,7 @@ from threading import Semaphore, Thread
 from typing import Any, Literal
 
 import torch
-from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, model, note, policy, tokenizer, wait
+from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, matrix_rate, model, note, policy, tokenizer, wait
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.nn.functional import gumbel_softmax
@@ -53,11 +58,13 @@ from transformers.utils.logging import disable_progress_bar
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
 from grade_lightning.modules import AlignmentModule
+from grade_lightning.policies import PackedPass, Pass, SharedPrefixPass, WholePass
 from grade_lightning.records import Experience, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import DifferentiableReward
 from grade_lightning.rollouts import Sampler
 
 GROUP, ENDLESS = 4, 10**6
+PASSES: dict[str, type[Pass]] = {one.__name__: one for one in (WholePass, PackedPass, SharedPrefixPass)}
 
 
 # ---- GRADE unrolled -----------------------------------------------------------------------------------------------
@@ -216,9 +223,10 @@ class Ours(Contestant):
         seed_everything(o.seed, verbose=False)
         self.rows = o.batch // settings.get("num_generations", 1)
         sampler = Sampler(max_new_tokens=o.length)
-        self.module = make(
-            policy=policy(o.vocabulary, **size(o)), reward=Words(o.vocabulary), sampler=sampler, **settings
-        )
+        learner = policy(o.vocabulary, training_pass=PASSES[o.training_pass](), **size(o))
+        if o.ragged:
+            learner.eos_ids = list(range(2, 2 + max(1, 3 * o.vocabulary // o.length)))
+        self.module = make(policy=learner, reward=Words(o.vocabulary), sampler=sampler, **settings)
 
     def train(self) -> None:
         """By `Trainer.fit`."""
@@ -356,6 +364,20 @@ def clock(o: argparse.Namespace) -> float:
     return time.process_time() if o.clock == "cpu" else time.perf_counter()
 
 
+def bound(o: argparse.Namespace) -> str:
+    """What the matrix products of RLOO's training pass would take at the rate that such products reach here."""
+    tokens, sampled, dtype = o.batch * (o.prompt + o.length - 1), o.batch * o.length, getattr(torch, o.dtype)
+
+    def now() -> float:
+        return clock(o)
+
+    body = matrix_rate(tokens, o.width, 4 * o.width, o.device, dtype, now)
+    head = matrix_rate(sampled, o.width, o.vocabulary, o.device, dtype, now)
+    seconds = 4 * 2 * 12 * o.layers * o.width**2 * tokens / body + 5 * 2 * o.width * o.vocabulary * sampled / head
+    rates = f"{body / 1e9:.0f} GFLOP/s in the body, {head / 1e9:.0f} in the head"
+    return f"matrix products: {rates}; RLOO's training pass at that rate: {seconds:.3f} s"
+
+
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
@@ -410,9 +432,13 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of the process, for a busy machine"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--training-pass", choices=PASSES, default="WholePass", help="of ours")
+    parser.add_argument("--ragged", action="store_true", help="completions end by chance; ours alone")
     parser.add_argument("--no-memory", action="store_true", help="seconds alone")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     o = parser.parse_args()
+    if o.ragged:
+        o.only = [name for name in o.only if not name.startswith(("TRL", "unrolled"))]
     warnings.filterwarnings("ignore")
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "trl"):
@@ -420,15 +446,21 @@ def main() -> None:
     if o.peak_of:
         print(json.dumps(peak_here(o, o.peak_of)), flush=True)
         os._exit(0)  # a training without end is waiting
+    if o.rounds:
+        print(bound(o) + "\n", flush=True)
     found = times(o, o.only) if o.rounds else {name: [math.nan] for name in o.only}
     beside = [name for name in o.beside if name in found]
     print("| step | s | " + "".join(f"× {name} | " for name in beside) + "tokens/s | memory, MB |")
     print("|---" + "|--:" * (len(beside) + 3) + "|")
     for name, seconds in found.items():
         ratios = [median(x / y for x, y in zip(seconds, found[other], strict=True)) for other in beside]
+        speed = "" if o.ragged else f"{o.batch * o.length / median(seconds):.0f}"
         memory = "" if o.no_memory else f"{peak(name):.0f}"
         cells = [f"{median(seconds):.3f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        print(f"| {name} | {' | '.join(cells)} | {o.batch * o.length / median(seconds):.0f} | {memory} |", flush=True)
+        print(
+            f"| {name} | {' | '.join(cells)} | {speed} | {memory} |",
+            flush=True,
+        )
     os._exit(0)
 
 

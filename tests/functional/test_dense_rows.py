@@ -38,7 +38,7 @@ def test_rows_are_taken_where_they_cost_less(lengths: list[int], more: int, widt
     rows = cheapest_rows(lengths, padded, width)
 
     def cost(count: int, n: int) -> int:
-        return count * n * (6 * width + n)
+        return count * n * (3 * width + n)
 
     if rows is None:
         assert more == 0  # else each by itself, without the padding, would cost less
