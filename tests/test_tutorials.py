@@ -39,6 +39,10 @@ assert trained["val/accuracy"] > max(0.8, untrained["val/accuracy"] + 0.1)
 gained = {name: after[name] - before[name] for name in names}
 assert gained["val/reward"] > max(0.1, gained["val/rewards/grammar_positive"])
 """,
+    "5_compare_methods": """
+assert set(shown["method"]) == {"GradeSTE", "RLOO"} and (shown["seeds"] == 3).all()
+assert "highest mean test reward" in verdict
+""",
     "6_noise_of_your_own_module": """
 middles = [value for value in middle if value == value]
 assert max(middles[-3:]) > 2 * middles[0]
