@@ -32,6 +32,7 @@ ELSEWHERE = {
     "grade_lightning/gates.py": "tests/functional/test_gates.py tests/modules/test_policy_gradient.py",
     "grade_lightning/levels.py": "tests/functional/test_ratios.py tests/modules/test_seams.py",
     "grade_lightning/modules/alignment.py": "tests/methods/test_contract.py",
+    "grade_lightning/modules/blending.py": "tests/test_blends.py",
     "grade_lightning/modules/evaluation.py": "tests/cli/test_run.py tests/cli/test_ddp.py",
     "grade_lightning/modules/given.py": "tests/modules/test_preference.py tests/modules/test_unpaired.py",
     "grade_lightning/modules/measuring.py": "tests/modules/test_policy_gradient.py tests/test_kl.py",

@@ -112,7 +112,7 @@ WRONG: dict[Callable[..., Any], dict[str, Any]] = {
     GradientVariance: {"window": [1], "prompts": [1], "draws": [1], "probe_every_n_steps": [-1], "sketch": [0]},
     a_sum: {"weight": []},
     a_function: {"timeout": [0]},
-    GradeSTE: {"beta": [-0.1], "hops": [-1], "tolerance": [-0.1]},
+    GradeSTE: {"beta": [-0.1], "hops": [-1], "tolerance": [-0.1], "num_generations": [0]},
     Grade: {"beta": [-0.1], "top_k": [0], "block": [0]},
     RewardModel: {"hidden": [0], "centring": [-0.1]},
     Reinforce: {"decay": [-0.1, 1.1]},
