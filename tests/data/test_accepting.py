@@ -19,7 +19,7 @@ def test_what_is_a_source(tmp_path: Path) -> None:
         assert len(as_source(given).load()["train"]) == 2
     assert set(as_source(DatasetDict(train=table, test=table)).load()) == {"train", "test"}
     assert as_source(None, [conversation]).load()["train"][0]["prompt"] == conversation
-    for wrong, message in ((3, "int is none"), (DatasetDict(valid=table), "without 'train' .it has valid.")):
+    for wrong, message in ((3, "int is not a source"), (DatasetDict(valid=table), "without 'train' .it has valid.")):
         with pytest.raises(InputError, match=message):
             as_source(wrong)
     with pytest.raises(InputError, match="both source and prompts"):

@@ -57,7 +57,7 @@ def test_a_cache_that_is_wrong_is_not_used(recwarn: pytest.WarningsRecorder) -> 
     policy.base.forward = forward
     rollout = draw(policy, engine)
     assert engine._caching == (id(policy.base), "none")
-    assert any("without a cache alone" in str(warning.message) for warning in recwarn.list)
+    assert any("only without a cache" in str(warning.message) for warning in recwarn.list)
     assert rollout.engine_logps.isfinite().all()
     with pytest.raises(InputError, match=r"cannot be sampled as it is trained: with every cache its log-probabilities"):
         draw(policy, TransformersEngine(static_cache=True))
