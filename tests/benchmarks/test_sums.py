@@ -36,7 +36,7 @@ def test_all_policy_gradients_are_compared_on_other_seeds_than_those_that_choose
 
 @pytest.mark.slow
 def test_the_policy_learns_from_the_workings() -> None:
-    """A few steps: the loss of what it has not seen falls below that of a uniform distribution, ln 15."""
+    """A few steps: the loss of completions that it has not seen falls below that of a uniform distribution, ln 15."""
     source = BundledSums(num_train=2_000, num_test=64)
     policy = base(source, steps=60, rows=1_500, validation=100)
     words = policy.tokenizer
@@ -44,7 +44,9 @@ def test_the_policy_learns_from_the_workings() -> None:
     rows = source.load()["test"]
     texts = [words.bos_token + row["prompt"] + row["completion"] for row in rows]
     batch = words(texts, padding=True, return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    prompts = torch.tensor([1 + len(row["prompt"]) for row in rows]).unsqueeze(1)  # which is not trained on
+    given = torch.arange(batch["input_ids"].shape[1]) < prompts
+    labels = batch["input_ids"].masked_fill(given | (batch["attention_mask"] == 0), -100)
     with torch.no_grad():
         loss = policy.model(**batch, labels=labels).loss
     assert loss < 2.0
