@@ -72,6 +72,15 @@ def laboratory(length: int, scale: float, seed: int) -> tuple[Policy, Differenti
     return policy, Pooled(scale)
 
 
+def reviews(train: Path, test: Path, policy: Policy, prompts: int) -> Iterator[dict[str, Any]]:
+    """Batches of the prompts of reviews."""
+    data = TextDataModule(LocalFiles(str(train), str(test)), batch_size=prompts, max_prompt_tokens=32)
+    data.prepare_data()
+    data.attach(policy.tokenizer, Batching())
+    data.setup()
+    return iter(data.train_dataloader())
+
+
 def gradients(module: RLOO, bare: RLOO, batch: dict[str, Any]) -> list[Tensor]:
     """Of the same completions with credit and without, each (d,)."""
     seen = module.collect(batch)
@@ -145,13 +154,10 @@ def main() -> None:
                 rows = iter(RandomPrompts(o.prompts, VOCABULARY, length=4))
                 found += measure(*laboratory(length, o.scale, seed), length, rows, one)
         else:
-            data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=o.prompts, max_prompt_tokens=32)
             policy = Policy(str(o.policy))
             policy.load()
-            data.prepare_data()
-            data.attach(policy.tokenizer, Batching())
-            data.setup()
-            found = measure(policy, ClassifierReward(str(o.reward)), length, iter(data.train_dataloader()), o)
+            batches = reviews(o.train, o.test, policy, o.prompts)
+            found = measure(policy, ClassifierReward(str(o.reward)), length, batches, o)
         with_credit, without = (torch.stack(list(x)).double() for x in zip(*found, strict=True))
         ratio = ratio_interval(without, with_credit)
         print(

@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from common import Prompts as RandomPrompts
 from common import note
-from credit import VOCABULARY, laboratory
+from credit import VOCABULARY, laboratory, reviews
 from torch import Tensor
 
 from grade_lightning.blends import Mixed
-from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.functional.intervals import jackknife
 from grade_lightning.functional.mixing import Errors, errors, mix_weight
 from grade_lightning.methods import GradeSTE
 from grade_lightning.numerics import hash_seed
-from grade_lightning.records import Batching, Experience
+from grade_lightning.records import Experience
 from grade_lightning.rewards import ClassifierReward, DifferentiableReward
 from grade_lightning.rollouts import Sampler
 
@@ -81,7 +80,7 @@ def measured(module: GradeSTE, batches: Iterator[dict[str, Any]], learn: int, co
         blend.learning = i < learn
         observed(module, next(batches))
         note(f"batch {i + 1} of {learn + count}")
-    return torch.stack(blend.products), torch.stack(list(blend.fitted().values()))
+    return torch.stack(blend.products), torch.stack(list(blend.credit.fitted().values()))
 
 
 def show(products: Tensor, fitted: Tensor, completions: int, sizes: list[int]) -> None:
@@ -127,11 +126,8 @@ def main() -> None:
     torch.manual_seed(o.seed)
     module = method(str(o.policy), ClassifierReward(str(o.reward)))
     module.configure_model()
-    data = TextDataModule(LocalFiles(str(o.train), str(o.test)), batch_size=completions, max_prompt_tokens=32)
-    data.prepare_data()
-    data.attach(module.tokenizer, Batching(generations=o.generations))
-    data.setup()
-    show(*measured(module, iter(data.train_dataloader()), o.learn, o.batches), completions, o.sizes)
+    batches = reviews(o.train, o.test, module.policy, o.prompts)
+    show(*measured(module, batches, o.learn, o.batches), completions, o.sizes)
 
 
 if __name__ == "__main__":

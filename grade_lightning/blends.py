@@ -16,15 +16,17 @@ from grade_lightning.functional.control_variates import deviations, score_functi
 from grade_lightning.functional.mixing import Errors, errors, mix_weight
 from grade_lightning.functional.vocabulary import Cotangent, Vocabulary
 from grade_lightning.records import Experience, Rollout
+from grade_lightning.stateful import Stateful
 
 
-class Calibrated(PathwiseCredit):
+class Calibrated(Stateful):
     """The reward's gradient times η, the slope of rewards on what its running mean predicts.
 
     The straight-through gradient is too short where a reward is curved. With one direction w, the average gradient of
     earlier batches, Σ_t δ_t is how much better a completion's tokens are than was to be expected to first order; η says
     how much the reward itself changes with it. β then weighs the same against the reward as in a policy gradient.
-    The slope is only an estimate of the missing length: in a laboratory it came out up to a fifth too large.
+    The slope is only an estimate of the missing length: in a laboratory the result was up to a quarter too long. One
+    that is not positive, as a few batches may give, would turn the gradient around: η is 1 then.
 
     Args:
         decay: of the moving averages, in batches.
@@ -34,15 +36,29 @@ class Calibrated(PathwiseCredit):
     """Completions of a prompt that it needs."""
 
     def __init__(self, decay: float = 0.98) -> None:
-        super().__init__(decay)
+        self.credit = PathwiseCredit(decay)
+        self.decay = decay
+
+    @property
+    def slope(self) -> float:
+        """η."""
+        return self.credit.slope if self.credit.slope > 0 else 1.0
 
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Move slope and direction by this batch."""
-        super().observe(self.take_off(replace(seen, rewards=seen.scores.total)), reduce)
+        self.credit.observe(self.credit.take_off(replace(seen, rewards=seen.scores.total)), reduce)
 
     def figures(self, device: torch.device) -> dict[str, Tensor]:
         """What is logged."""
-        return {name: value.to(device) for name, value in self.fitted().items()}
+        return {name: value.to(device) for name, value in self.credit.fitted().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the credit."""
+        return self.credit.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.credit.load_state_dict(state)
 
 
 class Mixed(Calibrated):
@@ -92,7 +108,7 @@ class Mixed(Calibrated):
             weights: of the engine's correction, (n, 1).
             reduce: statistics over processes.
         """
-        rollout, scores = seen.rollout, self.scores()
+        rollout, scores = seen.rollout, self.credit.scores()
         rewards = seen.scores.total
         if scores is not None and expected is not None:
             rewards = rewards - deviations(scores, rollout.completion_ids, expected, rollout.sampled).to(rewards)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from grade_lightning import blends
 from grade_lightning.blends import Calibrated, Mixed
 from grade_lightning.errors import InputError
 from grade_lightning.functional.divergences import categorical_kl
@@ -92,8 +93,9 @@ def known(blend: Any, slope: float = 1.7) -> Any:
     """With a direction from nowhere, as from earlier batches."""
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(3, 4, dtype=torch.float64, generator=generator)
-    blend._tables, blend._directions = [table], [torch.randn(4, dtype=torch.float64, generator=generator)]
-    blend._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
+    credit = blend.credit
+    credit._tables, credit._directions = [table], [torch.randn(4, dtype=torch.float64, generator=generator)]
+    credit._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
     return blend
 
 
@@ -113,20 +115,24 @@ def test_the_mix_is_one_of_both() -> None:
 
 
 def test_the_slope_is_a_factor_of_the_rewards_part_alone() -> None:
-    plain, scaled = Pairs(None), Pairs(known(Calibrated(), slope=2.5))
-    held = Pairs(known(Calibrated(), slope=0.0))
-    torch.testing.assert_close(scaled.mean() - held.mean(), 2.5 * (plain.mean() - held.mean()))
+    plain, scaled, reward = Pairs(None), Pairs(known(Calibrated(), slope=2.5)), Pairs(None)
+    reward.method.beta = 0.0
+    torch.testing.assert_close(scaled.mean(), plain.mean() + 1.5 * reward.mean())
+
+
+def test_a_slope_that_is_not_positive_turns_nothing_around() -> None:
+    assert [known(Calibrated(), slope=slope).slope for slope in (-2.0, 0.0, 0.5)] == [1.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("generations", [1, 4])
 def test_the_slope_is_that_of_rewards_on_what_the_direction_predicts(generations: int) -> None:
-    """A reward that adds up over tokens is predicted, with a slope of about 1."""
+    """A reward that adds up over tokens is predicted, with a slope a little above 1 (three seeds: 1.14 to 1.17)."""
     module = make(GradeSTE, blend=Calibrated(), lr=0.0, num_generations=generations)
     module.reward = Sum()
-    run = fit(module, 8, batches(8, repeat=32))
+    run = fit(module, 16, batches(16, repeat=96))
     last = run.steps[-1]
     assert run.steps[0]["train/credit_slope"] == 1
-    assert last["train/credit_slope"] == pytest.approx(1, abs=0.2)
+    assert last["train/credit_slope"] == pytest.approx(1.15, abs=0.15)  # a token also makes later ones more likely
     assert last["train/credit_r2"] > 0.2
 
 
@@ -196,17 +202,24 @@ def test_a_resumed_run_is_the_run(blend: Any, tmp_path: Path) -> None:
 
 
 def test_the_mix_is_logged_and_is_all_of_the_first_step() -> None:
-    module = make(GradeSTE, blend=Mixed(every=1), num_generations=4)
-    run = fit(module, 4, batches(4, repeat=8))
-    found = [step["train/mix_weight"] for step in run.steps]
-    assert found[0] == 1
-    assert all(0 <= weight <= 1 for weight in found)
-    assert found[-1] < 1
+    blend = Mixed(every=1)
+    run = fit(make(GradeSTE, blend=blend, num_generations=4), 3, batches(3, repeat=8))
+    assert run.steps[0]["train/mix_weight"] == 1
+    assert all(0 <= step["train/mix_weight"] <= 1 for step in run.steps)
+    assert blend._errors is not None
+    blend._errors = torch.tensor([0.0, 1.0, 0.0, 3.0])
+    blend.due = lambda step: False  # type: ignore[method-assign]
+    again = fit(make(GradeSTE, blend=blend, num_generations=4), 1, batches(1, repeat=8))
+    assert again.steps[0]["train/mix_weight"] == 0.25
 
 
-def test_what_cannot_work_is_named() -> None:
+def test_what_cannot_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"num_generations = 1: blend Mixed compares the completions of a prompt"):
         GradeSTE(blend=Mixed())
+    monkeypatch.setattr(blends, "DTensor", torch.Tensor)  # as if all weights were sharded
+    with pytest.raises(InputError, match=r"weights that are sharded cannot be compared by parts; set blend.weight"):
+        fit(make(GradeSTE, blend=Mixed(), num_generations=2), 1, batches(1, repeat=2))
+    monkeypatch.undo()
     module = make(GradeSTE, blend=Mixed(parts=5), num_generations=2)
     with pytest.raises(InputError, match=r"3 prompts in a batch cannot be split into 5 parts"):
         fit(module, 1, batches(1, repeat=1))

@@ -158,7 +158,7 @@ class GradeSTE(BlendingModule):
         )
 
         through = self.blended(replayed.cotangent, source, vocabulary, reference, experience, weights)
-        token_scores = None if self.blend is None else self.blend.scores()
+        token_scores = None if self.blend is None else self.blend.credit.scores()
 
         def ascent(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             sampled, dist = distribution.both(rollout, logits, rows)
@@ -171,7 +171,7 @@ class GradeSTE(BlendingModule):
             return cotangent, (*found, *expected)
 
         zero, columns = vocabulary.push(ascent)
-        more = dict(zip([COLUMN], map(rollout.put, columns[COUNT:]), strict=False))
+        more = {} if token_scores is None else {COLUMN: rollout.put(columns[COUNT])}
         now = replace(stats_of(rollout, columns[:COUNT]), columns=more)
         objective = scores.total.nansum() - self.beta * sequences.masked_sum(now.kl, mask).sum()
         return StepOutput(

@@ -51,7 +51,7 @@ class BlendingModule(AlignmentModule):
         rollout = self.draw(prompts.repeat(counts), torch.arange(len(prompts)).repeat_interleave(counts))
         scores, blend = self.score(rollout), self.blend
         if blend is not None and self._collecting:
-            blend.look(scores, rollout, self.policy.table())
+            blend.credit.look(scores, rollout, self.policy.table())
         self._look = self._collecting and isinstance(blend, Mixed) and blend.due(self.global_step)
         return Experience(rollout, scores, self.beta)
 
@@ -78,7 +78,7 @@ class BlendingModule(AlignmentModule):
         blend, rollout, distribution = self.blend, seen.rollout, self.sampler.distribution
         if not isinstance(blend, Mixed) or (blend.weight == 1 and not self._look):
             return straight
-        scores = blend.scores()
+        scores = blend.credit.scores()
 
         def measured(logits: Tensor, rows: slice) -> Iterator[Tensor]:
             sampled, dist = distribution.both(rollout, logits, rows)

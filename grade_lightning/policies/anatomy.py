@@ -130,6 +130,23 @@ def distance(found: Tensor, right: Tensor) -> float:
     return float((found - right).square().mean().sqrt() / right.std())
 
 
+def difference(trial: Callable[[], tuple[float, float]]) -> str:
+    """What a trial of a model says against another way through it; nothing if it says nothing.
+
+    Args:
+        trial: finds how far hidden states are apart, and how far they may be.
+
+    Example:
+        >>> difference(lambda: (0.25, 0.1)), difference(lambda: (0.0, 0.1)), difference(lambda: (1 / 0, 0.1))
+        ('its hidden states differ by 0.25 of their spread', '', 'ZeroDivisionError: division by zero')
+    """
+    try:
+        gap, allowed = trial()
+    except Exception as error:  # the model's own code, in which anything may fail
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "" if gap <= allowed else f"its hidden states differ by {gap:.2g} of their spread"
+
+
 def tolerance(values: Tensor) -> float:
     """The largest :func:`distance` that rounding explains."""
     return 1e-3 if values.dtype in (torch.float32, torch.float64) else 0.1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grade_lightning.functional.dense_rows import DenseRows, cheapest_rows, dense_rows
 
-from .anatomy import distance, some_tokens, tolerance
+from .anatomy import difference, distance, some_tokens, tolerance
 from .network import Network
 from .passes import WholePass
 from .sharing import MASKED
@@ -78,11 +78,7 @@ def _obstacle(network: Network) -> str:
         return "it has layers that carry a state from token to token, or attend to blocks"
     if not network.base._supports_attention_backend:  # its masks may not be those of transformers
         return "its attention is not that of transformers' interface"
-    try:
-        gap, allowed = _trial(network)
-    except Exception as error:  # the model's own code, in which anything may fail
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "" if gap <= allowed else f"its hidden states differ by {gap:.2g} of their spread"
+    return difference(lambda: _trial(network))
 
 
 @torch.no_grad()

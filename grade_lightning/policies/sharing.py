@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from grade_lightning.functional.packing import Packing, block_causal, pack
 
-from .anatomy import distance, some_tokens, tolerance
+from .anatomy import difference, distance, some_tokens, tolerance
 from .network import Network
 
 MASKED = "eager", "sdpa"
@@ -49,11 +49,7 @@ def obstacle(network: Network) -> str:
         return "it has layers with a sliding window or a state"
     if not network.base._supports_attention_backend:  # a mask may be only a part of what decides who sees whom
         return "its attention is not that of transformers' interface"
-    try:
-        gap, allowed = _trial(network)
-    except Exception as error:  # the model's own code, in which anything may fail
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "" if gap <= allowed else f"its hidden states differ by {gap:.2g} of their spread"
+    return difference(lambda: _trial(network))
 
 
 @torch.no_grad()
