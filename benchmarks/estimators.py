@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from grade_lightning.advantages import Baseline
-from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough
+from grade_lightning.estimators import Gumbel, ReinMax, ReinMaxRao, StraightThrough
 from grade_lightning.functional.gradient_quality import Alignment, alignment
 from grade_lightning.functional.intervals import Interval, jackknife
 from grade_lightning.functional.moments import gram
@@ -45,11 +45,17 @@ from grade_lightning.schedules import Constant
 EOS, PROMPT, WIDTH = 0, 3, 16
 TAUS = (0.5, 1.0, 2.0)
 HOPS = (0, 1, 2, 4)
-TOKENS = {"Gumbel": Gumbel(), "Gumbel-Rao": Gumbel(draws=8), "StraightThrough": StraightThrough(), "ReinMax": ReinMax()}
+TOKENS = {
+    "Gumbel": Gumbel(),
+    "Gumbel-Rao": Gumbel(draws=8),
+    "StraightThrough": StraightThrough(),
+    "ReinMax": ReinMax(),
+    "ReinMax-Rao": ReinMaxRao(),
+}
 QUANTITIES = ("relative_bias", "cosine", "relative_std", "cosine_of_one", "scaled_error")
-# of Okabe and Ito, and a grey
-COLORS = ("#000000", "#999999", "#F0E442", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73")
-MARKERS = "XPspv^Do*"
+# of Okabe and Ito, a grey and a wine red
+COLORS = ("#000000", "#999999", "#F0E442", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#882255", "#009E73")
+MARKERS = "XPspv^Dho*"
 
 
 class RandomReward(DifferentiableReward):

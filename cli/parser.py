@@ -47,7 +47,7 @@ def choices(base: type) -> list[str]:
 
     Example:
         >>> choices(TokenEstimator)
-        ['Gumbel', 'ReinMax', 'StraightThrough']
+        ['Gumbel', 'ReinMax', 'ReinMaxRao', 'StraightThrough']
     """
     found: set[str] = set()
     queue = [base]

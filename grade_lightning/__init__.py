@@ -31,7 +31,7 @@ from grade_lightning.data import (
     TextDataModule,
 )
 from grade_lightning.errors import DivergenceError, InputError
-from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
+from grade_lightning.estimators import Gumbel, ReinMax, ReinMaxRao, StraightThrough, TokenEstimator
 from grade_lightning.gates import by_advantage
 from grade_lightning.kl import KL
 from grade_lightning.memory import PromptMemory
@@ -239,6 +239,7 @@ __all__ = [
     "Proximal",
     "RegressionCredit",
     "ReinMax",
+    "ReinMaxRao",
     "Reinforce",
     "ReinforcePlusPlus",
     "RemoteJudge",

@@ -55,10 +55,15 @@ class Gumbel(TokenEstimator):
         self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
     ) -> Tensor:
         """Relaxed tokens at the restored noise."""
-        logps = logits.log_softmax(-1)
+        relaxed = self.relaxed(logits.log_softmax(-1), tokens, tau, generator)
+        return estimators.straight_through_gumbel(relaxed, adjoint, tau)
+
+    def relaxed(self, logps: Tensor, tokens: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
+        """A relaxed token for each draw, (draws, n, V), from log-probabilities."""
         noise = (gumbel.exponential_noise(logps, generator) for _ in range(self.draws))
-        relaxed = [gumbel.relaxed_tokens(gumbel.posterior_scores(logps, tokens, drawn), tau) for drawn in noise]
-        return estimators.straight_through_gumbel(torch.stack(relaxed), adjoint, tau)
+        return torch.stack(
+            [gumbel.relaxed_tokens(gumbel.posterior_scores(logps, tokens, drawn), tau) for drawn in noise]
+        )
 
 
 class ReinMax(TokenEstimator):
@@ -69,3 +74,21 @@ class ReinMax(TokenEstimator):
     ) -> Tensor:
         """Heun's midpoint at temperature τ."""
         return estimators.reinmax(logits, tokens, adjoint, tau)
+
+
+class ReinMaxRao(Gumbel):
+    """ReinMax, averaged over noise given the token. See :func:`~.functional.estimators.reinmax_rao`.
+
+    Args:
+        draws: noise draws for each token.
+    """
+
+    def __init__(self, draws: int = 8) -> None:
+        super().__init__(draws)
+
+    def cotangent(
+        self, logits: Tensor, tokens: Tensor, adjoint: Tensor, tau: float, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Relaxed tokens of the midpoint, at noise that is restored there."""
+        relaxed = self.relaxed(estimators.midpoint(logits, tokens).log(), tokens, tau, generator)
+        return estimators.reinmax_rao(logits, relaxed, adjoint, tau)

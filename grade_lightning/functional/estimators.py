@@ -85,6 +85,46 @@ def reinmax(
         >>> reinmax(torch.tensor([0.5, 0.5]).log(), torch.tensor(0), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])
     """
-    midpoint = (logits / tau).softmax(-1)
-    midpoint = midpoint.scatter_add(-1, tokens.unsqueeze(-1), midpoint.new_ones(*tokens.shape, 1)) / 2
-    return 2 * softmax_vjp(midpoint, adjoint) - softmax_vjp(logits.softmax(-1), adjoint) / 2
+    return 2 * softmax_vjp(midpoint(logits / tau, tokens), adjoint) - softmax_vjp(logits.softmax(-1), adjoint) / 2
+
+
+def midpoint(logits: Float[Tensor, "*batch v"], tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch v"]:
+    """Half-way between the distribution and the sampled token, (softmax(ℓ) + one-hot) / 2.
+
+    Example:
+        >>> import torch
+        >>> midpoint(torch.tensor([0.5, 0.5]).log(), torch.tensor(0))
+        tensor([0.7500, 0.2500])
+    """
+    probs = logits.softmax(-1)
+    return probs.scatter_add(-1, tokens.unsqueeze(-1), probs.new_ones(*tokens.shape, 1)) / 2
+
+
+def reinmax_rao(
+    logits: Float[Tensor, "*batch v"],
+    relaxed: Float[Tensor, "draws *batch v"],
+    adjoint: Float[Tensor, "*batch v"],
+    tau: float,
+) -> Float[Tensor, "*batch v"]:
+    """ReinMax-Rao: ReinMax with Gumbel-Rao in the place of its first Jacobian.
+
+    2 G − ½ J(p) a, with G the mean of :func:`straight_through_gumbel` at the :func:`midpoint` π_D = (p + one-hot) / 2.
+
+    Args:
+        logits: ℓ.
+        relaxed: relaxed tokens (:func:`~grade_lightning.functional.gumbel.relaxed_tokens`) of log π_D given the sampled
+            token, one for each draw.
+        adjoint: gradient with respect to the one-hot token.
+        tau: the temperature that `relaxed` was made with.
+
+    References:
+        | Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Wang and Bui, 2026),
+          https://arxiv.org/abs/2603.08257. Departure: the noise is held fixed in the derivative, as in Gumbel-Rao.
+
+    Example:
+        >>> import torch
+        >>> even = torch.tensor([0.5, 0.5])
+        >>> reinmax_rao(even.log(), torch.tensor([[0.75, 0.25]]), torch.tensor([1.0, 0.0]), tau=1.0)
+        tensor([ 0.2500, -0.2500])
+    """
+    return 2 * straight_through_gumbel(relaxed, adjoint, tau) - softmax_vjp(logits.softmax(-1), adjoint) / 2

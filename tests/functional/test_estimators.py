@@ -5,12 +5,19 @@ import torch
 from torch import Tensor
 
 from grade_lightning.errors import InputError
-from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
-from grade_lightning.functional.estimators import reinmax, softmax_vjp, straight_through, straight_through_gumbel
+from grade_lightning.estimators import Gumbel, ReinMax, ReinMaxRao, StraightThrough, TokenEstimator
+from grade_lightning.functional.estimators import (
+    midpoint,
+    reinmax,
+    reinmax_rao,
+    softmax_vjp,
+    straight_through,
+    straight_through_gumbel,
+)
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores, relaxed_tokens
 
 V = 6
-ESTIMATORS = [StraightThrough(), Gumbel(), Gumbel(draws=4), ReinMax()]
+ESTIMATORS = [StraightThrough(), Gumbel(), Gumbel(draws=4), ReinMax(), ReinMaxRao()]
 
 
 class Problem:
@@ -155,6 +162,33 @@ def test_the_classes_are_the_functions() -> None:
     torch.manual_seed(1)
     draws = torch.stack([posterior_scores(logps, tokens, exponential_noise(logps)) for _ in range(2)])
     torch.testing.assert_close(found, straight_through_gumbel(relaxed_tokens(draws, tau), a, tau))
+
+
+def test_reinmax_rao_is_autograd_at_the_midpoint_with_constant_noise() -> None:
+    """2 ∇⟨softmax((θ + noise) / τ), a⟩ at θ = log π_D, less ½ J(p) a."""
+    torch.manual_seed(0)
+    problem, tau = Problem(1.0), 0.7
+    for y in range(V):
+        middle = midpoint(problem.logps, problem.tokens[y]).log().requires_grad_()
+        scores = posterior_scores(middle.detach(), problem.tokens[y], exponential_noise(problem.logps))
+        noise = scores - middle.detach()
+        value = ((middle.log_softmax(-1) + noise) / tau).softmax(-1) @ problem.adjoints[y]
+        (first,) = torch.autograd.grad(value, middle)
+        truth = 2 * first - softmax_vjp(problem.logps.exp(), problem.adjoints[y]) / 2
+        found = reinmax_rao(problem.logps, relaxed_tokens(scores, tau).unsqueeze(0), problem.adjoints[y], tau)
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-13)
+
+
+def test_reinmax_rao_has_less_variance_than_reinmax_and_is_divided_by_its_draws() -> None:
+    torch.manual_seed(5)
+    problem, size = Problem(1.0), 20_000
+    logps, tokens = problem.logps.expand(size, V), torch.multinomial(problem.logps.exp(), size, replacement=True)
+    adjoints = problem.adjoints[tokens]
+    plain, rao = (e.cotangent(logps, tokens, adjoints, 1.0).var(0).sum() for e in (ReinMax(), ReinMaxRao(draws=20)))
+    assert rao < 0.9 * plain
+    token = torch.full((size,), 1)
+    one, eight = (ReinMaxRao(k).cotangent(logps, token, problem.adjoints[token], 1.0).var(0).sum() for k in (1, 8))
+    assert 7 < one / eight < 9
 
 
 def test_gumbel_needs_a_draw() -> None:

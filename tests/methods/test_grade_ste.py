@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grade_lightning.estimators import Gumbel, ReinMax, StraightThrough, TokenEstimator
+from grade_lightning.estimators import Gumbel, ReinMax, ReinMaxRao, StraightThrough, TokenEstimator
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
 from grade_lightning.functional.vocabulary import ELEMENTS, TIMES, positions_at_once
@@ -157,7 +157,9 @@ def test_kl_prefix_and_top_k(name: str, kl_prefix: KLPrefix, top_k: int | None) 
     assert relative(replayed(method, rollout), truth) < (1e-10 if name == "gpt2" else 1e-5)
 
 
-@pytest.mark.parametrize("estimator", [StraightThrough(), ReinMax(), Gumbel(4)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "estimator", [StraightThrough(), ReinMax(), ReinMaxRao(2), Gumbel(4)], ids=lambda e: type(e).__name__
+)
 def test_every_estimator_falls_off_with_hops(estimator: TokenEstimator) -> None:
     """The error against the exact adjoint shrinks with hops and is zero at T − 1; more hops change nothing."""
     method = make_method(hops="exact")
