@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import position_ids
 
+from .context import context_length
 from .head import head_of
 
 TOKENS = 6
@@ -153,7 +154,11 @@ def tolerance(values: Tensor) -> float:
 
 
 def some_tokens(model: Any, rows: int, length: int) -> Tensor:
-    """Tokens to try a model on, (rows, length), always the same ones; none that its configuration knows by name."""
+    """Tokens to try a model on, always the same ones; none that its configuration knows by name.
+
+    (rows, length), or as many as the model takes.
+    """
+    length = min(length, context_length(model.config) or length)
     named = _token_ids(model.config.to_dict())
     every = torch.arange(model.get_input_embeddings().weight.shape[0], device="cpu")
     ordinary = every[~torch.isin(every, torch.tensor(named, dtype=torch.long, device="cpu"))]

@@ -130,6 +130,12 @@ def test_tokens_that_a_configuration_names_are_not_tried() -> None:
     assert set(some_tokens(model, 4, 20).flatten().tolist()) == {18}
 
 
+def test_a_model_of_a_short_context_is_tried_on_less() -> None:
+    model: Any = tiny_model("gpt2", n_positions=5).eval()
+    assert some_tokens(model, 2, 20).shape == (2, 5)
+    assert examine(model, "x").body == "transformer"
+
+
 def test_distances() -> None:
     right = torch.tensor([0.0, 2.0, -torch.inf])
     assert distance(right, right) == 0
