@@ -94,6 +94,14 @@ def test_the_site_has_a_menu_of_versions_and_a_push_deploys() -> None:
     assert '.ci/deploy "$GITHUB_REF_NAME"' in deploy["steps"][-1]["run"]
 
 
+@pytest.mark.parametrize("script", ["run", "site"])
+def test_the_gate_builds_the_site_strictly(script: str) -> None:
+    """Aloud: `--quiet` drops the warnings before `--strict` counts them."""
+    (command,) = re.findall(r"\bmkdocs build .*", (ROOT / ".ci" / script).read_text())
+    assert "--strict" in command
+    assert not re.search(r"\s(-q|--quiet)\b", command)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(find_spec, ("material", "mkdocstrings"))), reason="needs the extra docs")
 def test_the_site_is_built_strictly_and_asks_for_nothing_elsewhere(tmp_path: Path) -> None:
