@@ -120,6 +120,8 @@ def test_the_site_is_built_strictly_and_asks_for_nothing_elsewhere(tmp_path: Pat
     assert (site / "code" / "tests" / "methods" / "test_grade_ste.py.html").is_file()
     assert ":class:" not in found["reference/modules.html"]
     tutorial = found["tutorials/1_first_alignment.html"]
+    assert '<div class="language-text highlight">' in found["methods/rloo.html"]  # breaks on a phone: assets/site.css
+    assert '<div class="language-text highlight">' not in tutorial
     assert "data:image/png;base64," in tutorial
     assert 'href="2_your_own_reward.html"' in tutorial
     assert (site / "tutorials" / "1_first_alignment.ipynb").is_file()
