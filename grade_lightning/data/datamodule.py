@@ -176,9 +176,11 @@ class TextDataModule(LightningDataModule):
         )
         found = sum(len(rows[name]) for name in asked)
         if found < sum(asked.values()):
+            usable = f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), but "
+            if not any(given.values()):  # nobody gave a size, and the usual ones cannot shrink further
+                raise InputError(f"{usable}the splits need {list(given.values()).count(None)} at least; add rows")
             raise InputError(
-                f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), "
-                f"but {sum(asked.values())} are asked for; lower "
+                f"{usable}{sum(asked.values())} are asked for; lower "
                 + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in asked.items() if size)
             )
         if len(rows["test"]) < (self.test_size or 0):
