@@ -193,7 +193,8 @@ class TextDataModule(LightningDataModule):
         if any(self.dropped.values()):
             rank_zero_info(f"Rows left out so that splits share nothing: {self._reasons()}")
         if asked != sizes:
-            taken = ", ".join(f"{size} of {sizes[name]} for data.{_OPTIONS[name]}" for name, size in asked.items())
+            shares = {name: f"{size} of {sizes[name]}" for name, size in asked.items() if sizes[name]}
+            taken = ", ".join(f"{share} for data.{_OPTIONS[name]}" for name, share in shares.items())
             rank_zero_info(f"The {len(train)} train rows are fewer than the usual splits take, which shrink: {taken}")
 
     def _reward_size(self, train: Dataset) -> int | None:
