@@ -1,6 +1,7 @@
 """The tutorials: what is stored in them, and that they run; `docs/tutorials/execute.py` executes them anew."""
 
 import ast
+import builtins
 import importlib
 import json
 import os
@@ -64,6 +65,10 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 
 def sources(path: Path, kind: str) -> list[str]:
     return ["".join(cell["source"]) for cell in cells(path, kind)]
+
+
+def names(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
 
 
 def outputs(path: Path) -> list[dict[str, Any]]:
@@ -133,6 +138,15 @@ def test_every_tutorial_is_listed_and_has_its_page() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text().replace("!ENV", ""))
     (pages,) = [part["Tutorials"] for part in site["nav"] if "Tutorials" in part]
     assert pages == ["tutorials/index.md", *(f"tutorials/{name}.md" for name in listed)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_claimed_of_it_has_names_of_its_own(path: Path) -> None:
+    """Told here in a moment, where the claim itself takes minutes."""
+    made = names(ast.parse("\n".join(sources(path, "code"))), ast.Store)
+    claim = ast.parse(CLAIMS[path.stem])
+    known = made | names(claim, ast.Store) | set(vars(builtins)) | {"Path", "from_trl"}  # imported
+    assert names(claim, ast.Load) <= known
 
 
 @pytest.mark.slow

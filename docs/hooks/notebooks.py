@@ -57,7 +57,7 @@ def _output(output: dict[str, Any]) -> str:
     return _fenced(_text(data["text/plain"]))
 
 
-def _fenced(text: str, language: str = "text") -> str:
+def _fenced(text: str, language: str = "output") -> str:
     return f"````{language}\n{text.rstrip()}\n````"
 
 

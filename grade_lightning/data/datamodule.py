@@ -176,9 +176,11 @@ class TextDataModule(LightningDataModule):
         )
         found = sum(len(rows[name]) for name in asked)
         if found < sum(asked.values()):
+            usable = f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), but "
+            if not any(given.values()):  # nobody gave a size, and the usual ones cannot shrink further
+                raise InputError(f"{usable}the splits need {list(given.values()).count(None)} at least; add rows")
             raise InputError(
-                f"data.source: {found} of {len(train)} train rows can be used (left out: {self._reasons()}), "
-                f"but {sum(asked.values())} are asked for; lower "
+                f"{usable}{sum(asked.values())} are asked for; lower "
                 + " or ".join(f"data.{_OPTIONS[name]} ({size})" for name, size in asked.items() if size)
             )
         if len(rows["test"]) < (self.test_size or 0):
@@ -191,7 +193,8 @@ class TextDataModule(LightningDataModule):
         if any(self.dropped.values()):
             rank_zero_info(f"Rows left out so that splits share nothing: {self._reasons()}")
         if asked != sizes:
-            taken = ", ".join(f"{size} of {sizes[name]} for data.{_OPTIONS[name]}" for name, size in asked.items())
+            shares = {name: f"{size} of {sizes[name]}" for name, size in asked.items() if sizes[name]}
+            taken = ", ".join(f"{share} for data.{_OPTIONS[name]}" for name, share in shares.items())
             rank_zero_info(f"The {len(train)} train rows are fewer than the usual splits take, which shrink: {taken}")
 
     def _reward_size(self, train: Dataset) -> int | None:

@@ -17,7 +17,7 @@ from grade_lightning.records import Experience, Prompts, TokenStats
 
 
 class AEPO(PolicyGradientModule):
-    """GRPO and REINFORCE on what a higher temperature draws while the entropy is low, a lower one while it is high.
+    """GRPO, with extra completions at a temperature that is high while the entropy is low, and low while it is high.
 
     Args:
         mode: `rollout`: more completions, of the first quarter of the prompts, are drawn at that temperature;

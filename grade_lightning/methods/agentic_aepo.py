@@ -12,7 +12,7 @@ from grade_lightning.modules import PolicyGradientModule
 
 
 class AgenticAEPO(PolicyGradientModule):
-    """Tokens of high entropy weigh more, and above the upper bound keep it as their coefficient.
+    """GRPO with more weight for tokens of high entropy; a ratio above the upper bound is replaced by the bound.
 
     Args:
         entropy_scale: a: an advantage is multiplied by 1 + a z, z the standardised entropy of its token.

@@ -13,7 +13,7 @@ from grade_lightning.modules import PolicyGradientModule
 
 
 class CAPO(PolicyGradientModule):
-    """GRPO without the tokens whose step would move objective or policy too far, by a model of the last layer.
+    """GRPO without the tokens whose own step would change the objective or the policy too much.
 
     Args:
         max_objective_change: |m_H| of a token that is trained on lies below this; grows with the learning rate.

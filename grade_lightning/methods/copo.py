@@ -20,7 +20,7 @@ from grade_lightning.terms import SecondLine
 
 
 class COPO(PolicyGradientModule):
-    """GRPO where the answers to a prompt differ; where they agree, the prompt's mean reward against other prompts'.
+    """GRPO where the answers to a prompt differ; where they agree, prompts are compared with each other.
 
     Args:
         sharpness: k of the weight σ(k (E − b)) of the group's own advantages, E the entropy of its answers.

@@ -11,7 +11,7 @@ from grade_lightning.modules.preference import PreferenceModule, Side
 
 
 class CPL(PreferenceModule):
-    """The preferred completion is the one whose tokens have the larger sum of advantages, α log π each.
+    """Learns from pairs without a reference: the chosen completion should have the higher score, α log π.
 
     Args:
         alpha: the temperature α of the policy; with a reference, how strongly the policy is held to it.

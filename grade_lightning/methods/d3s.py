@@ -14,7 +14,7 @@ from grade_lightning.selection import Downsampling
 
 
 class D3S(PolicyGradientModule):
-    """GRPO on the completions with the most different advantages, and in them on the tokens with the largest |A| · H.
+    """GRPO on the completions whose advantages differ most, and on their tokens with the largest |A| · entropy.
 
     Args:
         row_share: which share of the completions is trained on, a schedule over the run; 0.25 to 0.75 by default.

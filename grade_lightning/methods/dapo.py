@@ -14,7 +14,7 @@ from grade_lightning.selection import DynamicSampling
 
 
 class DAPO(PolicyGradientModule):
-    """GRPO with a higher upper clip, a mean over tokens, prompts that teach something, and a penalty for overlong text.
+    """GRPO with a higher upper clip, a mean over tokens, no groups of equal rewards, and a penalty for overlong text.
 
     Args:
         epsilon_low: the ratio is clipped below at 1 − this.

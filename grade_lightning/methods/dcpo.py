@@ -11,7 +11,7 @@ from grade_lightning.modules import PolicyGradientModule
 
 
 class DCPO(PolicyGradientModule):
-    """A clip with more room for rare tokens, and advantages that lean on all earlier visits of a prompt.
+    """A clip with more room for rare tokens, and advantages that include earlier completions of the prompt.
 
     Args:
         epsilon_low: how far the probability of a token may fall, about.

@@ -10,7 +10,7 @@ from grade_lightning.modules.preference import of_sums
 
 
 class DPO(TracedModule):
-    """The log-odds that the preferred completion wins, as the policy and its reference see it, are raised.
+    """Learns from pairs: raises the log-odds of the chosen completion over the rejected one, against a reference.
 
     Args:
         label_smoothing: the probability that a preference is the wrong way round.

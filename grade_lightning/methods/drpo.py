@@ -17,7 +17,7 @@ from grade_lightning.terms import DriftPenalty, Term
 
 
 class DRPO(PolicyGradientModule):
-    """Right completions are weighed among the right ones, the short ones most; wrong ones by likelihood.
+    """Right completions are weighted against each other, short ones most; wrong ones by their likelihood.
 
     Args:
         threshold: a reward of this or more is right.

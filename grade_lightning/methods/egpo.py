@@ -6,7 +6,7 @@ from grade_lightning.modules import ExtragradientModule
 
 
 class EGPO(ExtragradientModule):
-    """Online IPO by extragradient: each update is taken against the policy that a trial update leads to.
+    """OnlineIPO with extragradient steps: each update uses the gradient at the point that a trial step leads to.
 
     Where preferences are intransitive, plain updates circle around the equilibrium; these end in it.
 

@@ -13,7 +13,7 @@ from grade_lightning.selection import DropSolved, Selection
 
 
 class NGRPO(PolicyGradientModule):
-    """A virtual completion of the best reward in each group: a group in which all fail is pushed away from.
+    """GRPO with a virtual completion of the best reward in each group, so that groups in which all fail count, too.
 
     Args:
         best: the largest reward that there can be.

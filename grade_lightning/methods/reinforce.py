@@ -12,7 +12,7 @@ from grade_lightning.modules import PolicyGradientModule
 
 
 class Reinforce(PolicyGradientModule):
-    """Each completion's log-probability times what its reward exceeds the average of the past by.
+    """The log-probability of a completion times its reward minus the average of earlier rewards.
 
     Args:
         decay: of the moving average of the rewards.

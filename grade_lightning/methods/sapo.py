@@ -12,7 +12,7 @@ from grade_lightning.modules import PolicyGradientModule
 
 
 class SAPO(PolicyGradientModule):
-    """A soft gate in the place of the clip: a token fades out as its ratio leaves 1, faster where A < 0.
+    """A soft gate instead of a clip: a token's gradient fades as its ratio leaves 1, faster where A < 0.
 
     Args:
         tau_pos: how fast a token with a positive advantage fades.

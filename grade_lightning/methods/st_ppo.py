@@ -14,7 +14,7 @@ from grade_lightning.terms import Critic
 
 
 class STPPO(ClipNormalizedModule):
-    """Turn-PPO whose gradient is divided by the size of what the clip leaves out, where that is large.
+    """TurnPPO whose gradient is divided by a measure of what the clip leaves out, if that is large.
 
     Args:
         ratio: of each `turn`; or of each `token`, which is S-PPO.

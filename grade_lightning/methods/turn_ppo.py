@@ -14,7 +14,7 @@ from grade_lightning.terms import Critic
 
 
 class TurnPPO(PolicyGradientModule):
-    """PPO that takes and clips its ratio over whole turns: the environment's, or what stands between separators.
+    """PPO with one ratio for each turn, of an environment or between separators, that is clipped as a whole.
 
     Args:
         separator: where no environment numbers turns, each token whose text has this in it ends one. An empty one ends

@@ -45,10 +45,19 @@ def test_given_sizes_stay_and_the_others_shrink() -> None:
         ready(Rows(labelled(100), labelled(9, 100)), **NONE | {"val_size": 200})
 
 
-def test_shared_prompts_leave_less_and_still_fit() -> None:
-    data = ready(Rows(preferences(120, each=4)), "pairs", **NONE)
+def test_fewer_rows_than_splits_ask_for_more_rows() -> None:
+    with pytest.raises(InputError, match=r"^data\.source: 2 of 2 train rows .* the splits need 4 at least; add rows$"):
+        ready(Rows(labelled(2)), **NONE)
+
+
+def test_shared_prompts_leave_less_and_still_fit(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        data = ready(Rows(preferences(120, each=4)), "pairs", **NONE)
     found = sizes(data)
     assert found["reward"] == 0
+    (said,) = [line for line in caplog.messages if "shrink" in line]
+    assert "for data.val_size" in said
+    assert "reward_size" not in said  # nothing was asked for
     assert found["prompts"] > found["validation"] >= 1 <= found["test"]
     prompts = [set(rows["prompt"]) for rows in data.splits.values()]
     assert sum(map(len, prompts)) == len(set().union(*prompts))

@@ -305,7 +305,7 @@ def cell(found: list[Found | None]) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| method | first visit | second visit | the paper's objective |\n|---|---|---|---|")
+    print("| method | first step | later step | the paper's objective |\n|---|---|---|---|")
     for line in LINES:
         columns = zip(*(examine(line, seed) for seed in SEEDS), strict=True)
         name = line.method + (f", {line.note}" if line.note else "")
