@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from grade_lightning.policies import ChunkedPass, LoRA, PackedPass, Policy, SharedPrefixPass, WholePass, continuing
-from tests.conftest import make_model, make_prompts, make_tokenizer, mostly_slow
+from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer, mostly_slow
 from tests.policies.making import change, make_policy, with_and_without_lora
 
 LENGTH = 4
@@ -91,6 +92,14 @@ def test_where_it_cannot_be_it_is_the_whole() -> None:
         warnings.simplefilter("error")  # transformers warns as it drops the keys and values
         inputs, _, tokens = traced(policy)
     assert tokens is inputs
+
+
+def test_a_fresh_model_is_not_taken_for_another() -> None:
+    """The last norm lets nothing pass along its own output: of a gradient in that direction only rounding is left."""
+    sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_attention_heads=9, num_key_value_heads=3, **sizes)
+    torch.manual_seed(0)
+    assert Policy.from_model(LlamaForCausalLM(config), make_tokenizer(), reference=False).anatomy.continues
 
 
 @pytest.mark.parametrize("broken", ["states", "gradients"])
