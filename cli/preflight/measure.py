@@ -1,6 +1,7 @@
 """Small steps of a run, and what they need."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from grade_lightning.data import TextDataModule
 from grade_lightning.errors import InputError
-from grade_lightning.functional.vocabulary import positions_at_once
+from grade_lightning.functional.vocabulary import KEPT, nothing_kept, positions_at_once
 from grade_lightning.modules import AlignmentModule, TrainableModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import slice_rows
@@ -67,18 +68,22 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
 
     def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> Memory:
         """From steps of two sizes, both as small as they can be with a whole chunk of the vocabulary."""
-        (optimizer,), whole = trainer.optimizers, 1
+        (optimizer,), whole, kept = trainer.optimizers, 1, 0
         lengths, size = inventory.lengths(module, self.data), self.data.batch_size
         if isinstance(policy := getattr(module, "policy", None), Policy):
             vocabulary = policy.base.get_output_embeddings().weight.shape[0]
             chunk = positions_at_once(vocabulary, module.device.type)
             whole = math.ceil(chunk / lengths["completion"] / unit)
             policy.eos_ids = []  # no completion ends early
+            logits = module.batching.completions(size) * lengths["completion"] * vocabulary
+            bound = KEPT.get(module.device.type, 0)
+            kept = bound if logits > bound else 0  # fewer grow with the batch, as all else does
         few = max(1, min(whole, size // unit // 2)) * unit
         found = []
         for count in (unit, unit, few, 2 * few):  # the first two make what stays: optimizer state, buckets
             self.doing = f"a batch_size of {count}"
-            found.append(step(trainer, module, longest(batch, module.batching.rows(count), lengths)))
+            with nothing_kept() if kept else nullcontext():
+                found.append(step(trainer, module, longest(batch, module.batching.rows(count), lengths)))
         one, two = found[-2:]
         gradients = storage_bytes([p.grad for p in module.parameters() if p.grad is not None])
         phases = {
@@ -87,6 +92,8 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         }
         state = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
         parts = {"gradients": gradients, "optimizer state": storage_bytes(state)}
+        if kept:
+            parts["logits that are kept"] = 4 * kept
         if isinstance(trainer.strategy, DDPStrategy):
             parts["buckets of gradients"] = gradients
         return Memory(parts, phases, unit)

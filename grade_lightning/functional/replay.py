@@ -57,7 +57,8 @@ def next_input_gradient(gradient: Float[Tensor, "b l w"], length: int) -> Float[
     """Align a gradient at the inputs with the tokens: the input after position t is token t.
 
     Args:
-        gradient: gradient with respect to the L = P + T − 1 inputs (prompt and all completion tokens but the last).
+        gradient: gradient with respect to the L = P + T − 1 inputs (prompt and all completion tokens but the last), or
+            to the T − 1 of the completion.
         length: T, the number of completion tokens.
 
     Returns:
@@ -91,7 +92,7 @@ def replay(
     Args:
         vocabulary: the n valid positions, with the graph of their hidden states; kept alive.
         inputs: input embeddings that they were computed from (prompt, then the completion but its last token); must
-            require grad.
+            require grad. Those of the completion alone are enough, and cheaper where the prompt has a graph of its own.
         table: the policy's embedding table E: what its embedding module returns for each token id.
         direct: where the tokens enter the objective directly (reward model, reference model), each (n, width).
         cotangent: linear in the adjoint, such as

@@ -2,13 +2,14 @@
 
 Hidden states h of n positions and an output head make logits; all that is wanted of them is a few numbers for each
 position (log-probabilities, entropies, KL), or the way from a cotangent on the logits back to h and to the head. Logits
-are made a chunk at a time, used, and forgotten; where they are needed again they are made again. Gradients of the head
-add up in float32.
+are made a chunk at a time, used, and forgotten; where they are needed again they are made again, but for the first
+chunks, of which a processor keeps the head's product. Gradients of the head add up in float32.
 
 Letters in shapes: n positions, h width of the hidden states, k numbers for each position, v vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
+
+from .products import Products
 
 Head = Callable[..., Tensor]
 """Maps hidden states (n, h) and the head's parameters to logits (n, v)."""
@@ -30,6 +33,8 @@ ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 ROWS, TIMES = 128, 4
 """Under a large vocabulary those would be few positions, and a matrix product of few rows is slow: up to so many
 positions are taken, for up to so many times as many logits."""
+KEPT = {"cpu": 2**25}
+"""Logits that are kept until they are needed again, 128 MB in float32; a GPU makes all of them again."""
 
 
 class Vocabulary:
@@ -59,6 +64,7 @@ class Vocabulary:
     ) -> None:
         self.hidden, self.head, self.parameters = hidden, head, tuple(parameters)
         self.chunk = positions_at_once(size, hidden.device.type) if elements is None else max(1, elements // size)
+        self.products = Products(KEPT.get(hidden.device.type, 0))
 
     @record_function("vocabulary")
     def map(self, function: Columns, differentiable: int | None = None) -> tuple[Float[Tensor, " n"], ...]:
@@ -69,14 +75,18 @@ class Vocabulary:
                 needs: a generator need not compute the rest.
             differentiable: how many of its columns, the first ones, have a gradient; all by default.
         """
+        products = self.products if torch.is_grad_enabled() else Products(0)  # without a graph there is no second pass
         columns: tuple[Tensor, ...] = _Map.apply(  # type: ignore[no-untyped-call]
-            function, self.head, self.chunk, differentiable, self.hidden, *self.parameters
+            function, self.head, self.chunk, products, differentiable, self.hidden, *self.parameters
         )
         return columns
 
     def pull(self, cotangent: Cotangent) -> Float[Tensor, "n h"]:
-        """The gradient at the hidden states of a cotangent on the logits, without a graph."""
-        chunks = _Chunks(self.head, self.chunk, self.hidden.detach(), self.parameters, [True])
+        """The gradient at the hidden states of a cotangent on the logits, without a graph.
+
+        Logits are kept for the next pass, as many as there is room for.
+        """
+        chunks = _Chunks(self.head, self.chunk, self.products, self.hidden.detach(), self.parameters, [True])
         for rows, logits in chunks:
             chunks.pull(logits, cotangent(logits.detach(), rows))
         assert chunks.found is not None
@@ -97,7 +107,7 @@ class Vocabulary:
         """
         inputs = (self.hidden, *self.parameters)
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-        chunks = _Chunks(self.head, self.chunk, self.hidden.detach(), self.parameters, wanted)
+        chunks = _Chunks(self.head, self.chunk, self.products, self.hidden.detach(), self.parameters, wanted, last=True)
         found: list[tuple[Tensor, ...]] = []
         for rows, logits in chunks:
             with torch.no_grad():
@@ -112,6 +122,17 @@ class Vocabulary:
     def at(self, rows: slice) -> Float[Tensor, "m v"]:
         """The logits of some positions, without a graph."""
         return self.head(self.hidden[rows], *self.parameters)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Every pass makes its logits again, for a vocabulary that is made in it: its memory does not depend on `KEPT`."""
+    before = dict(KEPT)
+    KEPT.clear()
+    try:
+        yield
+    finally:
+        KEPT.update(before)
 
 
 def positions_at_once(size: int, device: str) -> int:
@@ -129,45 +150,16 @@ def positions_at_once(size: int, device: str) -> int:
     return max(1, elements // size, min(ROWS, TIMES * elements // size))
 
 
-def linear(
-    hidden: Float[Tensor, "*n h"], weight: Float[Tensor, "v h"], bias: Float[Tensor, " v"] | None = None
-) -> Float[Tensor, "*n v"]:
-    """As in torch; in a head, a chunk's gradient of the weight is added to the others without a tensor of its own.
-
-    Example:
-        >>> linear(torch.ones(1, 2), torch.eye(2))
-        tensor([[1., 1.]])
-    """
-    total = getattr(weight, "total", None)
-    if total is None or not torch.is_grad_enabled():
-        return torch.nn.functional.linear(hidden, weight, bias)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    logits: Tensor = _Linear.apply(hidden, weight.detach().to(hidden.dtype), total)  # type: ignore[no-untyped-call]
-    return logits if bias is None else logits + bias.to(logits.dtype)
+def _leaves(parameters: Sequence[Tensor], products: Products) -> list[Tensor]:
+    """The head's parameters, of which a weight says where its products are."""
+    leaves = [parameter.detach() for parameter in parameters]
+    for leaf in leaves:
+        leaf.products = products  # type: ignore[attr-defined]
+    return leaves
 
 
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.total = total
-        return hidden @ weight.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        hidden, weight = ctx.saved_tensors
-        if gradient.dtype == ctx.total.dtype:
-            ctx.total.addmm_(gradient.flatten(0, -2).mT, hidden.flatten(0, -2))
-        else:
-            ctx.total += gradient.flatten(0, -2).mT @ hidden.flatten(0, -2)
-        return gradient @ weight, None, None
 
 
 class _Chunks:
@@ -176,20 +168,30 @@ class _Chunks:
     Args:
         head: makes logits.
         chunk: positions at a time.
+        products: those of the head that are kept.
         hidden: (n, h), without a graph.
         parameters: of the head.
         wanted: which of hidden states and parameters have a gradient; none of those that are left out.
+        last: whether no later pass needs what is kept.
     """
 
     def __init__(
-        self, head: Head, chunk: int, hidden: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]
+        self,
+        head: Head,
+        chunk: int,
+        products: Products,
+        hidden: Tensor,
+        parameters: Sequence[Tensor],
+        wanted: Sequence[bool],
+        last: bool = False,
     ) -> None:
         self.head, self.hidden, self.part = head, hidden, hidden
+        self.products, self.last = products, last
         self.rows = _slices(len(hidden), chunk)
         self.found = torch.empty_like(hidden) if wanted[0] else None
         # leaves of their own: hooks on the parameters must see the sum alone
         needs = [*wanted[1:], *[False] * len(parameters)][: len(parameters)]
-        self.leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
+        self.leaves = [p.requires_grad_(need) for p, need in zip(_leaves(parameters, products), needs, strict=True)]
         self.trained = [leaf for leaf in self.leaves if leaf.requires_grad]
         self.totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.trained]
         for leaf, total in zip(self.trained, self.totals, strict=True):
@@ -198,7 +200,7 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.rows:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.products.of(rows.start, self.last):
                 self._now, self.part = rows, self.hidden[rows].detach().requires_grad_(self.found is not None)
                 logits = self.head(self.part, *self.leaves)
             yield rows, logits
@@ -232,11 +234,13 @@ class _Map(torch.autograd.Function):
         function: Columns,
         head: Head,
         chunk: int,
+        products: Products,
         differentiable: int | None,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.function, ctx.head, ctx.chunk, ctx.differentiable = function, head, chunk, differentiable
+        ctx.products = products
         ctx.save_for_backward(hidden, *parameters)
         device = hidden.device.type
         ctx.autocast = {
@@ -244,7 +248,12 @@ class _Map(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
         }
-        parts = [tuple(function(head(hidden[rows], *parameters), rows)) for rows in _slices(len(hidden), chunk)]
+        leaves, again = _leaves(parameters, products), any(ctx.needs_input_grad)
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in _slices(len(hidden), chunk):
+            with products.of(rows.start, last=not again):
+                logits = head(hidden[rows], *leaves)
+            parts.append(tuple(function(logits, rows)))
         columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*columns[len(columns) if differentiable is None else differentiable :])
         return columns
@@ -254,11 +263,12 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            chunks = _Chunks(ctx.head, ctx.chunk, hidden, parameters, ctx.needs_input_grad[4:])
+            wanted = ctx.needs_input_grad[5:]
+            chunks = _Chunks(ctx.head, ctx.chunk, ctx.products, hidden, parameters, wanted, last=True)
             for rows, logits in chunks:
                 columns = list(islice(ctx.function(logits, rows), ctx.differentiable))
                 chunks.pull(columns, [g[rows] for g in gradients[: len(columns)]])
-        return None, None, None, None, chunks.found, *chunks.gradients()
+        return None, None, None, None, None, chunks.found, *chunks.gradients()
 
 
 class _Push(torch.autograd.Function):

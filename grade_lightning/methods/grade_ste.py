@@ -111,11 +111,14 @@ class GradeSTE(BlendingModule):
         length, attention, distribution = mask.shape[1], rollout.mask[:, :-1], self.sampler.distribution
         inputs = self.policy.embed(rollout.ids[:, :-1])
         inputs = inputs if inputs.requires_grad else inputs.requires_grad_()
-        vocabulary = self.policy.vocabulary(rollout.take(self.policy.hidden(inputs, attention, length)))
+        hidden_for_hops = self.policy.training_pass.hidden_for_hops
+        hidden, inputs = hidden_for_hops(self.policy, inputs, attention, length)
+        vocabulary = self.policy.vocabulary(rollout.take(hidden))
         frozen = self.policy.frozen
         reference_inputs = frozen.embed(rollout.ids[:, :-1]).requires_grad_(self.kl_prefix == "full")
         with torch.set_grad_enabled(self.kl_prefix == "full"):
-            reference = frozen.vocabulary(rollout.take(frozen.hidden(reference_inputs, attention, length)))
+            hidden, reference_inputs = hidden_for_hops(frozen, reference_inputs, attention, length)
+            reference = frozen.vocabulary(rollout.take(hidden))
         token = distribution.through(self.estimator, rollout, tau)
         weights, kl_weights, corrected = self.importance(vocabulary, rollout)
 

@@ -32,6 +32,7 @@ class Anatomy:
         size: number of logits of a position.
         unused: names of trainable parameters that the model's own forward pass does not use.
         obstacle: why completions cannot share their prompt in a pass, "" if they can; None where nobody asked.
+        continues: whether a completion can go through behind the keys and values of its prompt.
     """
 
     body: str | None
@@ -40,6 +41,7 @@ class Anatomy:
     size: int
     unused: tuple[str, ...] = ()
     obstacle: str | None = None
+    continues: bool = False
 
 
 def examine(model: Any, path: str) -> Anatomy:

@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from grade_lightning.errors import InputError, check_range
 
 from .anatomy import distance, some_tokens, tolerance
+from .continuing import Call, keeps_all
+from .continuing import continuation as continuation
 from .network import Network
 from .passes import WholePass
 from .sharing import drops
@@ -37,6 +38,8 @@ class ChunkedPass(WholePass):
           what passes a kept one is divided by `keep`, which is unbiased; a fixed number of chunks is not.
     """
 
+    prompt_first = False
+
     def __init__(self, chunk: int = 256, keep: float = 1.0) -> None:
         check_range("[1, inf)", "ChunkedPass", chunk=chunk)
         check_range("(0, 1]", "ChunkedPass", keep=keep)
@@ -49,8 +52,7 @@ class ChunkedPass(WholePass):
             InputError: it has a recurrent state or a sliding window, recomputes activations by itself, or differs.
         """
         base = network.base
-        plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config.get_text_config()).layers)
-        if not plain or base._is_stateful:
+        if not keeps_all(network):
             raise InputError(
                 f"ChunkedPass: {type(base).__name__} has layers with a sliding window or a state, of which later "
                 "chunks do not see all; leave policy.training_pass out"
@@ -68,7 +70,7 @@ class ChunkedPass(WholePass):
         inputs, positions = network.embed(ids).detach(), (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             whole = super().states(network, inputs, mask, positions)[mask.bool()]
-            found = _forward(_call(network, mask, positions), inputs, 2)[0][mask.bool()]
+            found = _forward(continuation(network, mask, positions), inputs, 2)[0][mask.bool()]
         if (gap := distance(found, whole)) > tolerance(whole):
             raise InputError(
                 f"ChunkedPass: hidden states of {type(base).__name__} differ by {gap:.2g} of their spread when they "
@@ -83,7 +85,7 @@ class ChunkedPass(WholePass):
             return super().states(network, inputs, attention_mask, positions)
         if self._drops(network):
             return super().states(network, inputs, attention_mask, positions)
-        call = _call(network, attention_mask, positions)
+        call = continuation(network, attention_mask, positions)
         found: Tensor = _Chunked.apply(call, self.chunk, self.keep, inputs, *parameters)  # type: ignore[no-untyped-call]
         return found
 
@@ -91,27 +93,6 @@ class ChunkedPass(WholePass):
         if found := drops(network.base):
             rank_zero_warn("sequences go through the network whole while dropout is on; set it to 0")
         return found
-
-
-Call = Callable[[Tensor, DynamicCache, int], Tensor]
-"""Hidden states of a chunk that begins at a position, with the keys and values of all before it."""
-
-
-def _call(network: Network, attention_mask: Tensor, positions: Tensor) -> Call:
-    def call(inputs: Tensor, cache: DynamicCache, first: int) -> Tensor:
-        last = first + inputs.shape[1]
-        with network.ready():
-            output = network.body(
-                inputs_embeds=inputs,
-                attention_mask=attention_mask[:, :last],
-                position_ids=positions[:, first:last],
-                use_cache=True,
-                **{network.cache_name: cache},
-            )
-        states: Tensor = output.logits if network.anatomy.body is None else output.last_hidden_state
-        return states
-
-    return call
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from grade_lightning.functional.vocabulary import Head, linear
+from grade_lightning.functional.products import linear
+from grade_lightning.functional.vocabulary import Head
 
 
 def head_of(model: Any, body: str | None, names: Sequence[str]) -> tuple[Head, list[Tensor]]:

@@ -29,6 +29,8 @@ class PackedPass(WholePass):
     does not allow it (a line at loading says so), sequences go through the network as in :class:`WholePass`.
     """
 
+    prompt_first = False
+
     def __init__(self) -> None:
         self.obstacle: str | None = None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from grade_lightning.functional.packing import completions_per_row, pack
 from grade_lightning.records import Rollout
 
+from .continuing import behind_prompt, can_continue
 from .network import Network
 from .sharing import drops, packed_hidden
 
@@ -18,6 +19,8 @@ class Pass(ABC):
 
     shares_prompts: ClassVar[bool] = False
     """Whether it gains by completions of a prompt that go through the network together."""
+    prompt_first: ClassVar[bool] = False
+    """Whether prompts may go through the network before the completions where that saves something."""
 
     @abstractmethod
     def hidden(self, network: Network, rollout: Rollout) -> Tensor:
@@ -35,9 +38,23 @@ class Pass(ABC):
         """Final hidden states of embeddings, with their graph; arguments as :meth:`.Network.states`."""
         return Network.states(network, inputs, attention_mask, positions)
 
+    def hidden_for_hops(
+        self, network: Network, inputs: Tensor, attention_mask: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states as :meth:`.Network.hidden`, and the inputs at which hops of :func:`.replay` take gradients.
+
+        Where the network allows it these are the completion's alone: its backward pass leaves out the prompt, to which
+        no hop carries anything. Else they are all.
+        """
+        if self.prompt_first and length > 1 and can_continue(network):
+            return behind_prompt(network, inputs, attention_mask, length)
+        return network.hidden(inputs, attention_mask, length), inputs
+
 
 class WholePass(Pass):
     """Each sequence by itself, prompt and completion, all at once."""
+
+    prompt_first = True
 
     def hidden(self, network: Network, rollout: Rollout) -> Tensor:
         """The last T positions before the last token."""

@@ -18,6 +18,7 @@ from grade_lightning.errors import InputError
 
 from .anatomy import Anatomy, examine
 from .context import context_length
+from .continuing import continues
 from .endings import end_ids
 from .loading import check_vocabulary, config_without_dropout, load_pretrained, resolve_model, torch_dtype
 from .lora import LoRA, merged_state, with_adapters
@@ -144,6 +145,7 @@ class Policy(nn.Module, Network):
             self.model = with_adapters(model, self.lora)
         with self.evaluating():
             self._anatomy = examine(self.base, self.path)
+            self._anatomy = replace(self._anatomy, continues=continues(self))
             self.training_pass.check(self)
             if self.training_pass.shares_prompts:
                 self._anatomy = replace(self._anatomy, obstacle=obstacle(self))

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from grade_lightning.functional.divergences import categorical_kl
+from grade_lightning.functional.products import linear
 from grade_lightning.functional.sequences import entropy, token_logps
-from grade_lightning.functional.vocabulary import Head, Vocabulary, linear, positions_at_once
+from grade_lightning.functional.vocabulary import Head, Vocabulary, positions_at_once
 
 N, H, V, CAP = 7, 4, 11, 3.0
 chunked = pytest.mark.parametrize("elements", [1, 2 * V, 3 * V + 1, N * V], ids=["1", "2", "3", "all"])

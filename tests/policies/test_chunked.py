@@ -71,7 +71,7 @@ def test_a_chunk_without_gradient_is_skipped_and_changes_nothing(monkeypatch: py
     weights = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     whole = gradients(policy("gpt2", WholePass()), weights)
     backward: list[int] = []
-    plain = chunked._call
+    plain = chunked.continuation
 
     def counted(*args: Any) -> Any:
         call = plain(*args)
@@ -83,7 +83,7 @@ def test_a_chunk_without_gradient_is_skipped_and_changes_nothing(monkeypatch: py
 
         return counting
 
-    monkeypatch.setattr(chunked, "_call", counted)
+    monkeypatch.setattr(chunked, "continuation", counted)
     assert_equal(whole, gradients(policy("gpt2", ChunkedPass(2)), weights))
     assert backward == [2, 0]
 

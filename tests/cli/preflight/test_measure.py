@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
 
-from grade_lightning.functional.vocabulary import ELEMENTS
+from grade_lightning.functional.vocabulary import ELEMENTS, KEPT
 from grade_lightning.modules import AlignmentModule
 from tests.cli.conftest import Shelf, assert_same, full_and_lora
 from tests.cli.preflight.conftest import FULL, METHODS, Look, arguments, cell
@@ -71,9 +71,16 @@ class Watch(Callback):
         self.steps_to_come -= 1
 
 
+@pytest.mark.parametrize("kept", mostly_slow([KEPT["cpu"], 20 * VOCABULARY], 20 * VOCABULARY))
 @pytest.mark.parametrize("method", mostly_slow(["GradeSTE", "Grade", "PPO", "SupervisedFineTuning"], "PPO"))
-def test_the_estimate_of_a_larger_batch(method: str, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From two small batches to four times the larger, beside the profiler's count in a real run of such texts."""
+def test_the_estimate_of_a_larger_batch(
+    method: str, kept: int, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From two small batches to four times the larger, beside the profiler's count in a real run of such texts.
+
+    Whether all logits are kept between two passes or a few, which do not grow with the batch.
+    """
+    monkeypatch.setitem(KEPT, "cpu", kept)
     monkeypatch.setitem(ELEMENTS, "cpu", 12 * VOCABULARY)  # a tiny model fills a chunk, too
     full = [arg for arg in FULL if issubclass(METHODS[method], AlignmentModule) or "sampler" not in arg]
     args = [*arguments(shelf, method), *full, "--data.batch_size=32", "--data.prompt_size=32", "--data.reward_size=0"]
