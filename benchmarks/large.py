@@ -6,12 +6,17 @@ optimizer), peak memory, and
 - tokens/s of the rollout, and the part of the bound that memory bandwidth sets: every decoding step reads all weights
   once, and the keys and values of what is there so far;
 - model FLOP utilisation of the training pass: 2 FLOPs for each weight and token in a forward pass, 4 in a backward pass
-  with weights, 2 in a hop and in a forward pass of the reference; weights of the head count at completions alone,
-  and nothing counts that is computed twice;
-- the largest batch that fits, by doubling.
+  with weights, 2 in a forward pass of the reference and in a hop, which goes through the completion alone; weights of
+  the head count at completions alone, and nothing counts that is computed twice;
+- the largest batch that fits, by doubling up to `--most`, while `--limit` seconds are not over: all of it should take
+  less than ten minutes.
+
+Then what one device alone can check, on a few completions: the KL at step 0 (0), the log-probabilities by which the
+engine drew against the learner's, the gradient in bfloat16 against that in float32 on the same completions, and that
+the same step twice gives the same gradient. Nothing here needs a second device or NCCL.
 
 python benchmarks/large.py --size 0.6B
-python benchmarks/large.py --size tiny --batch 4 --prompt 8 --length 8 --device cpu --repeats 1
+python benchmarks/large.py --size tiny --batch 4 --prompt 8 --length 8 --device cpu --repeats 1 --most 8
 """
 
 import argparse
@@ -22,11 +27,13 @@ from typing import Any
 
 import torch
 from common import Memory, Prompts, Words, note, tokenizer, wait
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
+from grade_lightning.records import Experience
 from grade_lightning.rollouts import Sampler, TransformersEngine
 
 SIZES: dict[str, dict[str, int]] = {
@@ -79,8 +86,8 @@ def utilisation(o: argparse.Namespace, policy: Policy, name: str, seconds: float
     """Of the device's peak, by the training pass."""
     table = policy.base.get_input_embeddings().weight.numel()
     body = sum(p.numel() for p in policy.base.parameters()) - table
-    passes = 2 + 4 + 2 + (2 * 2 if name == "GradeSTE" else 0)  # policy, backward, reference, hops (default: 2)
-    flops = o.batch * passes * (body * (o.prompt + o.length) + table * o.length)
+    passes, hops = 2 + 4 + 2, 2 * 2 if name == "GradeSTE" else 0  # policy, backward, reference; hops (default: 2)
+    flops = o.batch * (passes * (body * (o.prompt + o.length) + table * o.length) + hops * (body + table) * o.length)
     return flops / seconds / o.peak_flops
 
 
@@ -91,6 +98,36 @@ def bound(o: argparse.Namespace, policy: Policy) -> float:
     kept = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a position
     read = sum(weights + o.batch * kept * (o.prompt + t) for t in range(o.length))
     return o.batch * o.length * o.bandwidth / read
+
+
+def gradient(module: AlignmentModule, experience: Experience) -> Tensor:
+    """Of all weights, in float32; the noise of the estimator is the same each time."""
+    module.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    module.loss(experience).loss.backward()
+    found = torch.cat([p.grad.float().flatten() for p in module.parameters() if p.grad is not None])
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def checks(module: AlignmentModule, batch: dict[str, Any]) -> dict[str, float]:
+    """What a device says of its own arithmetic; the weights of the module are in float32 afterwards."""
+    experience = module.collect(batch)
+    with torch.no_grad():
+        stats = module.loss(experience).stats
+    rollout = experience.rollout
+    assert stats is not None
+    assert rollout.engine_logps is not None
+    own, again = gradient(module, experience), gradient(module, experience)
+    module.policy.float()
+    exact = gradient(module, experience)
+    return {
+        "largest KL of a position at step 0": float(stats.kl.abs().max()),
+        "log-probabilities, engine against learner": float((stats.logps - rollout.engine_logps).abs().max()),
+        "gradient, cosine of bfloat16 to float32": float(torch.cosine_similarity(own, exact, dim=0)),
+        "gradient, length of bfloat16 by float32": float(own.norm() / exact.norm()),
+        "gradient, the same step twice": float((own - again).norm() / own.norm()),
+    }
 
 
 def main() -> None:
@@ -106,10 +143,13 @@ def main() -> None:
     parser.add_argument("--torch-compile", action="store_true", help="compiled training pass")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--no-largest", action="store_true", help="do not look for the largest batch")
+    parser.add_argument("--most", type=int, default=2**14, help="completions beyond which none is looked for")
+    parser.add_argument("--limit", type=float, default=420, help="seconds after which no larger batch is tried")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="of the device in bfloat16; H200 by default")
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of its memory; H200 by default")
     parser.add_argument("--seed", type=int, default=1)
     o = parser.parse_args()
+    began = time.perf_counter()
     warnings.filterwarnings("ignore")
     shared = make(o)
     reward = Words(SIZES[o.size]["vocab_size"]).to(o.device)
@@ -133,7 +173,7 @@ def main() -> None:
         sampling, training = (median(column) for column in zip(*seconds, strict=True))
         speed = o.batch * o.length / sampling
         largest = o.batch
-        while not o.no_largest and o.device == "cuda":
+        while not o.no_largest and 2 * largest <= o.most and time.perf_counter() - began < o.limit:
             try:
                 step(module, batch(2 * largest), o.device)
             except torch.OutOfMemoryError:
@@ -145,6 +185,10 @@ def main() -> None:
         cells += [f"{utilisation(o, shared, name, training):.1%}", f"{memory.peak / 1e6:.0f}"]
         cells.append("" if o.no_largest else str(largest))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    print("\n| check | |\n|---|--:|")
+    for what, value in checks(module, batch(4)).items():
+        print(f"| {what} | {value:.3g} |", flush=True)
+    note(f"{time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
+from grade_lightning.allocator import keep_freed_memory
 from grade_lightning.callbacks import Export, PredictionWriter
 from grade_lightning.files import write_atomically
 from grade_lightning.modules import AlignmentModule
@@ -19,6 +21,7 @@ from .resume import latest
 
 def train(cli: GradeCLI) -> None:
     """Measure, train, measure again."""
+    _settle_memory(cli)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     measures = trainer.limit_val_batches != 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     with remove_unstarted_run(trainer, cli.start.step), all_end_together(trainer):
@@ -28,6 +31,12 @@ def train(cli: GradeCLI) -> None:
         if measures and cli.summary.last_step != trainer.global_step:
             _settle_counters(trainer.fit_loop, trained=trainer.global_step != cli.start.step)
             trainer.validate(model, data, verbose=False)
+
+
+def _settle_memory(cli: GradeCLI) -> None:
+    """On a processor the C library keeps freed memory for the next tensors; a GPU's tensors are none of its."""
+    if isinstance(cli.trainer.accelerator, CPUAccelerator):
+        keep_freed_memory()
 
 
 def _settle_counters(loop: _FitLoop, trained: bool) -> None:
@@ -61,6 +70,7 @@ def print_summary(cli: GradeCLI, seconds: float) -> None:
 
 def measure(cli: GradeCLI) -> None:
     """Validate, test or predict, and say what was written."""
+    _settle_memory(cli)
     entry = getattr(cli.trainer, cli.command)
     kwargs = {"return_predictions": False} if cli.command == "predict" else {}
     folder = _run_to_test(cli) if cli.command == "test" else None

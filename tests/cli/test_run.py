@@ -6,11 +6,13 @@ import re
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.conftest import (
@@ -406,3 +408,17 @@ def test_supervised_fine_tuning_makes_a_policy(run: Run, shelf: Shelf) -> None:
     assert losses[-1] < losses[0]
     run("fit", *shelf.all, f"--model.policy.path={folder / 'export'}")
     assert scalar(version(), "val/kl")[0] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("accelerator", "kept"), [(CPUAccelerator(), True), (CUDAAccelerator(), False)])
+@pytest.mark.parametrize("command", ["train", "measure"])
+def test_freed_memory_is_kept_on_a_processor(
+    command: str, accelerator: Any, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything else is done."""
+    run, asked = import_module("grade_lightning_cli.run"), list[bool]()
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: asked.append(True))
+    trainer = SimpleNamespace(accelerator=accelerator)  # of which the rest of the command asks more
+    with pytest.raises(AttributeError):
+        getattr(run, command)(SimpleNamespace(trainer=trainer, model=None, datamodule=None, command="test"))
+    assert bool(asked) == kept
