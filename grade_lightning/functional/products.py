@@ -31,7 +31,7 @@ class Products:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self._kept: dict[int, tuple[Tensor, int]] = {}
+        self._kept: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._start: int | None = None
         self._last = False
 
@@ -49,22 +49,30 @@ class Products:
         finally:
             self._start = None
 
-    def __call__(self, hidden: Float[Tensor, "*n h"], weight: Float[Tensor, "v h"]) -> Float[Tensor, "*n v"]:
-        """The product, made or kept."""
-        start = self._start
-        found = None if start is None else self._kept.get(start)
+    def __call__(
+        self, hidden: Float[Tensor, "*n h"], weight: Float[Tensor, "v h"], place: int = 0
+    ) -> Float[Tensor, "*n v"]:
+        """The product, made or kept.
+
+        Args:
+            hidden: of the chunk.
+            weight: of the head.
+            place: of the weight among the head's parameters; a head may have several.
+        """
+        key = None if self._start is None else (self._start, place)
+        found = None if key is None else self._kept.get(key)
         # a head may have worked on it in place
         fits = found is not None and (found[0].shape[:-1], found[0].dtype) == (hidden.shape[:-1], hidden.dtype)
         product = found[0] if found is not None and fits and found[0]._version == found[1] else hidden @ weight.mT
-        if start is not None:
-            self._remember(start, product)
+        if key is not None:
+            self._remember(key, product)
         return product.detach()
 
-    def _remember(self, start: int, product: Tensor) -> None:
-        before = self._kept.pop(start, None)
+    def _remember(self, key: tuple[int, int], product: Tensor) -> None:
+        before = self._kept.pop(key, None)
         self.room += 0 if before is None else before[0].numel()
         if not self._last and product.numel() <= self.room:
-            self._kept[start] = product, product._version
+            self._kept[key] = product, product._version
             self.room -= product.numel()
 
 
@@ -83,25 +91,26 @@ def linear(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    weight = weight.detach().to(hidden.dtype)
-    logits: Tensor = _Linear.apply(hidden, weight, total, products)  # type: ignore[no-untyped-call]
+    logits: Tensor = _Linear.apply(hidden, weight.detach().to(hidden.dtype), total, *products)  # type: ignore[no-untyped-call]
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, total: Tensor | None, products: Products) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, total: Tensor | None, products: Products, place: int
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.total = total
-        return products(hidden, weight)
+        return products(hidden, weight, place)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         hidden, weight = ctx.saved_tensors
         if ctx.total is not None:
             if gradient.dtype == ctx.total.dtype:
                 ctx.total.addmm_(gradient.flatten(0, -2).mT, hidden.flatten(0, -2))
             else:
                 ctx.total += gradient.flatten(0, -2).mT @ hidden.flatten(0, -2)
-        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None, None

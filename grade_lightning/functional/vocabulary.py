@@ -153,8 +153,8 @@ def positions_at_once(size: int, device: str) -> int:
 def _leaves(parameters: Sequence[Tensor], products: Products) -> list[Tensor]:
     """The head's parameters, of which a weight says where its products are."""
     leaves = [parameter.detach() for parameter in parameters]
-    for leaf in leaves:
-        leaf.products = products  # type: ignore[attr-defined]
+    for place, leaf in enumerate(leaves):
+        leaf.products = products, place  # type: ignore[attr-defined]
     return leaves
 
 

@@ -27,8 +27,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
 
-    def counting(self: Products, hidden: Tensor, weight: Tensor) -> Tensor:
-        return plain(self, hidden.as_subclass(Counted), weight).as_subclass(Tensor)
+    def counting(self: Products, hidden: Tensor, weight: Tensor, place: int = 0) -> Tensor:
+        return plain(self, hidden.as_subclass(Counted), weight, place).as_subclass(Tensor)
 
     monkeypatch.setattr(Products, "__call__", counting)
     return rows
@@ -100,6 +100,23 @@ def test_a_head_that_works_in_place_is_not_given_its_own_work() -> None:
 
     found, truth = (passes(vocabulary(room, head)) for room in (N * V, 0))
     for one, two in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+def test_each_layer_of_a_head_has_its_own_product() -> None:
+    """Of the same shape, so that nothing but the weight tells them apart."""
+
+    def head(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda hidden, first, last: function(function(hidden, first).tanh(), last)
+
+    results = []
+    for room, function in ((2 * N * H, linear), (0, torch.nn.functional.linear)):
+        torch.manual_seed(0)
+        hidden, *weights = (torch.randn(n, H, dtype=torch.float64, requires_grad=True) for n in (N, H, H))
+        found = Vocabulary(hidden, head(function), weights, H, CHUNK * H)
+        found.products = Products(room)
+        results.append(passes(found))
+    for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
 
 
