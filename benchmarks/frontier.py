@@ -11,6 +11,7 @@ python benchmarks/frontier.py frontier_runs --figure docs/figures/frontier.png
 import argparse
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -20,9 +21,8 @@ from grade_lightning_cli.report.arms import arms, judges
 from grade_lightning_cli.report.estimates import over_seeds
 from grade_lightning_cli.report.reading import read
 from grade_lightning_cli.report.statistics import holm, paired_test
-from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 
-Array = NDArray[np.float64]
 Points = dict[str, dict[int, list[dict[str, float]]]]
 """Of each family, of each seed: the test of each β, in order of its KL."""
 
@@ -70,7 +70,7 @@ def height(rows: list[dict[str, float]], name: str, low: float, high: float) -> 
     kl, value = (np.array([row[key] for row in rows]) for key in ("kl", name))
     inner = kl[(kl > low) & (kl < high)]
     at = np.array([low, *inner, high])
-    return float(np.trapezoid(np.interp(at, kl, value), at) / (high - low))
+    return float(trapezoid(np.interp(at, kl, value), at) / (high - low))
 
 
 def tables(found: Points, names: list[str], low: float, high: float) -> str:
@@ -102,7 +102,7 @@ def _differences(pairs: list[tuple[dict[int, float], dict[int, float]]]) -> list
     return [(_over(g), "–" if t is None else f"{next(corrected):.3f}") for g, t in zip(gaps, tests, strict=True)]
 
 
-def _over(values, digits: int = 3) -> str:  # type: ignore[no-untyped-def]
+def _over(values: Iterable[float], digits: int = 3) -> str:
     e = over_seeds(list(values))
     return f"{e.mean:.{digits}f}" + ("" if math.isnan(e.half_width) else f" ± {e.half_width:.{digits}f}")
 
@@ -140,4 +140,7 @@ if __name__ == "__main__":
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--between", type=float, nargs=2, help="range of KL; what all cover by default")
     o = parser.parse_args()
-    main(o.folders, o.figure, o.between)
+    try:
+        main(o.folders, o.figure, o.between)
+    except ValueError as error:
+        parser.error(str(error))
