@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from grade_lightning.records import slice_rows
 
 from . import inventory, tables
 from .memory import Line, LiveTensors, Memory, storage_bytes
+from .remedies import remedies
 from .tables import SHOWN, USED, readable_size
 
 
@@ -48,14 +50,14 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
         with trainer.precision_plugin.train_step_context():
             texts = tables.texts(pl_module, shown)
             cache = _cache(pl_module, self.data)
-        memory = self._memory(trainer, pl_module, batch, unit)
-        memory.parts = {name: storage_bytes(tensors) for name, tensors in parts.items()} | memory.parts
+        memory = self._memory(trainer, pl_module, batch, size)
         largest = None if room is None else memory.largest(USED * room)
-        if largest is not None and largest < size:
-            remedy = f"lower it to {largest}" if largest else "take a smaller model, LoRA or shorter texts"
+        if room is not None and largest is not None and largest < size:
+            ways = remedies(trainer, pl_module, size, USED * room, partial(self._memory, trainer, pl_module, batch))
+            ways += [f"lower it to {largest}" if largest else "take a smaller model, LoRA or shorter texts"]
             self.too_large = (
                 f"data.batch_size: {size} needs about {readable_size(memory.total(size))} of memory, and there are "
-                f"{readable_size(USED * (room or 0))} for it; {remedy}"
+                f"{readable_size(USED * room)} for it; {', or '.join(ways)}"
             )
         if trainer.is_global_zero:
             console = Console()
@@ -66,10 +68,10 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             console.print(texts)
         raise Done
 
-    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> Memory:
+    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, size: int) -> Memory:
         """From steps of two sizes, both as small as they can be with a whole chunk of the vocabulary."""
         (optimizer,), whole, kept = trainer.optimizers, 1, 0
-        lengths, size = inventory.lengths(module, self.data), self.data.batch_size
+        lengths, unit = inventory.lengths(module, self.data), inventory.smallest_batch(module, size)
         if isinstance(policy := getattr(module, "policy", None), Policy):
             vocabulary = policy.base.get_output_embeddings().weight.shape[0]
             chunk = positions_at_once(vocabulary, module.device.type)
@@ -91,7 +93,8 @@ class _Measure(Callback):  # private, so that --help does not offer it as a call
             for name, peak in two.peaks.items()
         }
         state = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
-        parts = {"gradients": gradients, "optimizer state": storage_bytes(state)}
+        parts = {name: storage_bytes(tensors) for name, tensors in inventory.tensors_by_part(module).items()}
+        parts |= {"gradients": gradients, "optimizer state": storage_bytes(state)}
         if kept:
             parts["logits that are kept"] = 4 * kept
         if isinstance(trainer.strategy, DDPStrategy):

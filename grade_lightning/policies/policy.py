@@ -157,7 +157,11 @@ class Policy(nn.Module, Network):
         if self.row_sampling is not None:
             sample_rows(self.model, self.row_sampling)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.checkpoint_activations()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass from here on."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _warn(self) -> None:
         name, unused = type(self.base).__name__, self.anatomy.unused
