@@ -1,8 +1,9 @@
-"""How much noise does pathwise credit take away from a policy gradient, at the same parameters?
+"""How much noise does credit take away from a policy gradient, at the same parameters?
 
-Of each set of prompts RLOO's gradient is estimated again and again, with and without credit and from the same
-completions; both have the same mean (tests/test_credit.py), so the ratio of their variances says it. The credit has
-learned from other prompts before and learns nothing meanwhile. Intervals (95 %) leave out one set at a time.
+Of each set of prompts RLOO's gradient is estimated again and again, with credit, without, and with the optimal token
+baseline, from the same completions; all have the same mean (tests/test_credit.py), so the ratios of their variances say
+it. The credit has learned from other prompts before and learns nothing meanwhile. Intervals (95 %) leave out one set at
+a time.
 
 On text: python benchmarks/credit.py --policy MODEL --reward REWARD --train imdb_train.parquet --test imdb_test.parquet
 In the laboratory, random policies of eight tokens and pooled random rewards: python benchmarks/credit.py
@@ -19,7 +20,7 @@ from common import note, tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grade_lightning.credit import PathwiseCredit, RegressionCredit
+from grade_lightning.credit import PathwiseCredit, PrefixCredit, RegressionCredit
 from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.functional.intervals import ratio_interval
 from grade_lightning.functional.moments import gram, moments
@@ -27,15 +28,20 @@ from grade_lightning.kl import KL
 from grade_lightning.methods import RLOO
 from grade_lightning.numerics import hash_seed
 from grade_lightning.policies import Policy
-from grade_lightning.records import Batching
+from grade_lightning.records import Batching, Rollout, Scores
 from grade_lightning.rewards import ClassifierReward, DifferentiableReward
 from grade_lightning.rollouts import Sampler
 
 VOCABULARY = 8
 
 
+CREDITS = {"pathwise": PathwiseCredit, "regression": RegressionCredit, "prefix": PrefixCredit}
+
+
 class Pooled(DifferentiableReward):
     """A random network of the mean of random embeddings; the larger its weights, the less linear it is."""
+
+    reads_prefixes = True
 
     def __init__(self, scale: float, width: int = 8) -> None:
         super().__init__()
@@ -54,6 +60,15 @@ class Pooled(DifferentiableReward):
         mean = (embeddings * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         found: Tensor = self.network(mean).squeeze(-1)
         return found
+
+    @torch.no_grad()
+    def with_prefixes(self, rollout: Rollout) -> Scores:
+        """Of the mean of all tokens before each."""
+        keep = rollout.mask.unsqueeze(-1)
+        means = (self.table()[rollout.ids] * keep).cumsum(1) / keep.cumsum(1).clamp(min=1)
+        length = rollout.completion_ids.shape[1]
+        found = self.network(means[:, -length - 1 :]).squeeze(-1)
+        return Scores(found[:, -1], {}, prefixes=found[:, :-1])
 
 
 def laboratory(length: int, scale: float, seed: int) -> tuple[Policy, DifferentiableReward]:
@@ -81,12 +96,13 @@ def reviews(train: Path, test: Path, policy: Policy, prompts: int) -> Iterator[d
     return iter(data.train_dataloader())
 
 
-def gradients(module: RLOO, bare: RLOO, batch: dict[str, Any]) -> list[Tensor]:
-    """Of the same completions with credit and without, each (d,)."""
-    seen = module.collect(batch)
+def gradients(module: RLOO, others: list[RLOO], batch: dict[str, Any]) -> list[Tensor]:
+    """Of the same completions with credit and by other methods, each (d,)."""
+    with module.collecting():
+        seen = module.collect(batch)
     parameters = [p for p in module.policy.parameters() if p.requires_grad]
     found = []
-    for method in (module, bare):
+    for method in (module, *others):
         loss = method.loss(seen).loss
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return found
@@ -106,13 +122,13 @@ def learn(module: RLOO, batches: Iterator[dict[str, Any]], count: int) -> None:
 
 def measure(
     policy: Policy, reward: DifferentiableReward, length: int, batches: Iterator[dict[str, Any]], o: argparse.Namespace
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each set the variance of one estimate, with credit and without."""
+) -> list[Tensor]:
+    """Of each set the variance of one estimate, with credit, without, and with the optimal token baseline."""
     common: dict[str, Any] = {"policy": policy, "reward": reward, "sampler": Sampler(length), "kl": KL(0.0)}
-    credit = RegressionCredit(o.decay) if o.regression else PathwiseCredit(o.decay)
+    credit = CREDITS[o.credit](decay=o.decay)
     module = RLOO(**common, num_generations=o.generations, credit=credit)
-    bare = RLOO(**common, num_generations=o.generations)
-    for method in (module, bare):
+    others = [RLOO(baseline, o.generations, **common) for baseline in ("others", "token")]
+    for method in (module, *others):
         method.configure_model()
         method.train()
     torch.manual_seed(hash_seed(o.seed, "learn"))
@@ -121,11 +137,11 @@ def measure(
     for i in range(o.sets):
         batch = next(batches)
         torch.manual_seed(hash_seed(o.seed, i))
-        drawn = [gradients(module, bare, batch) for _ in range(o.draws)]
-        traces = [moments(gram(torch.stack(rows))).trace for rows in zip(*drawn, strict=True)]
-        found.append((traces[0], traces[1]))
+        drawn = [gradients(module, others, batch) for _ in range(o.draws)]
+        traces = torch.stack([moments(gram(torch.stack(rows))).trace for rows in zip(*drawn, strict=True)])
+        found.append(traces)
         note(f"{length} tokens, set {i + 1}: {float(traces[1] / traces[0]):.2f}")
-    note(f"slope {credit.slope:.2f}")
+    note(f"slope {credit.slope:.2f}, r² {float(credit.fitted()['credit_r2']):.2f}")
     return found
 
 
@@ -140,14 +156,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="*", default=[5, 20], help="tokens of a completion at most")
     parser.add_argument("--draws", type=int, default=24, help="estimates of each set")
     parser.add_argument("--learn", type=int, default=30, help="batches from which the credit learns before")
-    parser.add_argument("--regression", action="store_true", help="credit without the reward's gradient")
+    parser.add_argument("--credit", choices=CREDITS, default="pathwise")
     parser.add_argument("--decay", type=float, default=0.9)
     parser.add_argument("--scale", type=float, default=0.5, help="of the laboratory's rewards")
     parser.add_argument("--seed", type=int, default=1)
     o = parser.parse_args()
-    print("| tokens | variance of RLOO over that with credit |\n|--:|--:|")
+    print("| tokens | variance of RLOO over that with credit | of the optimal token baseline |\n|--:|--:|--:|")
     for length in o.length:
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[Tensor] = []
         if o.policy is None:
             for seed in range(o.sets):
                 one = argparse.Namespace(**vars(o) | {"sets": 1, "seed": seed})
@@ -158,11 +174,10 @@ def main() -> None:
             policy.load()
             batches = reviews(o.train, o.test, policy, o.prompts)
             found = measure(policy, ClassifierReward(str(o.reward)), length, batches, o)
-        with_credit, without = (torch.stack(list(x)).double() for x in zip(*found, strict=True))
-        ratio = ratio_interval(without, with_credit)
-        print(
-            f"| {length} | {float(ratio.estimate):.2f} ({float(ratio.low):.2f} … {float(ratio.high):.2f}) |", flush=True
-        )
+        with_credit, *others = torch.stack(found).double().unbind(-1)
+        ratios = [ratio_interval(other, with_credit) for other in others]
+        cells = [f"{float(r.estimate):.2f} ({float(r.low):.2f} … {float(r.high):.2f})" for r in ratios]
+        print(f"| {length} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -126,4 +126,4 @@ def _beyond(score: Scores, bound: float, rollout: Rollout) -> Scores:
     """Scores less a bound, which is of the last token."""
     spread = score.per_token
     spread = None if spread is None else spread - bound * last_token(rollout.sampled)
-    return Scores(score.total - bound, {}, score.adjoints, spread)
+    return Scores(score.total - bound, {}, score.adjoints, spread, score.prefixes)

@@ -1,8 +1,9 @@
-"""Credit: a control variate for policy gradients, from what earlier batches said of tokens."""
+"""Credit: a control variate for policy gradients, of the tokens' worth or of what was known before them."""
 
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from grade_lightning.advantages import Baseline, group_centred, group_standardised, leave_one_out
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError, check_range
+from grade_lightning.functional.advantages import discounted_returns, gae, off_others
 from grade_lightning.functional.control_variates import deviations, fit, token_scores
 from grade_lightning.functional.replay import Adjoint
+from grade_lightning.functional.sequences import last_token
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
+from grade_lightning.rewards import Reward
 from grade_lightning.stateful import Stateful
 from grade_lightning.terms import Aggregate, Term
 
@@ -29,22 +33,13 @@ Share = Callable[[Tensor, Tensor], Tensor]
 
 
 class Credit(Stateful, Term):
-    """A policy gradient with less noise and the same mean: what is known of tokens is taken off the reward.
+    """A policy gradient with less noise and the same mean: what is known of a completion is taken off its advantages.
 
-    Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = η w · e_v of each token v.
-    How much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward before
-    the advantages are made, and the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added.
-
-    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch,
-    whatever the direction; where rewards are divided by their spread, the spread is that of what is left of them.
+    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch;
+    where rewards are divided by their spread, the spread is that of what is left of them.
 
     Args:
         decay: of the moving averages, in batches.
-
-    References:
-        | Trajectory-wise control variates (Cheng, Yan and Boots, 2019), https://arxiv.org/abs/1908.03263
-        | Why those of single actions gain nothing: The Mirage of Action-Dependent Baselines (Tucker et al., 2018),
-          https://arxiv.org/abs/1802.10031
     """
 
     needs_gradient: ClassVar[bool] = False
@@ -56,8 +51,6 @@ class Credit(Stateful, Term):
         self.aggregate: Aggregate | None = None
         self.share: Share | None = None
         self._fit = torch.zeros(3, dtype=torch.float64)
-        self._tables: list[Tensor] = []
-        self._scores: Tensor | None = None
 
     def attach(self, advantage: Any, aggregate: Aggregate, name: str) -> None:
         """Take the method's weights of tokens, and how far its advantage follows a reward.
@@ -68,9 +61,17 @@ class Credit(Stateful, Term):
         self.aggregate = self.aggregate or aggregate
         self.share = _share_of(advantage, name)
 
-    # ---- what is learned of rewards -----------------------------------------------------------------------------
+    def check(self, reward: Reward) -> None:
+        """Check, of a reward that was loaded, that it gives what is needed.
 
-    @abstractmethod
+        Raises:
+            InputError: it does not.
+        """
+
+    def begin(self, reward: Reward, rollout: Rollout) -> Callable[[], Scores]:
+        """Begin to score what is to be trained on; what is returned waits for the scores."""
+        return partial(reward.pathwise, rollout) if self.needs_gradient else reward.begin(rollout)
+
     def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
         """See a part of a batch when it is scored; returns the scores without adjoints.
 
@@ -79,6 +80,158 @@ class Credit(Stateful, Term):
             rollout: what was scored.
             table: the policy's embeddings, (V, width).
         """
+        return replace(scores, adjoints=[])
+
+    def scores(self) -> Tensor | None:
+        """s, (V,), of which the pass is to measure the expected value; None: of nothing."""
+        return None
+
+    def take_off(self, seen: Experience) -> Experience:
+        """Change the rewards before the advantages are made of them."""
+        return seen
+
+    def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
+        """Change the advantages of tokens, (B, T)."""
+        return advantages
+
+    def shared(self, seen: Experience, advantages: Tensor, weights: Tensor | None = None) -> Experience:
+        """Keep what the term of the loss needs.
+
+        Args:
+            seen: the whole batch.
+            advantages: of its tokens, without weights, (B, T).
+            weights: what advantages are multiplied by, (B, T).
+        """
+        return seen
+
+    @abstractmethod
+    def products(self, seen: Experience) -> Tensor | None:
+        """Σ d r, Σ d² and Σ r², (3,), of rewards r and what they are predicted by, d; None: nothing was predicted."""
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Move the fit by this batch."""
+        own = self.products(seen)
+        if own is not None:
+            self._fit = self.decay * self._fit + reduce.sum(own.double()).cpu()
+
+    @property
+    def slope(self) -> float:
+        """η: the slope of rewards on their prediction in the batches so far; 1 before there are any."""
+        along, size, _ = self._fit.tolist()
+        return along / size if size > 0 else 1.0
+
+    def fitted(self) -> dict[str, Tensor]:
+        """η, and ρ²: the share of the rewards' variance that is predicted."""
+        along, size, whole = self._fit.tolist()
+        share = along**2 / (size * whole) if size * whole > 0 else 0.0
+        return {"credit_slope": torch.tensor(self.slope), "credit_r2": torch.tensor(share)}
+
+    def share_of(self, seen: Experience, advantages: Tensor) -> Tensor:
+        """How much of a completion's reward reaches its advantage, (B, 1).
+
+        Args:
+            seen: the whole batch.
+            advantages: of its tokens, without weights, (B, T).
+        """
+        assert self.share is not None
+        layout, places = seen.rollout.layout, seen.rollout.sampled.long().argmax(-1, keepdim=True)
+        first = advantages.gather(1, places).squeeze(1)
+        return layout.rows(self.share(layout.table(seen.rewards), layout.table(first))).unsqueeze(1)
+
+    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """Nothing but what is logged."""
+        return now.logps.new_zeros(()), {name: value.to(now.logps) for name, value in self.fitted().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fit."""
+        return {"fit": self._fit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self._fit = state["fit"]
+
+
+class PrefixCredit(Credit):
+    """The baseline of a token is what the reward says of the text before it: credit for what its own token did.
+
+    The reward of the beginning of a text is known without a further pass where the reward is a causal network. At
+    position t it is V_t, and V_0 that of the prompt. With η the slope of rewards on V_t − V_0 within a prompt,
+
+        A_t = R − η (V_t − V_0), less the mean of the same over the prompt's other completions.
+
+    V_t depends on earlier tokens alone, so the mean of the gradient is that of the method, however badly it predicts.
+
+    Args:
+        lam: λ of generalised advantage estimates, of which V_t is the value. Below 1 the value is trusted beyond what
+            can be proven: less noise, and a bias.
+        decay: of the moving averages, in batches.
+
+    References:
+        | Baselines of states: Policy Gradient Methods for Reinforcement Learning with Function Approximation (Sutton et
+          al., 1999), https://proceedings.neurips.cc/paper/1999/hash/464d828b85b0bed98e80ade0a5c43b0f-Abstract.html
+        | λ: High-Dimensional Continuous Control Using Generalized Advantage Estimation (Schulman et al., 2015),
+          https://arxiv.org/abs/1506.02438
+        | The reward's own scores of beginnings as the value are ours.
+    """
+
+    def __init__(self, lam: float = 1.0, decay: float = 0.98) -> None:
+        super().__init__(decay)
+        check_range("[0, 1]", "credit", lam=lam)
+        self.lam = lam
+
+    def check(self, reward: Reward) -> None:
+        """It must score the beginnings of texts."""
+        if not reward.reads_prefixes:
+            reward.with_prefixes(None)  # type: ignore[arg-type]  # says what to do instead
+
+    def begin(self, reward: Reward, rollout: Rollout) -> Callable[[], Scores]:
+        """With the reward of what stands before each token."""
+        return partial(reward.with_prefixes, rollout)
+
+    def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
+        """Less what was known before each token."""
+        start, values = self._values(seen)
+        values, mask = self.slope * values, seen.mask
+        at_end = last_token(mask) * (seen.rewards.nan_to_num(nan=0.0).unsqueeze(1) - start)
+        known = discounted_returns(at_end, mask) - gae(at_end, values, mask, lam=self.lam)
+        return advantages - self.share_of(seen, advantages) * off_others(known, mask, _groups(seen))
+
+    def products(self, seen: Experience) -> Tensor:
+        """Over all tokens, rewards and values less those of the prompt's other completions."""
+        (_, values), mask, groups = self._values(seen), seen.mask, _groups(seen)
+        rewards = seen.rewards.nan_to_num(nan=0.0).unsqueeze(1).expand_as(values)
+        alone = off_others(mask.to(values), mask, groups)  # 1 where no other completion has the position
+        r, d = (off_others(x, mask, groups) * (1 - alone) for x in (rewards, values))
+        return torch.stack([(d * r).sum(), d.square().sum(), r.square().sum()])
+
+    def _values(self, seen: Experience) -> tuple[Tensor, Tensor]:
+        """V_0, (B, 1), and V_t − V_0, (B, T)."""
+        assert seen.scores.prefixes is not None
+        found = seen.scores.prefixes.nan_to_num(0.0, 0.0, 0.0)
+        start = found.gather(1, seen.rollout.sampled.long().argmax(-1, keepdim=True))
+        return start, found - start
+
+
+class TokenCredit(Credit):
+    """A policy gradient with less noise and the same mean: what is known of tokens is taken off the reward.
+
+    Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = η w · e_v of each token v.
+    How much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward before
+    the advantages are made, and the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added.
+
+    Args:
+        decay: of the moving averages, in batches.
+
+    References:
+        | Trajectory-wise control variates (Cheng, Yan and Boots, 2019), https://arxiv.org/abs/1908.03263
+        | Why those of single actions gain nothing: The Mirage of Action-Dependent Baselines (Tucker et al., 2018),
+          https://arxiv.org/abs/1802.10031
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        self._tables: list[Tensor] = []
+        self._scores: Tensor | None = None
 
     @abstractmethod
     def learn(self, seen: Experience, reduce: Reduce) -> None:
@@ -88,28 +241,20 @@ class Credit(Stateful, Term):
     def directions(self) -> list[Tensor]:
         """In the space of each table, from earlier batches alone; none before there are any."""
 
+    def products(self, seen: Experience) -> Tensor | None:
+        """Of completions."""
+        if "deviation" not in seen.extra:
+            return None
+        layout = seen.rollout.layout
+        single = layout.shape[1] == 1  # no other completion of the prompt: then those of the other prompts will do
+        table = (lambda x: x.unsqueeze(0)) if single else layout.table
+        return torch.stack(fit(table(seen.extra["reward"]), table(seen.extra["deviation"])))
+
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Move the fit and the directions towards this batch's."""
-        if "deviation" in seen.extra:
-            layout = seen.rollout.layout
-            single = layout.shape[1] == 1  # no other completion of the prompt: then those of the other prompts will do
-            table = (lambda x: x.unsqueeze(0)) if single else layout.table
-            own = torch.stack(fit(table(seen.extra["reward"]), table(seen.extra["deviation"]))).double()
-            self._fit = self.decay * self._fit + reduce.sum(own).cpu()
+        super().observe(seen, reduce)
         self.learn(seen, reduce)
         self._scores = None
-
-    @property
-    def slope(self) -> float:
-        """η: the slope of rewards on deviations in the batches so far; 1 before there are any."""
-        along, size, _ = self._fit.tolist()
-        return along / size if size > 0 else 1.0
-
-    def fitted(self) -> dict[str, Tensor]:
-        """η, and ρ²: the share of the rewards' variance that Σδ explains."""
-        along, size, whole = self._fit.tolist()
-        share = along**2 / (size * whole) if size * whole > 0 else 0.0
-        return {"credit_slope": torch.tensor(self.slope), "credit_r2": torch.tensor(share)}
 
     def scores(self) -> Tensor | None:
         """s, (V,), the same for all steps on a batch; None before there is a direction."""
@@ -139,33 +284,31 @@ class Credit(Stateful, Term):
             advantages: of its tokens, without weights, (B, T).
             weights: what advantages are multiplied by, (B, T).
         """
-        assert self.share is not None
-        layout, places = seen.rollout.layout, seen.rollout.sampled.long().argmax(-1, keepdim=True)
-        first = advantages.gather(1, places).squeeze(1)
-        share = layout.rows(self.share(layout.table(seen.rewards), layout.table(first))).unsqueeze(1)
+        share = self.share_of(seen, advantages)
         return replace(
             seen, extra=seen.extra | {"share": share * (torch.ones_like(advantages) if weights is None else weights)}
         )
 
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         """−Σ_t Σ_v s(v) π_t(v), as the method weighs its tokens."""
-        figures = {name: value.to(now.logps) for name, value in self.fitted().items()}
+        nothing, figures = super().__call__(seen, now, reduce)
         if COLUMN not in now.columns:
-            return now.logps.new_zeros(()), figures
+            return nothing, figures
         assert self.aggregate is not None
         weights = self.aggregate(seen.sampled, seen.normalizers) * seen.extra["share"]
         return -(weights * now.columns[COLUMN]).masked_fill(~seen.mask, 0).sum(), figures
 
     def state_dict(self) -> dict[str, Any]:
         """The fit, and the scores of a window that has begun."""
-        return {"fit": self._fit, "scores": self._scores}
+        return super().state_dict() | {"scores": self._scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore both; the tables are known when a batch is scored."""
-        self._fit, self._scores = state["fit"], state["scores"]
+        super().load_state_dict(state)
+        self._scores = state["scores"]
 
 
-class PathwiseCredit(Credit):
+class PathwiseCredit(TokenCredit):
     """Credit by the reward's gradient at the tokens, averaged over the completions of earlier batches.
 
     What is added is the straight-through gradient without hops, with the average in the place of the completion's own.
@@ -195,7 +338,7 @@ class PathwiseCredit(Credit):
         for total, part in zip(self._new, scores.adjoints, strict=True):
             total += rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0).sum(0)
         self._tokens += len(rollout.positions)
-        return Scores(scores.total, scores.parts, per_token=scores.per_token)
+        return super().look(scores, rollout, table)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
         """Move the average towards this batch's mean over its tokens; not by a window resumed in its middle."""
@@ -221,7 +364,7 @@ class PathwiseCredit(Credit):
         self._directions = list(state["directions"])
 
 
-class RegressionCredit(Credit):
+class RegressionCredit(TokenCredit):
     """Credit by a ridge regression of earlier rewards on the tokens' embeddings, for rewards of any kind.
 
     Rewards less the mean of their prompt are regressed on the sums of the policy's embeddings of the completions'
@@ -249,7 +392,7 @@ class RegressionCredit(Credit):
             self._tables = [table]
         embedded = table[rollout.completion_ids].float() * rollout.sampled.unsqueeze(-1)
         self._sums.append(embedded.sum(1))
-        return Scores(scores.total, scores.parts, per_token=scores.per_token)
+        return super().look(scores, rollout, table)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
         """Add this batch's products; none of a window resumed in its middle, or that lost rows."""
@@ -285,6 +428,12 @@ class RegressionCredit(Credit):
         """Restore both."""
         super().load_state_dict(state)
         self._squares, self._along = state["squares"], state["along"]
+
+
+def _groups(seen: Experience) -> Tensor:
+    """The prompt of each completion; where each prompt has one, all are of one group."""
+    layout = seen.rollout.layout
+    return torch.zeros_like(layout.row) if layout.shape[1] == 1 else layout.row
 
 
 def _share_of(advantage: Any, name: str) -> Share:

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.credit import COLUMN, PathwiseCredit, RegressionCredit
+from grade_lightning.credit import COLUMN, PathwiseCredit, PrefixCredit, RegressionCredit
 from grade_lightning.errors import InputError
 from grade_lightning.methods import CISPO, GRPO, PPO, RLOO, DrGRPO, Reinforce
-from grade_lightning.records import Prompts, Rollout, TokenStats
+from grade_lightning.records import Prompts, Rollout, Scores, TokenStats
 from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 from tests.functional.problems import Problem
@@ -86,6 +86,54 @@ def test_the_mean_is_that_of_the_method(line: enumeration.Line) -> None:
         assert (moments(line, problem, without)[0] - truth).norm() > 0.1 * truth.norm()
 
 
+def with_prefixes(line: enumeration.Line, problem: Problem, credit: PrefixCredit, slope: float) -> Any:
+    """The method of the table, of which the reward says something of each beginning."""
+    module = enumeration.make(line, problem)
+    credit.attach(module.advantage, module.terms[0].aggregate, line.method)
+    credit._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
+    module.credit = credit
+    module.terms.append(credit)
+    return module
+
+
+def moments_with_values(line: enumeration.Line, problem: Problem, module: Any, values: Tensor) -> tuple[Tensor, float]:
+    """Mean of the update and its variance, over all batches; `values` are of each completion before each token."""
+    mean, square = torch.zeros_like(problem.logits), 0.0
+    for outcomes, probability in enumeration.batches(line, problem, 1.0):
+        seen = enumeration.experience(line, problem, module, outcomes)
+        seen = replace(seen, scores=replace(seen.scores, prefixes=values[outcomes]))
+        update = enumeration.update(module, seen, None)
+        mean += probability * update
+        square += probability * float(update.square().sum())
+    return mean, square - float(mean.square().sum())
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method}{' with KL' if line.kl else ''}")
+def test_whatever_is_said_of_beginnings_the_mean_is_that_of_the_method(line: enumeration.Line) -> None:
+    problem = enumeration.make_problem()
+    truth, _ = moments(line, problem, enumeration.make(line, problem))
+    said = torch.randn(len(problem.logits), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    module = with_prefixes(line, problem, PrefixCredit(), slope=1.7)
+    found, _ = moments_with_values(line, problem, module, said[problem.rows])
+    assert (found - truth).norm() < 1e-10 * truth.norm()
+    own = problem.rewards.unsqueeze(1) * torch.arange(2)  # knows the token, as no beginning does
+    wrong, _ = moments_with_values(line, problem, module, own)
+    assert (wrong - truth).norm() > 0.02 * truth.norm()
+
+
+def test_expected_rewards_of_beginnings_take_noise_away() -> None:
+    """λ = 0 with them takes more, and is right too: they are the true values."""
+    line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
+    truth, noise = moments(line, problem, enumeration.make(line, problem))
+    values = enumeration.expected_rewards(problem)
+    found = [
+        moments_with_values(line, problem, with_prefixes(line, problem, PrefixCredit(lam), 1.0), values)
+        for lam in (1.0, 0.0)
+    ]
+    assert all((mean - truth).norm() < 1e-10 * truth.norm() for mean, _ in found)
+    assert found[1][1] < found[0][1] < noise
+
+
 def test_its_own_gradient_would_be_a_bias() -> None:
     """The tempting mistake: scores that know the completion. Here they are its reward times its own tokens."""
     line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
@@ -133,8 +181,19 @@ def test_an_engine_with_old_weights_is_corrected_with_it() -> None:
 # ---- in a run -------------------------------------------------------------------------------------------------------
 
 
+class ToyByToken(Toy):
+    """Also scores what stands before each token."""
+
+    reads_prefixes = True
+
+    def with_prefixes(self, rollout: Rollout) -> Scores:
+        scores, place = self.score(rollout), torch.arange(rollout.completion_ids.shape[1])
+        shorter = (replace(rollout, completion_mask=rollout.completion_mask & (place < t)) for t in place)
+        return replace(scores, prefixes=torch.stack([self(part) for part in shorter], 1))
+
+
 def make(method: Any = RLOO, **kwargs: Any) -> Any:
-    settings = plain(method, num_generations=4, sampler=Sampler(12, engine=Prescribed()), reward=Toy())
+    settings = plain(method, num_generations=4, sampler=Sampler(12, engine=Prescribed()), reward=ToyByToken())
     return build(method, **settings | {"credit": PathwiseCredit()} | kwargs)
 
 
@@ -162,7 +221,7 @@ def prompts_of(seed: int) -> Prompts:
     return Prompts.of(prompts(4, 4, seed)).repeat(torch.full((4,), 4))
 
 
-@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit])
+@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
 def test_a_resumed_run_is_the_run(kind: Any, tmp_path: Path) -> None:
     given = [prompts(4, 4, seed) for seed in range(4)]
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -188,7 +247,7 @@ def above_nine(prompts: list[str], completions: list[str], **columns: Any) -> li
     return [sum(word > 9 for word in text) / max(1, len(text)) for text in words]
 
 
-@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit])
+@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
 def test_a_window_that_is_resumed_in_the_middle_has_its_scores(kind: Any, tmp_path: Path) -> None:
     """It ends as it would have; what it would have said for later ones is lost."""
     given = [prompts(4, 4, seed) for seed in range(2)]
@@ -200,15 +259,38 @@ def test_a_window_that_is_resumed_in_the_middle_has_its_scores(kind: Any, tmp_pa
 
 
 @pytest.mark.parametrize("method", [DrGRPO, GRPO, Reinforce, CISPO])
-def test_methods_that_take_it(method: Any) -> None:
+@pytest.mark.parametrize("kind", [PathwiseCredit, PrefixCredit])
+def test_methods_that_take_it(method: Any, kind: Any) -> None:
     settings = {"num_generations": 1} if method is Reinforce else {}
-    module = make(method, **settings)
-    run(module, *(prompts(4, module.num_generations, seed) for seed in range(2)))
-    assert module.credit.scores() is not None
+    module = make(method, credit=kind(), **settings)
+    watch = run(module, *(prompts(4, module.num_generations, seed) for seed in range(3)))
+    assert math.isfinite(watch.logged[-1]["train/credit_slope"])
+    assert watch.logged[-1]["train/credit_r2"] > 0
+
+
+def test_the_slope_of_beginnings_is_that_of_least_squares() -> None:
+    """Of rewards and values less those of the others that have the position, by a plain loop."""
+    module = make(credit=PrefixCredit(), lr=0.0)
+    run(module, prompts(4, 4))
+    rollout = Prescribed().generate(module.policy, module.sampler.distribution, prompts_of(0))
+    scores, along, size = ToyByToken().with_prefixes(rollout), 0.0, 0.0
+    assert scores.prefixes is not None
+    for row, own in enumerate(rollout.sampled):
+        others = [i for i in range(4 * (row // 4), 4 * (row // 4) + 4) if i != row]
+        for t in own.nonzero().flatten():
+            there = [i for i in others if rollout.sampled[i, t]]
+            if there:
+                gaps = scores.prefixes[:, t] - scores.prefixes[:, 0]
+                d = gaps[row] - gaps[there].mean()
+                along += float(d * (scores.total[row] - scores.total[there].mean()))
+                size += float(d.square())
+    assert module.credit.slope == pytest.approx(along / size, rel=1e-6)
 
 
 def test_what_cannot_work_is_named() -> None:
     with pytest.raises(InputError, match=r"credit: how far the advantage of PPO follows a reward is not known"):
         PPO(credit=PathwiseCredit())
+    with pytest.raises(InputError, match="does not score the beginnings"):
+        make(credit=PrefixCredit(), reward=Toy())
     with pytest.raises(InputError, match="not differentiable"):
         RLOO(credit=PathwiseCredit(), reward=lambda prompts, completions, **_: [0.0] * len(completions))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
@@ -67,6 +67,30 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
     """
     n = _answered(rewards)
     return group_centred(rewards) * n / (n - 1).clamp(min=1)
+
+
+def off_others(
+    values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], groups: Int[Tensor, " b"]
+) -> Float[Tensor, "b t"]:
+    """Values less their mean over the group's other rows that have the position; 0 outside of the mask.
+
+    Where no other row has it, the value stays.
+
+    Args:
+        values: of each position.
+        mask: which positions a row has.
+        groups: the group of each row, from 0.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> off_others(torch.tensor([[1.0, 2.0], [4.0, 9.0]]), mask, torch.tensor([0, 0]))
+        tensor([[-3.,  2.],
+                [ 3.,  0.]])
+    """
+    own, there = values.masked_fill(~mask, 0), mask.to(values.dtype)
+    empty = values.new_zeros(int(groups.max()) + 1, values.shape[1])
+    sums, counts = (empty.index_add(0, groups, x)[groups] - x for x in (own, there))
+    return (own - sums / counts.clamp(min=1)).masked_fill(~mask, 0)
 
 
 def group_standardised(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, "p g"]:

@@ -60,7 +60,7 @@ class PolicyGradientModule(SelectingModule):
         critic: a value head with its loss; none by default.
         terms: further terms of the loss; one with parameters is an `nn.Module`, too, and these are trained.
         correction: weights for an engine that draws from a slightly different policy; none by default.
-        credit: takes off the rewards what earlier batches say of their tokens, without a bias; none by default.
+        credit: takes off the advantages what is known of a completion, without a bias; none by default.
         whole_groups: train on all completions of a prompt in the same step.
         num_generations: completions for each prompt, G; `data.batch_size` counts completions.
         epochs: how often the completions of a window are used.
@@ -151,6 +151,8 @@ class PolicyGradientModule(SelectingModule):
         """Load policy and rewards. LoRA's dropout is switched off: a ratio compares the policy with itself."""
         super().configure_model()
         self.check_selection()
+        if self.credit is not None:
+            self.credit.check(self.reward)
         if self.critic is not None:
             self.critic.build(self.policy.width)
         if not self.policy.dropout:
@@ -206,6 +208,8 @@ class PolicyGradientModule(SelectingModule):
         if self.credit is not None:
             seen = self.credit.take_off(seen)
         advantages = raw = self.advantage(seen, self.reduce)
+        if self.credit is not None:
+            advantages = self.credit.adjust(seen, raw)
         seen.metrics = seen.metrics | engine_figures(old.logps, seen.rollout)
         if self.correction is not None:
             weights, figures = self.correction(old.logps, seen.rollout)

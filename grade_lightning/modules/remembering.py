@@ -6,7 +6,7 @@ from typing import Any
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError
 from grade_lightning.kl import Coefficient
-from grade_lightning.records import Experience, Scores, StepOutput, TokenStats
+from grade_lightning.records import Experience, StepOutput, TokenStats
 from grade_lightning.rewards import Reward
 from grade_lightning.stateful import Stateful
 
@@ -64,7 +64,7 @@ class Remembering:
 
 def as_seen(experience: Experience, step: StepOutput) -> Experience:
     """A batch as parts look at it after its loss: no adjoints, and the statistics of the training pass."""
-    scores = Scores(experience.scores.total, experience.scores.parts, per_token=experience.scores.per_token)
+    scores = replace(experience.scores, adjoints=[])
     return replace(Experience(experience.rollout, scores, experience.beta), old=step.stats.detach())
 
 

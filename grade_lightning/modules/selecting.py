@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -105,7 +104,7 @@ class SelectingModule(AlignmentModule):
         judged, credit = self.judged(rollout), self.credit
         if credit is None or not self._collecting:
             return self.reward.begin(judged)
-        begun = partial(self.reward.pathwise, judged) if credit.needs_gradient else self.reward.begin(judged)
+        begun = credit.begin(self.reward, judged)
         return lambda: credit.look(begun(), judged, self.policy.table())
 
     def _finished(self, seen: Experience) -> Experience:

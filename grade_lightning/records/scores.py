@@ -25,6 +25,8 @@ class Scores:
     """Gradient of `total.nansum()` at the completion's tokens; only from :meth:`Reward.pathwise`."""
     per_token: Tensor | None = None
     """(B, T): how `total` is spread over the tokens; None: all of it is of the last one."""
+    prefixes: Tensor | None = None
+    """(B, T): the reward of what stands before each token; only from :meth:`Reward.with_prefixes`."""
 
     def __post_init__(self) -> None:
         """Rewards of a group differ by less than half precision can tell."""
@@ -51,28 +53,35 @@ class Scores:
         """
         spread = self.per_token
         spread = None if spread is None else spread + last_token(mask) * values.unsqueeze(1)
-        return Scores(self.total + values, self.parts | {name: values}, per_token=spread)
+        parts = self.parts | {name: values}
+        return Scores(self.total + values, parts, per_token=spread, prefixes=self.prefixes)
 
     def select(self, rows: Tensor, length: int | None = None) -> "Scores":
         """Those of some of the sequences, cut to `length` tokens; without adjoints."""
-        per_token = None if self.per_token is None else self.per_token[rows, :length]
+        per_token, prefixes = (None if x is None else x[rows, :length] for x in (self.per_token, self.prefixes))
         parts = {name: value[rows] for name, value in self.parts.items()}
-        return Scores(self.total[rows], parts, per_token=per_token)
+        return Scores(self.total[rows], parts, per_token=per_token, prefixes=prefixes)
 
     @classmethod
     def join(cls, scores: "list[Scores]") -> "Scores":
         """Those of several rollouts; without adjoints."""
         parts = {name: torch.cat([score.parts[name] for score in scores]) for name in scores[0].parts}
-        spread = [score.per_token for score in scores if score.per_token is not None]
-        longest = max((x.shape[1] for x in spread), default=0)
-        per_token = torch.cat([pad(x, (0, longest - x.shape[1])) for x in spread]) if spread else None
-        return cls(torch.cat([score.total for score in scores]), parts, per_token=per_token)
+        per_token = _stacked([score.per_token for score in scores])
+        prefixes = _stacked([score.prefixes for score in scores])
+        return cls(torch.cat([score.total for score in scores]), parts, per_token=per_token, prefixes=prefixes)
 
     def pack(self) -> dict[str, Any]:
         """Tensors alone, as a checkpoint may hold them; without adjoints."""
-        per_token = None if self.per_token is None else self.per_token.cpu()
+        per_token, prefixes = (None if x is None else x.cpu() for x in (self.per_token, self.prefixes))
         parts = {name: value.cpu() for name, value in self.parts.items()}
-        return {"total": self.total.cpu(), "parts": parts, "per_token": per_token}
+        return {"total": self.total.cpu(), "parts": parts, "per_token": per_token, "prefixes": prefixes}
+
+
+def _stacked(tables: list[Tensor | None]) -> Tensor | None:
+    """One below the other, with zeros where one is narrower."""
+    known = [table for table in tables if table is not None]
+    longest = max((table.shape[1] for table in known), default=0)
+    return torch.cat([pad(table, (0, longest - table.shape[1])) for table in known]) if known else None
 
 
 def unique_name(name: str, taken: Container[str]) -> str:

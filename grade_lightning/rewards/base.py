@@ -19,6 +19,8 @@ class Reward(nn.Module, ABC):
     """
 
     differentiable = False
+    reads_prefixes = False
+    """Whether it can score what stands before each token, as :meth:`with_prefixes` does."""
 
     @property
     def name(self) -> str:
@@ -55,6 +57,18 @@ class Reward(nn.Module, ABC):
         """
         scores = self.score(rollout)
         return lambda: scores
+
+    def with_prefixes(self, rollout: Rollout) -> Scores:
+        """Scores, and the reward of what stands before each token.
+
+        Raises:
+            InputError: it scores whole texts alone.
+        """
+        raise InputError(
+            f"reward {self.name}: does not score the beginnings of texts, of which PrefixCredit makes its baseline; "
+            "use a ClassifierReward or SequenceClassifierReward of the policy's vocabulary on a causal model, or "
+            "another credit"
+        )
 
     def relaxed(self, rollout: RelaxedRollout) -> Scores:
         """Scores of the soft tokens, with their graph.

@@ -59,13 +59,24 @@ class Classifier(nn.Module):
         Returns:
             (B,)
         """
+        states, keep = self._states(embeddings, mask)
+        logits: Tensor = self.head(states.sum(1) / keep.sum(1)).squeeze(-1)
+        return logits
+
+    def along(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Logits of the text up to each position, (B, L); of embeddings and mask as above."""
+        states, keep = self._states(embeddings, mask)
+        logits: Tensor = self.head(states.cumsum(1) / keep.cumsum(1).clamp(min=1)).squeeze(-1)
+        return logits
+
+    def _states(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states, 0 at padding, and the mask, (B, L, 1)."""
         states = self.backbone(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
         ).last_hidden_state
         states = states.to(next(self.head.parameters()).dtype)
         keep = mask.unsqueeze(-1).to(states.dtype)
-        logits: Tensor = self.head((states * keep).sum(1) / keep.sum(1)).squeeze(-1)
-        return logits
+        return states * keep, keep
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The logit, (B,), of ids and mask (B, L)."""
@@ -156,5 +167,13 @@ class ClassifierReward(NetworkReward):
     def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """P(positive) or the logit, (B,), in float32 or better."""
         assert self.classifier is not None
-        logits: Tensor = widened(self.classifier(embeddings, mask))
-        return logits.sigmoid() if self.output == "probability" else logits
+        return self._output(self.classifier(embeddings, mask))
+
+    def along(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """The same of the text up to each position, (B, L)."""
+        assert self.classifier is not None
+        return self._output(self.classifier.along(embeddings, mask))
+
+    def _output(self, logits: Tensor) -> Tensor:
+        found: Tensor = widened(logits)
+        return found.sigmoid() if self.output == "probability" else found

@@ -1,12 +1,15 @@
 """Rewards that are networks with a tokenizer of their own, which may have the policy's vocabulary or another."""
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError
+from grade_lightning.policies.anatomy import TOKENS, distance, some_tokens, tolerance
 from grade_lightning.policies.context import context_length
 from grade_lightning.policies.loading import embedding_table, load_pretrained, resolve_model, torch_dtype
 from grade_lightning.records import RelaxedRollout, Rollout, Scores
@@ -106,6 +109,53 @@ class NetworkReward(DifferentiableReward):
     def translate(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Pieces:
         """The same text in the reward's own tokens."""
         return retokenize(rollout, tokenizer, self.room)
+
+    @property
+    def reads_prefixes(self) -> bool:  # type: ignore[override]
+        """With the policy's vocabulary, if what the network says of a text's beginning depends on no later token."""
+        return self.foreign is None and self.causal
+
+    @cached_property
+    def causal(self) -> bool:
+        """Found by trying: whether a later token changes nothing that was said of earlier positions."""
+        one = some_tokens(self._loaded, 1, TOKENS)
+        other = torch.cat([one[:, :-1], one[:, :1] if one[0, 0] != one[0, -1] else one[:, 1:2]], dim=1)
+        mask = torch.ones_like(one)
+        with torch.no_grad():
+            found, changed = (self.along(self.embed(ids), mask) for ids in (one, other))
+        if found is None or changed is None:
+            return False
+        found, changed = found[:, :-1], changed[:, :-1]
+        return torch.equal(found, changed) or distance(changed, found) <= tolerance(found)
+
+    @abstractmethod
+    def along(self, embeddings: Tensor, mask: Tensor) -> Tensor | None:
+        """Scores of the text up to each position, (B, L), of a causal network; None if its head reads no beginnings."""
+
+    def places(self, rollout: Rollout) -> Tensor:
+        """Where in the text that is scored each token of the completion is, (B, T); −1: nowhere."""
+        length = rollout.completion_ids.shape[1]
+        found = rollout.prompt_ids.shape[1] + torch.arange(length, device=rollout.completion_ids.device)
+        return found.expand(len(rollout.ids), length)
+
+    @torch.no_grad()
+    def with_prefixes(self, rollout: Rollout) -> Scores:
+        """One pass: the score of the whole text and of what stands before each token.
+
+        Raises:
+            InputError: another vocabulary, or a network that sees later tokens.
+        """
+        if not self.reads_prefixes:
+            return super().with_prefixes(rollout)
+        embeddings, mask = self.place(rollout, self.table()[rollout.completion_ids])
+        values = self.along(embeddings, mask)
+        assert values is not None
+        places = self.places(rollout)
+        before = torch.where(places >= 0, places - 1, places.cummax(1).values)  # of a token that it does not read
+        prefixes = values.gather(1, before.clamp(min=0)).masked_fill(before < 0, 0)
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
+        total = values.gather(1, last).squeeze(1)
+        return Scores(total, {self.name: total}, prefixes=prefixes)
 
     def pathwise(self, rollout: Rollout) -> Scores:
         """Scores with the gradient at the tokens.

@@ -80,6 +80,19 @@ class SequenceClassifier(nn.Module):
         """
         return _logits(self.model, embeddings, mask, self.pools_last)
 
+    def along(self, embeddings: Tensor, mask: Tensor) -> Tensor | None:
+        """Logits of the labels for the text up to each position, (B, L, labels); None if it pools elsewhere.
+
+        Args:
+            embeddings: (B, L, width), padded on the right.
+            mask: (B, L), 0 for padding.
+        """
+        head = getattr(self.model, "score", None)
+        if not self.pools_last or head is None:
+            return None
+        logits: Tensor = head(self.model.base_model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state)
+        return logits
+
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The logit of the first label, (B,), of ids and mask (B, L)."""
         logits: Tensor = self(self.embed(ids), self.readable(ids, mask))

@@ -95,10 +95,24 @@ class SequenceClassifierReward(NetworkReward):
     def score_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """The chosen output, (B,), in float32 or better; padded on the right."""
         assert self.classifier is not None
-        logits: Tensor = widened(self.classifier(embeddings, mask))
+        return self._output(self.classifier(embeddings, mask))
+
+    def along(self, embeddings: Tensor, mask: Tensor) -> Tensor | None:
+        """The chosen output of the text up to each position, (B, L); None if the model pools elsewhere."""
+        assert self.classifier is not None
+        logits = self.classifier.along(embeddings, mask)
+        return None if logits is None else self._output(logits)
+
+    def places(self, rollout: Rollout) -> Tensor:
+        """Where in the framed text each token of the completion is, (B, T)."""
+        assert self.tokenizer is not None
+        return frame(rollout, self.tokenizer, self.room).places
+
+    def _output(self, logits: Tensor) -> Tensor:
+        logits = widened(logits)
         if self.output == "softmax":
             logits = logits.softmax(-1)
-        chosen = logits[:, self._column]
+        chosen = logits[..., self._column]
         return self.scale * (chosen.sigmoid() if self.output == "sigmoid" else chosen) + self.shift
 
 

@@ -72,6 +72,18 @@ class WeightedSum(Reward):
                 reward.pathwise(rollout)  # says what to do instead
         return self._add(rollout, [reward.pathwise(rollout) for reward in self.parts])
 
+    @property
+    def reads_prefixes(self) -> bool:  # type: ignore[override]
+        """Whether a part does."""
+        return any(reward.reads_prefixes for reward in self.parts)
+
+    def with_prefixes(self, rollout: Rollout) -> Scores:
+        """The weighted sum, and that of what stands before each token, by the parts that score it."""
+        if not self.reads_prefixes:
+            return super().with_prefixes(rollout)
+        found = [part.with_prefixes(rollout) if part.reads_prefixes else part.score(rollout) for part in self.parts]
+        return self._add(rollout, found)
+
     def relaxed(self, rollout: RelaxedRollout) -> Scores:
         """The weighted sum and each part, with their graphs."""
         return self._add(rollout, [reward.relaxed(rollout) for reward in self.parts])
@@ -89,8 +101,8 @@ class WeightedSum(Reward):
             for name, value in score.parts.items():
                 parts[unique_name(name, parts)] = value
         adjoints = [Adjoint(w * part.gradient, part.table) for w, score in counted for part in score.adjoints]
-        per_token = None
+        per_token, prefixes = None, [w * score.prefixes for w, score in counted if score.prefixes is not None]
         if any(score.per_token is not None for _, score in counted):
             spread = [w * score.at_tokens(rollout.sampled) for w, score in counted]
             per_token = torch.stack(spread).sum(0)
-        return Scores(total, parts, adjoints, per_token)
+        return Scores(total, parts, adjoints, per_token, torch.stack(prefixes).sum(0) if prefixes else None)
