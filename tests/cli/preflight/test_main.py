@@ -9,8 +9,7 @@ import torch
 
 import grade_lightning.methods
 from tests.cli.conftest import Run, Shelf
-from tests.cli.preflight.conftest import Look, arguments
-from tests.conftest import mostly_slow
+from tests.cli.preflight.conftest import Look
 
 inventory = import_module("grade_lightning_cli.preflight.inventory")
 
@@ -24,27 +23,6 @@ def test_a_batch_that_does_not_fit(refuse: Any, look: Look, shelf: Shelf, monkey
     assert memory.total(int(largest)) <= 0.9 * 2_000_000 < memory.total(int(largest) + 2)
     monkeypatch.setattr(inventory, "room", lambda *_: 100_000)
     assert "take a smaller model" in refuse(*shelf.all)
-
-
-@pytest.mark.parametrize("method", mostly_slow(["GradeSTE", "RLOO", "SupervisedFineTuning"], "RLOO"))
-def test_settings_that_are_named_are_enough(
-    method: str, refuse: Any, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = [*arguments(shelf, method), "--data.batch_size=16"]
-    _, memory = look(*args)
-    room = memory.total(12)
-    monkeypatch.setattr(inventory, "room", lambda *_: room / 0.9)
-    line = refuse(*args)
-    ways = re.findall(r"set (--\S+ \S+)(?: (--\S+ \S+))?,", line)
-    assert [way.split()[0] for way, _ in ways] == ["--data.batch_size", "--model.policy.gradient_checkpointing"]
-    for way in ways:
-        _, memory = look(*args, *(part for setting in way for part in setting.split()))  # is not refused
-        size, micro = 16, 1
-        for name, value in (setting.split() for setting in way if setting):
-            size = int(value) if name == "--data.batch_size" else size
-            micro = int(value) if name == "--trainer.accumulate_grad_batches" else micro
-        assert size * micro == 16
-        assert memory.total(size) <= room
 
 
 def test_memory_that_is_used_up_on_the_way(refuse: Any, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
