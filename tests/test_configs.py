@@ -26,13 +26,15 @@ ALIGNMENT = [
     for name, value in vars(grade_lightning.methods).items()
     if isinstance(value, type) and issubclass(value, AlignmentModule)
 ]
+WEIGHTS = [name for name in ALIGNMENT if name != "PromptSearch"]
+"""Of these some weights are trained, so there is an optimizer to choose."""
 RECIPES = {
     "bundled": ALIGNMENT,
     "calculator_sft": ["SupervisedFineTuning"],
     "calculator_turns": ["GRPO", "TurnPPO"],
-    "imdb_gpt2": ALIGNMENT,
+    "imdb_gpt2": WEIGHTS,
     "imdb_local": [*ALIGNMENT, "RewardModel", "SupervisedFineTuning"],
-    "imdb_qwen3_4b_lora": ALIGNMENT,
+    "imdb_qwen3_4b_lora": WEIGHTS,
     "imdb_reward_gpt2": ["RewardModel"],
     "paper_estimator": ["GradeSTE"],
     "small_gpt2": ["GradeSTE"],
