@@ -68,9 +68,15 @@ class Credit(Stateful, Term):
             InputError: it does not.
         """
 
-    def begin(self, reward: Reward, rollout: Rollout) -> Callable[[], Scores]:
-        """Begin to score what is to be trained on; what is returned waits for the scores."""
-        return partial(reward.pathwise, rollout) if self.needs_gradient else reward.begin(rollout)
+    def begin(self, reward: Reward, rollout: Rollout, learns: bool) -> Callable[[], Scores]:
+        """Begin to score; what is returned waits for the scores.
+
+        Args:
+            reward: what is maximised.
+            rollout: what it reads.
+            learns: whether :meth:`look` is going to see the scores.
+        """
+        return partial(reward.pathwise, rollout) if learns and self.needs_gradient else reward.begin(rollout)
 
     def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
         """See a part of a batch when it is scored; returns the scores without adjoints.
@@ -184,7 +190,7 @@ class PrefixCredit(Credit):
         if not reward.reads_prefixes:
             reward.with_prefixes(None)  # type: ignore[arg-type]  # says what to do instead
 
-    def begin(self, reward: Reward, rollout: Rollout) -> Callable[[], Scores]:
+    def begin(self, reward: Reward, rollout: Rollout, learns: bool) -> Callable[[], Scores]:
         """With the reward of what stands before each token."""
         return partial(reward.with_prefixes, rollout)
 

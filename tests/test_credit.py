@@ -268,6 +268,18 @@ def test_methods_that_take_it(method: Any, kind: Any) -> None:
     assert watch.logged[-1]["train/credit_r2"] > 0
 
 
+@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
+def test_further_estimates_of_the_gradient_have_it_and_teach_nothing(kind: Any) -> None:
+    """As those of a variance probe."""
+    module = make(credit=kind())
+    run(module, *(prompts(4, 4, seed) for seed in range(2)))
+    before = module.credit.slope
+    assert module.draw_loss(prompts(4, 4, 5)).isfinite()
+    assert module.credit.slope == before
+    assert not getattr(module.credit, "_sums", None)
+    assert not getattr(module.credit, "_new", None)
+
+
 def test_the_slope_of_beginnings_is_that_of_least_squares() -> None:
     """Of rewards and values less those of the others that have the position, by a plain loop."""
     module = make(credit=PrefixCredit(), lr=0.0)

@@ -102,10 +102,10 @@ class SelectingModule(AlignmentModule):
         """Begin to score; what is returned waits for the scores."""
         self.meter.count(rollout)
         judged, credit = self.judged(rollout), self.credit
-        if credit is None or not self._collecting:
+        if credit is None:
             return self.reward.begin(judged)
-        begun = credit.begin(self.reward, judged)
-        return lambda: credit.look(begun(), judged, self.policy.table())
+        begun = credit.begin(self.reward, judged, self._collecting)
+        return (lambda: credit.look(begun(), judged, self.policy.table())) if self._collecting else begun
 
     def _finished(self, seen: Experience) -> Experience:
         """With the length penalty, and the share of groups that say nothing."""

@@ -30,6 +30,11 @@ class GroupNormalizedSum(WeightedSum):
         super().__init__(rewards, weights)
         self.differentiable = False
 
+    @property
+    def reads_prefixes(self) -> bool:  # type: ignore[override]
+        """No: a mean over completions is of whole ones."""
+        return False
+
     def load(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         """Load every part."""
         super().load(tokenizer, vocabulary)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grade_lightning.errors import InputError
 from grade_lightning.records import Rollout, Scores
-from grade_lightning.rewards import ClassifierReward, Reward, SequenceClassifierReward, WeightedSum
+from grade_lightning.rewards import ClassifierReward, GroupNormalizedSum, Reward, SequenceClassifierReward, WeightedSum
 from tests.conftest import CONFIGS, VOCABULARY, make_tokenizer
 from tests.rewards.making import constant, make_classifier, make_rollout, words_in
 from tests.rewards.sequences import CHAT, words, write_classifier
@@ -96,6 +96,7 @@ def test_a_sum_is_that_of_the_parts_that_read_them() -> None:
     assert own.prefixes is not None
     torch.testing.assert_close(found.prefixes, 0.5 * own.prefixes)
     torch.testing.assert_close(found.total, whole(rollout))
+    assert not GroupNormalizedSum([part]).reads_prefixes
     alone = WeightedSum([constant(1.0, 2.0, 3.0)])
     with pytest.raises(InputError, match="WeightedSum: does not score the beginnings"):
         alone.with_prefixes(rollout)
