@@ -61,7 +61,7 @@ class Setting(NamedTuple):
     def policy(self, o: argparse.Namespace) -> Policy:
         """With room for the longest completion that is asked for."""
         torch.manual_seed(o.seed)
-        positions = PROMPT + max(self.length, *o.length)
+        positions = PROMPT + max([self.length, *o.length])
         found = policy(self.vocabulary, layers=o.layers, width=o.width, positions=positions).to(o.device)
         if o.chunk:
             found.training_pass = ChunkedPass(o.chunk)
