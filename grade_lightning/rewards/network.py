@@ -128,9 +128,9 @@ class NetworkReward(DifferentiableReward):
         found, changed = found[:, :-1], changed[:, :-1]
         return torch.equal(found, changed) or distance(changed, found) <= tolerance(found)
 
-    @abstractmethod
     def along(self, embeddings: Tensor, mask: Tensor) -> Tensor | None:
-        """Scores of the text up to each position, (B, L), of a causal network; None if its head reads no beginnings."""
+        """Scores of the text up to each position, (B, L), of a causal network; None: its head reads no beginnings."""
+        return None
 
     def places(self, rollout: Rollout) -> Tensor:
         """Where in the text that is scored each token of the completion is, (B, T); −1: nowhere."""
