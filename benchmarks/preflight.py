@@ -52,8 +52,8 @@ class Beside(measure._Measure):
     memory: Memory
     peak: int
 
-    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, unit: int) -> Memory:
-        self.memory = super()._memory(trainer, module, batch, unit)
+    def _memory(self, trainer: Trainer, module: TrainableModule, batch: Any, size: int) -> Memory:
+        self.memory = super()._memory(trainer, module, batch, size)
         rows = module.batching.rows(self.data.batch_size)
         longest = measure.longest(batch, rows, inventory.lengths(module, self.data))
         module.zero_grad()
