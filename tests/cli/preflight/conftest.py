@@ -47,10 +47,10 @@ def look(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     monkeypatch.setattr(tables, "needs", watched)
 
     def look(*args: str) -> tuple[str, Any]:
-        before = set(Path().rglob("*"))
+        before = files()
         capsys.readouterr()
         run("fit", *args, "--preflight")
-        assert set(Path().rglob("*")) == before
+        assert files() == before
         return capsys.readouterr().out, found[-1]
 
     return look
@@ -71,6 +71,11 @@ def refuse(run: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return refuse
+
+
+def files() -> set[Path]:
+    """All here, but what Python keeps of modules that it imports."""
+    return {path for path in Path().rglob("*") if "__pycache__" not in path.parts}
 
 
 def cell(table: str, row: str) -> str:
