@@ -35,8 +35,7 @@ Share = Callable[[Tensor, Tensor], Tensor]
 class Credit(Stateful, Term):
     """A policy gradient with less noise and the same mean: what is known of a completion is taken off its advantages.
 
-    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch;
-    where rewards are divided by their spread, the spread is that of what is left of them.
+    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch.
 
     Args:
         decay: of the moving averages, in batches.
@@ -224,6 +223,7 @@ class TokenCredit(Credit):
     Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = η w · e_v of each token v.
     How much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward before
     the advantages are made, and the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added.
+    Where rewards are divided by their spread, the spread is that of what is left of them.
 
     Args:
         decay: of the moving averages, in batches.

@@ -62,11 +62,15 @@ def with_credit(line: enumeration.Line, problem: Problem, credit: PathwiseCredit
     return module
 
 
-def moments(line: enumeration.Line, problem: Problem, module: Any) -> tuple[Tensor, float]:
-    """Mean of the update and its variance, over all batches."""
+def moments(
+    line: enumeration.Line, problem: Problem, module: Any, values: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Mean of the update and its variance, over all batches; `values` are of each completion before each token."""
     mean, square = torch.zeros_like(problem.logits), 0.0
     for outcomes, probability in enumeration.batches(line, problem, 1.0):
-        update = enumeration.update(module, enumeration.experience(line, problem, module, outcomes), None)
+        seen = enumeration.experience(line, problem, module, outcomes)
+        seen.scores.prefixes = None if values is None else values[outcomes]
+        update = enumeration.update(module, seen, None)
         mean += probability * update
         square += probability * float(update.square().sum())
     return mean, square - float(mean.square().sum())
@@ -96,28 +100,16 @@ def with_prefixes(line: enumeration.Line, problem: Problem, credit: PrefixCredit
     return module
 
 
-def moments_with_values(line: enumeration.Line, problem: Problem, module: Any, values: Tensor) -> tuple[Tensor, float]:
-    """Mean of the update and its variance, over all batches; `values` are of each completion before each token."""
-    mean, square = torch.zeros_like(problem.logits), 0.0
-    for outcomes, probability in enumeration.batches(line, problem, 1.0):
-        seen = enumeration.experience(line, problem, module, outcomes)
-        seen = replace(seen, scores=replace(seen.scores, prefixes=values[outcomes]))
-        update = enumeration.update(module, seen, None)
-        mean += probability * update
-        square += probability * float(update.square().sum())
-    return mean, square - float(mean.square().sum())
-
-
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method}{' with KL' if line.kl else ''}")
 def test_whatever_is_said_of_beginnings_the_mean_is_that_of_the_method(line: enumeration.Line) -> None:
     problem = enumeration.make_problem()
     truth, _ = moments(line, problem, enumeration.make(line, problem))
     said = torch.randn(len(problem.logits), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     module = with_prefixes(line, problem, PrefixCredit(), slope=1.7)
-    found, _ = moments_with_values(line, problem, module, said[problem.rows])
+    found, _ = moments(line, problem, module, said[problem.rows])
     assert (found - truth).norm() < 1e-10 * truth.norm()
     own = problem.rewards.unsqueeze(1) * torch.arange(2)  # knows the token, as no beginning does
-    wrong, _ = moments_with_values(line, problem, module, own)
+    wrong, _ = moments(line, problem, module, own)
     assert (wrong - truth).norm() > 0.02 * truth.norm()
 
 
@@ -126,10 +118,7 @@ def test_expected_rewards_of_beginnings_take_noise_away() -> None:
     line, problem = enumeration.Line("RLOO"), enumeration.make_problem()
     truth, noise = moments(line, problem, enumeration.make(line, problem))
     values = enumeration.expected_rewards(problem)
-    found = [
-        moments_with_values(line, problem, with_prefixes(line, problem, PrefixCredit(lam), 1.0), values)
-        for lam in (1.0, 0.0)
-    ]
+    found = [moments(line, problem, with_prefixes(line, problem, PrefixCredit(lam), 1.0), values) for lam in (1.0, 0.0)]
     assert all((mean - truth).norm() < 1e-10 * truth.norm() for mean, _ in found)
     assert found[1][1] < found[0][1] < noise
 

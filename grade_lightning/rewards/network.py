@@ -118,8 +118,8 @@ class NetworkReward(DifferentiableReward):
     @cached_property
     def causal(self) -> bool:
         """Found by trying: whether a later token changes nothing that was said of earlier positions."""
-        one = some_tokens(self._loaded, 1, TOKENS)
-        other = torch.cat([one[:, :-1], one[:, :1] if one[0, 0] != one[0, -1] else one[:, 1:2]], dim=1)
+        one, further = some_tokens(self._loaded, 2, TOKENS).split(1)
+        other = torch.cat([one[:, :-1], further[:, -1:]], dim=1)
         mask = torch.ones_like(one)
         with torch.no_grad():
             found, changed = (self.along(self.embed(ids), mask) for ids in (one, other))
