@@ -82,12 +82,11 @@ def step(module: AlignmentModule, batch: dict[str, Any], device: str) -> tuple[f
     return sampled - began, time.perf_counter() - sampled
 
 
-def utilisation(o: argparse.Namespace, policy: Policy, name: str, seconds: float) -> float:
+def utilisation(o: argparse.Namespace, policy: Policy, seconds: float) -> float:
     """Of the device's peak, by the training pass."""
     table = policy.base.get_input_embeddings().weight.numel()
     body = sum(p.numel() for p in policy.base.parameters()) - table
-    passes, hops = 2 + 4 + 2, 2 * 2 if name == "GradeSTE" else 0  # policy, backward, reference; hops (default: 2)
-    flops = o.batch * (passes * (body * (o.prompt + o.length) + table * o.length) + hops * (body + table) * o.length)
+    flops = o.batch * (2 + 4 + 2) * (body * (o.prompt + o.length) + table * o.length)  # policy, backward, reference
     return flops / seconds / o.peak_flops
 
 
@@ -182,7 +181,7 @@ def main() -> None:
             note(f"{name}: {largest} completions fit")
         module.zero_grad(set_to_none=True)
         cells = [f"{sampling:.2f}", f"{speed:.0f}", f"{speed / bound(o, shared):.0%}", f"{training:.2f}"]
-        cells += [f"{utilisation(o, shared, name, training):.1%}", f"{memory.peak / 1e6:.0f}"]
+        cells += [f"{utilisation(o, shared, training):.1%}", f"{memory.peak / 1e6:.0f}"]
         cells.append("" if o.no_largest else str(largest))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     print("\n| check | |\n|---|--:|")

@@ -36,6 +36,7 @@ class Pairs:
             Policy.from_model(few_tokens(1), make_tokenizer()),
             ClassifierReward.from_classifier(few_classifier()),
             sampler=Sampler(max_new_tokens=2, temperature=0.8),
+            hops="exact",
             beta=0.3,
             blend=blend,
             num_generations=2,

@@ -75,7 +75,7 @@ def next_input_gradient(gradient: Float[Tensor, "b l w"], length: int) -> Float[
 @record_function("hops")
 def replay(
     vocabulary: Vocabulary,
-    inputs: Float[Tensor, "b l w"],
+    inputs: Float[Tensor, "b l w"] | None,
     table: Float[Tensor, "v w"],
     direct: Sequence[Adjoint],
     cotangent: Cotangent,
@@ -93,6 +93,7 @@ def replay(
         vocabulary: the n valid positions, with the graph of their hidden states; kept alive.
         inputs: input embeddings that they were computed from (prompt, then the completion but its last token); must
             require grad. Those of the completion alone are enough, and cheaper where the prompt has a graph of its own.
+            Not needed without hops.
         table: the policy's embedding table E: what its embedding module returns for each token id.
         direct: where the tokens enter the objective directly (reward model, reference model), each (n, width).
         cotangent: linear in the adjoint, such as
@@ -126,8 +127,10 @@ def replay(
         return found if source is None else found + source(logits, rows)
 
     products: dict[tuple[int, int], Tensor] = {}
-    residual = inputs.new_full((), torch.nan, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    dtype = torch.promote_types(vocabulary.hidden.dtype, torch.float32)
+    residual = vocabulary.hidden.new_full((), torch.nan, dtype=dtype)
     for hop in range(hops):
+        assert inputs is not None
         hidden = vocabulary.pull(at_logits)
         (gradient,) = torch.autograd.grad(vocabulary.hidden, inputs, hidden, retain_graph=True)
         before = list(arrived)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grade_lightning.errors import InputError
 from grade_lightning.estimators import Gumbel, ReinMax, ReinMaxRao, StraightThrough, TokenEstimator
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.gumbel import exponential_noise, posterior_scores
@@ -66,8 +67,11 @@ def replayed(method: GradeSTE, rollout: Rollout) -> Tensor:
     return gradients(method)
 
 
-def unrolled(method: GradeSTE, rollout: Rollout, kl_prefix: KLPrefix = "full") -> Tensor:
-    """The published computation: one step after another, the whole prefix each time, autograd through everything."""
+def unrolled(method: GradeSTE, rollout: Rollout, kl_prefix: KLPrefix = "full", held: bool = False) -> Tensor:
+    """The published computation: one step after another, the whole prefix each time, autograd through everything.
+
+    If held, the policy reads its own tokens as they are; only the reward reads them as functions of the policy.
+    """
     policy, reward, tau = method.policy, method.reward, method.tau(0, 1)
     assert isinstance(reward, ClassifierReward)
     tokens, mask = rollout.completion_ids, rollout.completion_mask
@@ -98,7 +102,7 @@ def unrolled(method: GradeSTE, rollout: Rollout, kl_prefix: KLPrefix = "full") -
         relaxed = torch.softmax(torch.where(ell.isinf(), ell, ell + noise[:, t]) / tau, dim=-1)
         one_hot = torch.nn.functional.one_hot(tokens[:, t], ell.shape[-1]).to(ell.dtype)
         token = (one_hot + relaxed - relaxed.detach())[:, None]
-        soft = torch.cat([soft, token @ table], dim=1)
+        soft = torch.cat([soft, (token.detach() if held else token) @ table], dim=1)
         reference = torch.cat([reference, token @ policy.frozen.table()], dim=1)
         judged = torch.cat([judged, token @ reward.table()], dim=1)
     objective = reward.score_embeddings(judged, rollout.mask) - method.beta * divergence
@@ -120,6 +124,22 @@ def test_exact_hops_equal_the_unrolled_sampler(name: str, lora: bool) -> None:
     # transformers computes RMSNorm and rotary embeddings in float32 even in a float64 model
     assert relative(replayed(method, rollout), truth) < (1e-10 if name == "gpt2" else 1e-5)
     assert truth.norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "gpt2", "llama"))
+def test_without_hops_each_token_is_moved_with_the_later_ones_held(name: str) -> None:
+    """The default."""
+    method = make_method(name, beta=0.3)
+    rollout = roll(method)
+    truth = unrolled(method, rollout, kl_prefix="none", held=True)
+    assert relative(replayed(method, rollout), truth) < (1e-10 if name == "gpt2" else 1e-5)
+    assert relative(unrolled(method, rollout, kl_prefix="none"), truth) > 1e-3
+
+
+@pytest.mark.parametrize("kl_prefix", ["policy", "full"])
+def test_the_prefix_of_the_kl_needs_hops(kl_prefix: KLPrefix) -> None:
+    with pytest.raises(InputError, match=f"kl_prefix = {kl_prefix}.* set hops to 1 or more"):
+        GradeSTE(kl_prefix=kl_prefix)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

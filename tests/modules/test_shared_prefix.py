@@ -1,19 +1,19 @@
 """Runs with shared prompts are those without: each loss, gradient and weight, to rounding."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.kl import KL
-from grade_lightning.methods import GRPO, PPO, RLOO
+from grade_lightning.methods import GRPO, PPO, RLOO, GradeSTE
 from grade_lightning.modules import PolicyGradientModule
 from grade_lightning.modules.window import plan_steps
 from grade_lightning.policies import Pass, SharedPrefixPass, WholePass
 from grade_lightning.records import Batching, Experience, Rollout, Scores
 from tests.conftest import make_tokenizer
-from tests.modules.toys import Watch, build, distance, own_weights, prompts, run
+from tests.modules.toys import Watch, build, distance, gradient, move, own_weights, prompts, run
 from tests.policies.test_passes import Shapes, packed  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -50,6 +50,17 @@ def test_the_curves_are_the_same(name: str, packed: Shapes) -> None:  # noqa: F8
     for line, expected in zip(shared.logged, whole.logged, strict=True):
         timeless = {key: value for key, value in expected.items() if "tok" not in key}
         assert {key: line[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_grade_ste_without_hops_shares_them_too(packed: Shapes) -> None:  # noqa: F811
+    found, method = [], cast(type[PolicyGradientModule], GradeSTE)
+    for way in (WholePass(), SharedPrefixPass()):
+        del packed[:]
+        module = build(method, training_pass=way, num_generations=4, beta=0.1)
+        move(module)
+        found.append(gradient(module, prompts(4)))
+        assert bool(packed) == isinstance(way, SharedPrefixPass)
+    assert distance(*found) < 1e-9
 
 
 def test_micro_batches_keep_neighbours_together() -> None:

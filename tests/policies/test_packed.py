@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "RLOO": (RLOO, {"num_generations": 4}),
     "PPO": (PPO, {"num_generations": 4, "epochs": 2, "minibatches": 2}),
     "GradeSTE": (GradeSTE, {}),
+    "GradeSTE, two hops": (GradeSTE, {"hops": 2}),
     "GradeSTE, whole KL": (GradeSTE, {"kl_prefix": "full", "beta": 0.1, "hops": "exact"}),
     "DPO": (DPO, {"num_generations": 4}),
     "supervised": (SupervisedFineTuning, {}),
