@@ -1,4 +1,4 @@
-"""Pathwise credit: unbiased by enumeration, what it learns from, and that runs with it resume."""
+"""Credit of each kind: unbiased by enumeration, what it learns from, and that runs with it resume."""
 
 import math
 from dataclasses import replace

@@ -1,220 +1,22 @@
-"""Credit: a control variate for policy gradients, of the tokens' worth or of what was known before them."""
+"""Credit by what each token is worth: a direction in a space of embeddings, by gradients or by regression."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grade_lightning.advantages import Baseline, group_centred, group_standardised, leave_one_out
 from grade_lightning.distributed import Reduce
-from grade_lightning.errors import InputError, check_range
-from grade_lightning.functional.advantages import discounted_returns, gae, off_others
+from grade_lightning.errors import check_range
 from grade_lightning.functional.control_variates import deviations, fit, token_scores
 from grade_lightning.functional.replay import Adjoint
-from grade_lightning.functional.sequences import last_token
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
-from grade_lightning.rewards import Reward
-from grade_lightning.stateful import Stateful
-from grade_lightning.terms import Aggregate, Term
+
+from .base import Credit
 
 COLUMN = "expected_score"
 """Σ_v π(v) s(v) of each position, in the statistics of a pass."""
-
-
-Share = Callable[[Tensor, Tensor], Tensor]
-"""How much of a reward reaches its own completion's advantage, with the group's spread held fixed.
-
-(rewards, advantages), both (P, G) → (P, G).
-"""
-
-
-class Credit(Stateful, Term):
-    """A policy gradient with less noise and the same mean: what is known of a completion is taken off its advantages.
-
-    With advantages that are differences of rewards the mean is exactly that of the method in the first step on a batch.
-
-    Args:
-        decay: of the moving averages, in batches.
-    """
-
-    needs_gradient: ClassVar[bool] = False
-    """Whether the reward must have one."""
-
-    def __init__(self, decay: float = 0.9) -> None:
-        check_range("[0, 1)", "credit", decay=decay)
-        self.decay = decay
-        self.aggregate: Aggregate | None = None
-        self.share: Share | None = None
-        self._fit = torch.zeros(3, dtype=torch.float64)
-
-    def attach(self, advantage: Any, aggregate: Aggregate, name: str) -> None:
-        """Take the method's weights of tokens, and how far its advantage follows a reward.
-
-        Raises:
-            InputError: that is not known of this advantage.
-        """
-        self.aggregate = self.aggregate or aggregate
-        self.share = _share_of(advantage, name)
-
-    def check(self, reward: Reward) -> None:
-        """Check, of a reward that was loaded, that it gives what is needed.
-
-        Raises:
-            InputError: it does not.
-        """
-
-    def begin(self, reward: Reward, rollout: Rollout, learns: bool) -> Callable[[], Scores]:
-        """Begin to score; what is returned waits for the scores.
-
-        Args:
-            reward: what is maximised.
-            rollout: what it reads.
-            learns: whether :meth:`look` is going to see the scores.
-        """
-        return partial(reward.pathwise, rollout) if learns and self.needs_gradient else reward.begin(rollout)
-
-    def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
-        """See a part of a batch when it is scored; returns the scores without adjoints.
-
-        Args:
-            scores: with adjoints, if there is a gradient to be had.
-            rollout: what was scored.
-            table: the policy's embeddings, (V, width).
-        """
-        return replace(scores, adjoints=[])
-
-    def scores(self) -> Tensor | None:
-        """s, (V,), of which the pass is to measure the expected value; None: of nothing."""
-        return None
-
-    def take_off(self, seen: Experience) -> Experience:
-        """Change the rewards before the advantages are made of them."""
-        return seen
-
-    def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
-        """Change the advantages of tokens, (B, T)."""
-        return advantages
-
-    def shared(self, seen: Experience, advantages: Tensor, weights: Tensor | None = None) -> Experience:
-        """Keep what the term of the loss needs.
-
-        Args:
-            seen: the whole batch.
-            advantages: of its tokens, without weights, (B, T).
-            weights: what advantages are multiplied by, (B, T).
-        """
-        return seen
-
-    @abstractmethod
-    def products(self, seen: Experience) -> Tensor | None:
-        """Σ d r, Σ d² and Σ r², (3,), of rewards r and what they are predicted by, d; None: nothing was predicted."""
-
-    def observe(self, seen: Experience, reduce: Reduce) -> None:
-        """Move the fit by this batch."""
-        own = self.products(seen)
-        if own is not None:
-            self._fit = self.decay * self._fit + reduce.sum(own.double()).cpu()
-
-    @property
-    def slope(self) -> float:
-        """η: the slope of rewards on their prediction in the batches so far; 1 before there are any."""
-        along, size, _ = self._fit.tolist()
-        return along / size if size > 0 else 1.0
-
-    def fitted(self) -> dict[str, Tensor]:
-        """η, and ρ²: the share of the rewards' variance that is predicted."""
-        along, size, whole = self._fit.tolist()
-        share = along**2 / (size * whole) if size * whole > 0 else 0.0
-        return {"credit_slope": torch.tensor(self.slope), "credit_r2": torch.tensor(share)}
-
-    def share_of(self, seen: Experience, advantages: Tensor) -> Tensor:
-        """How much of a completion's reward reaches its advantage, (B, 1).
-
-        Args:
-            seen: the whole batch.
-            advantages: of its tokens, without weights, (B, T).
-        """
-        assert self.share is not None
-        layout, places = seen.rollout.layout, seen.rollout.sampled.long().argmax(-1, keepdim=True)
-        first = advantages.gather(1, places).squeeze(1)
-        return layout.rows(self.share(layout.table(seen.rewards), layout.table(first))).unsqueeze(1)
-
-    def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
-        """Nothing but what is logged."""
-        return now.logps.new_zeros(()), {name: value.to(now.logps) for name, value in self.fitted().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The fit."""
-        return {"fit": self._fit}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        self._fit = state["fit"]
-
-
-class PrefixCredit(Credit):
-    """The baseline of a token is what the reward says of the text before it: credit for what its own token did.
-
-    The reward of the beginning of a text is known without a further pass where the reward is a causal network. At
-    position t it is V_t, and V_0 that of the prompt. With η the slope of rewards on V_t − V_0 within a prompt,
-
-        A_t = R − η (V_t − V_0), less the mean of the same over the prompt's other completions.
-
-    V_t depends on earlier tokens alone, so the mean of the gradient is that of the method, however badly it predicts.
-
-    Args:
-        lam: λ of generalised advantage estimates, of which V_t is the value. Below 1 the value is trusted beyond what
-            can be proven: less noise, and a bias.
-        decay: of the moving averages, in batches.
-
-    References:
-        | Baselines of states: Policy Gradient Methods for Reinforcement Learning with Function Approximation (Sutton et
-          al., 1999), https://proceedings.neurips.cc/paper/1999/hash/464d828b85b0bed98e80ade0a5c43b0f-Abstract.html
-        | λ: High-Dimensional Continuous Control Using Generalized Advantage Estimation (Schulman et al., 2015),
-          https://arxiv.org/abs/1506.02438
-        | The reward's own scores of beginnings as the value are ours.
-    """
-
-    def __init__(self, lam: float = 1.0, decay: float = 0.98) -> None:
-        super().__init__(decay)
-        check_range("[0, 1]", "credit", lam=lam)
-        self.lam = lam
-
-    def check(self, reward: Reward) -> None:
-        """It must score the beginnings of texts."""
-        if not reward.reads_prefixes:
-            reward.with_prefixes(None)  # type: ignore[arg-type]  # says what to do instead
-
-    def begin(self, reward: Reward, rollout: Rollout, learns: bool) -> Callable[[], Scores]:
-        """With the reward of what stands before each token."""
-        return partial(reward.with_prefixes, rollout)
-
-    def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
-        """Less what was known before each token."""
-        start, values = self._values(seen)
-        values, mask = self.slope * values, seen.mask
-        at_end = last_token(mask) * (seen.rewards.nan_to_num(nan=0.0).unsqueeze(1) - start)
-        known = discounted_returns(at_end, mask) - gae(at_end, values, mask, lam=self.lam)
-        return advantages - self.share_of(seen, advantages) * off_others(known, mask, _groups(seen))
-
-    def products(self, seen: Experience) -> Tensor:
-        """Over all tokens, rewards and values less those of the prompt's other completions."""
-        (_, values), mask, groups = self._values(seen), seen.mask, _groups(seen)
-        rewards = seen.rewards.nan_to_num(nan=0.0).unsqueeze(1).expand_as(values)
-        alone = off_others(mask.to(values), mask, groups)  # 1 where no other completion has the position
-        r, d = (off_others(x, mask, groups) * (1 - alone) for x in (rewards, values))
-        return torch.stack([(d * r).sum(), d.square().sum(), r.square().sum()])
-
-    def _values(self, seen: Experience) -> tuple[Tensor, Tensor]:
-        """V_0, (B, 1), and V_t − V_0, (B, T)."""
-        assert seen.scores.prefixes is not None
-        found = seen.scores.prefixes.nan_to_num(0.0, 0.0, 0.0)
-        start = found.gather(1, seen.rollout.sampled.long().argmax(-1, keepdim=True))
-        return start, found - start
 
 
 class TokenCredit(Credit):
@@ -434,35 +236,3 @@ class RegressionCredit(TokenCredit):
         """Restore both."""
         super().load_state_dict(state)
         self._squares, self._along = state["squares"], state["along"]
-
-
-def _groups(seen: Experience) -> Tensor:
-    """The prompt of each completion; where each prompt has one, all are of one group."""
-    layout = seen.rollout.layout
-    return torch.zeros_like(layout.row) if layout.shape[1] == 1 else layout.row
-
-
-def _share_of(advantage: Any, name: str) -> Share:
-    if advantage is leave_one_out or type(advantage) is Baseline:
-        least = 2 if advantage is leave_one_out else 1
-        return lambda rewards, _: (_answered(rewards) >= least).to(rewards).expand_as(rewards)
-    if advantage is group_centred:
-        return lambda rewards, _: (1 - 1 / _answered(rewards).clamp(min=1)).expand_as(rewards)
-    if advantage is group_standardised:
-        return _standardised
-    raise InputError(
-        f"credit: how far the advantage of {name} follows a reward is not known; leave it out, or use RLOO, Reinforce, "
-        "DrGRPO or GRPO"
-    )
-
-
-def _standardised(rewards: Tensor, advantages: Tensor) -> Tensor:
-    """(1 − 1 / G) times what a difference of rewards is worth in its group."""
-    r = (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
-    slope = (advantages.nan_to_num(nan=0.0) * r).sum(-1, keepdim=True) / r.square().sum(-1, keepdim=True)
-    share = (1 - 1 / _answered(rewards).clamp(min=1)) * slope.nan_to_num(0.0, 0.0, 0.0)
-    return share.expand_as(rewards)
-
-
-def _answered(rewards: Tensor) -> Tensor:
-    return (~rewards.isnan()).to(rewards).sum(-1, keepdim=True)

@@ -1,0 +1,7 @@
+"""Credit: control variates for policy gradients, by what is known of tokens or of what stands before them."""
+
+from .base import Credit as Credit
+from .prefix import PrefixCredit as PrefixCredit
+from .tokens import COLUMN as COLUMN
+from .tokens import PathwiseCredit as PathwiseCredit
+from .tokens import RegressionCredit as RegressionCredit
