@@ -42,9 +42,10 @@ class Draws(TorchDispatchMode):
         self.found: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("exponential_", "multinomial"):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name == "exponential_" or (name == "cumsum" and kwargs.get("dtype") == torch.float64):  # `drawing.draw`
             self.found.add(args[0].dtype)
-        return func(*args, **kwargs or {})
+        return func(*args, **kwargs)
 
 
 def floats(owner: Any) -> dict[str, torch.dtype]:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from grade_lightning.errors import DivergenceError, InputError, check_range
+from grade_lightning.functional.drawing import draw
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps
 from grade_lightning.policies import Policy
 from grade_lightning.policies.anatomy import some_tokens
@@ -115,7 +116,7 @@ class TransformersEngine(Engine):
                 )
                 new = ids[:, width + done :]
                 span = slice(done, done + new.shape[1])
-                completion[live, span], logps[live, span] = new, recorder.logps(ids, new.shape[1]).to(logps.dtype)
+                completion[live, span], logps[live, span] = new, recorder.logps(new.shape[1]).to(logps.dtype)
                 done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
                 over = torch.isin(new, ends).any(-1)
                 if distribution.stop:
@@ -140,11 +141,8 @@ class TransformersEngine(Engine):
 
 def _settings(length: int, eos_ids: list[int], pad_id: int, way: Caching) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True,
+        do_sample=False,  # the recorder draws
         max_new_tokens=length,
-        temperature=1.0,  # the recorder makes the distribution
-        top_k=0,
-        top_p=1.0,
         eos_token_id=eos_ids or None,
         pad_token_id=pad_id,
         use_cache=way != "none",
@@ -185,29 +183,24 @@ def _shared_prefill(policy: Policy, ids: Tensor, mask: Tensor) -> DynamicCache:
 
 
 class _Recorder(LogitsProcessor):
-    """Makes the sampled distribution, and keeps each sampled token's log-probability instead of all scores."""
+    """Draws the tokens, and keeps the log-probability of each instead of all scores."""
 
     def __init__(self, distribution: Distribution, eos_ids: list[int], prompt_length: int) -> None:
         self.distribution = distribution
         self.eos_ids = eos_ids
         self.prompt_length = prompt_length
-        self.last: Tensor | None = None
         self.taken: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids)
-        position, began = input_ids.shape[1] - self.prompt_length, self.last is not None
-        self.last = self.distribution.logits(scores, self.eos_ids, positions=position).log_softmax(-1)
-        if not began and bool(self.last.isnan().any()):  # looked at once, for that waits for a GPU
+        """Scores of which the drawn tokens' are the largest."""
+        position = input_ids.shape[1] - self.prompt_length
+        logps = self.distribution.logits(scores, self.eos_ids, positions=position).log_softmax(-1)
+        if not self.taken and bool(logps.isnan().any()):  # looked at once, for that waits for a GPU
             raise DivergenceError("the policy gives no probabilities: it has diverged; lower --model.optimizer.lr")
-        return self.last
+        tokens = draw(logps)
+        self.taken.append(token_logps(logps, tokens))
+        return torch.full_like(logps, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
 
-    def _take(self, ids: Tensor) -> None:
-        if self.last is not None:
-            self.taken.append(token_logps(self.last, ids[:, -1]))
-
-    def logps(self, ids: Tensor, length: int) -> Tensor:
-        """Of the last `length` tokens, (B, length); on a GPU transformers takes a step too many and undoes it."""
-        if len(self.taken) < length:
-            self._take(ids)
+    def logps(self, length: int) -> Tensor:
+        """Of the first `length` tokens, (B, length); on a GPU transformers takes a step too many and undoes it."""
         return torch.stack(self.taken[:length], dim=1)
