@@ -235,6 +235,7 @@ class Ours(Contestant):
         trainer = Trainer(
             accelerator="gpu" if self.o.device == "cuda" else "cpu",
             devices=1,
+            precision=self.o.precision,
             max_steps=ENDLESS,
             callbacks=[Turns(self, self.module.batching.steps_per_batch)],
             logger=False,
@@ -300,7 +301,7 @@ class TRL(Contestant):
             max_grad_norm=0.0,
             max_steps=ENDLESS,
             gradient_checkpointing=False,
-            bf16=False,
+            bf16=o.precision == "bf16-mixed",
             use_cpu=o.device == "cpu",
             save_strategy="no",
             logging_strategy="no",
@@ -437,6 +438,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8_000)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of the trainer")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of the process, for a busy machine"
     )
