@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 PACKAGE = Path(__file__).parents[2] / "grade_lightning"
-STAGES = ("advantages", "budget", "columns", "constraints", "corrections", "credit", "curvature", "entropy_control")
+STAGES = ("advantages", "budget", "columns", "constraints", "corrections", "curvature", "entropy_control")
 STAGES += ("estimators", "gates", "kl", "levels", "memory", "schedules", "selection", "stateful", "terms")
 
 
