@@ -150,7 +150,7 @@ def options(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="longest completion, tokens")
     parser.add_argument("--end", type=float, default=0.01, help="probability that a token ends its completion")
     parser.add_argument("--flops", type=float, default=16, help="for each weight and token: forward 2, backward 4, "
-                        "reference 2, two hops 4, reward 4")  # fmt: skip
+                        "reference 2, two hops of GradeSTE 4, reward 4")  # fmt: skip
     parser.add_argument("--peak-flops", type=float, default=989e12, help="of a GPU in bfloat16; an H200's")
     parser.add_argument("--utilisation", type=float, default=0.4, help="part of it that training reaches")
     parser.add_argument("--memory-bandwidth", type=float, default=4.8e12, help="bytes/s; an H200's")

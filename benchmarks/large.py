@@ -1,13 +1,13 @@
 """How well is a large GPU used, by a Qwen3 of half a billion to 1.5 billion parameters in bfloat16?
 
-Random weights. For GradeSTE and RLOO: seconds of sampling and of the training pass (forward, hops, backward; no
+Random weights. For GradeSTE and RLOO: seconds of sampling and of the training pass (forward, backward; no
 optimizer), peak memory, and
 
 - tokens/s of the rollout, and the part of the bound that memory bandwidth sets: every decoding step reads all weights
   once, and the keys and values of what is there so far;
 - model FLOP utilisation of the training pass: 2 FLOPs for each weight and token in a forward pass, 4 in a backward pass
-  with weights, 2 in a forward pass of the reference and in a hop, which goes through the completion alone; weights of
-  the head count at completions alone, and nothing counts that is computed twice;
+  with weights, 2 in a forward pass of the reference; weights of the head count at completions alone, and nothing counts
+  that is computed twice;
 - the largest batch that fits, by doubling up to `--most`, while `--limit` seconds are not over: all of it should take
   less than ten minutes.
 

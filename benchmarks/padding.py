@@ -20,6 +20,8 @@ OMP_NUM_THREADS=1 python benchmarks/padding.py --rounds 3 --model /my/SmolLM2-13
 import argparse
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -36,7 +38,7 @@ from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rollouts import Sampler
 
 PASSES: dict[str, type[Pass]] = {"padded": WholePass, "packed": PackedPass, "even": WholePass}
-METHODS: dict[str, type[AlignmentModule]] = {"RLOO": RLOO, "GradeSTE": GradeSTE}
+METHODS: dict[str, Callable[..., AlignmentModule]] = {"RLOO": RLOO, "GradeSTE": partial(GradeSTE, hops=2)}
 QUESTIONS = (
     "Name one fruit.",
     "What is the capital of France? Answer in one word.",

@@ -10,6 +10,7 @@ python benchmarks/passive.py
 
 import argparse
 import time
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -87,7 +88,8 @@ def main() -> None:
         seed_everything(0, verbose=False)
         module: LightningModule = FineTuning(policy(VOCABULARY))
         if name != "supervised fine-tuning":
-            module = {"RLOO": RLOO, "GradeSTE": GradeSTE}[name](policy=policy(VOCABULARY), **settings)
+            kind = RLOO if name == "RLOO" else partial(GradeSTE, hops=2)
+            module = kind(policy=policy(VOCABULARY), **settings)
         clock = Switched()
         quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         trainer = Trainer(

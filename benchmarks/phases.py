@@ -11,6 +11,8 @@ import argparse
 import logging
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -23,7 +25,7 @@ from grade_lightning.methods import GRPO, RLOO, GradeSTE
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.rollouts import Sampler
 
-METHODS: dict[str, type[AlignmentModule]] = {"GradeSTE": GradeSTE, "RLOO": RLOO, "GRPO": GRPO}
+METHODS: dict[str, Callable[..., AlignmentModule]] = {"GradeSTE": partial(GradeSTE, hops=2), "RLOO": RLOO, "GRPO": GRPO}
 PHASES = {
     "sampling": "sampling",
     "reward": "reward",

@@ -25,7 +25,7 @@ memory with the C library told to give freed tensors back at once.
 
 python benchmarks/step.py --rounds 10
 python benchmarks/step.py --rounds 1 --warm 0 --no-memory --batch 8 --length 256 \
-  --only GradeSTE "unrolled, as published" --beside GradeSTE
+  --only "GradeSTE, hops 2" "unrolled, as published" --beside "GradeSTE, hops 2"
 """
 
 import argparse

@@ -123,7 +123,8 @@ def run(o: argparse.Namespace, kind: str, seed: int) -> dict[str, float]:
         "RLOO": lambda: lab.reward,
     }
     sampler, reward = Sampler(max_new_tokens=o.tokens), rewards[kind]()
-    module: AlignmentModule = (RLOO if kind == "RLOO" else GradeSTE)(policy=lab.policy, reward=reward, sampler=sampler)
+    parts: dict[str, Any] = {"policy": lab.policy, "reward": reward, "sampler": sampler}
+    module: AlignmentModule = RLOO(**parts) if kind == "RLOO" else GradeSTE(**parts, hops=2)
     trainer = Trainer(
         accelerator="cpu", max_steps=o.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0,

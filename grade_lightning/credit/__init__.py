@@ -5,3 +5,4 @@ from .prefix import PrefixCredit as PrefixCredit
 from .tokens import COLUMN as COLUMN
 from .tokens import PathwiseCredit as PathwiseCredit
 from .tokens import RegressionCredit as RegressionCredit
+from .tokens import TokenCredit as TokenCredit

@@ -127,7 +127,7 @@ class PathwiseCredit(TokenCredit):
         decay: of the moving averages, in batches.
 
     References:
-        See :class:`Credit`; its use with a language model's reward gradients is ours.
+        See :class:`TokenCredit`; its use with a language model's reward gradients is ours.
     """
 
     needs_gradient = True
@@ -183,7 +183,7 @@ class RegressionCredit(TokenCredit):
         ridge: penalty, as a share of the mean square of the features.
 
     References:
-        See :class:`Credit`.
+        See :class:`TokenCredit`.
     """
 
     def __init__(self, decay: float = 0.98, ridge: float = 1.0) -> None:

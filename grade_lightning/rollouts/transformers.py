@@ -117,6 +117,10 @@ class TransformersEngine(Engine):
                 new = ids[:, width + done :]
                 span = slice(done, done + new.shape[1])
                 completion[live, span], logps[live, span] = new, recorder.logps(new.shape[1]).to(logps.dtype)
+                if bool(logps[live, span].isnan().any()):
+                    raise DivergenceError(
+                        "the policy gives no probabilities: it has diverged; lower --model.optimizer.lr"
+                    )
                 done, mask = span.stop, pad(mask, (0, new.shape[1]), value=1)
                 over = torch.isin(new, ends).any(-1)
                 if distribution.stop:
@@ -195,8 +199,6 @@ class _Recorder(LogitsProcessor):
         """Scores of which the drawn tokens' are the largest."""
         position = input_ids.shape[1] - self.prompt_length
         logps = self.distribution.logits(scores, self.eos_ids, positions=position).log_softmax(-1)
-        if not self.taken and bool(logps.isnan().any()):  # looked at once, for that waits for a GPU
-            raise DivergenceError("the policy gives no probabilities: it has diverged; lower --model.optimizer.lr")
         tokens = draw(logps)
         self.taken.append(token_logps(logps, tokens))
         return torch.full_like(logps, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)

@@ -1,5 +1,6 @@
 """How a model is cached while it is sampled: the fastest way that is right is found by trying."""
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -69,6 +70,24 @@ def test_a_policy_that_has_diverged_is_said_to_have() -> None:
         policy.base.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(DivergenceError):
         draw(policy, TransformersEngine())
+
+
+def test_so_is_one_that_gives_numbers_at_first() -> None:
+    policy, engine, calls = make("llama"), TransformersEngine(), []
+    draw(policy, engine)
+    plain = policy.base.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * (torch.nan if len(calls) > 3 else 1)  # the prompt, two tokens, then this
+        return output
+
+    policy.base.forward = forward
+    with pytest.raises(DivergenceError):
+        draw(policy, engine)
+    assert len(calls) > 3
 
 
 def test_soft_tokens_need_keys_and_values() -> None:
