@@ -19,9 +19,10 @@ from grade_lightning.methods import GRPO, RLOO, GradeSTE
 from grade_lightning.policies import Policy
 from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rewards import Classifier, ClassifierReward
-from grade_lightning.rollouts import Distribution, Sampler
+from grade_lightning.rollouts import Distribution, Sampler, TransformersEngine
 from tests.conftest import make_tokenizer
 from tests.methods import enumeration
+from tests.methods.toy_task import fit, make
 from tests.modules.toys import Prescribed, build, distance, gradient, plain, prompts, run
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -73,6 +74,17 @@ def test_an_engine_that_is_off_is_refused_only_without_a_correction() -> None:
     assert watch.logged[0]["train/engine_gap"] == pytest.approx(0.25, abs=0.1)
     assert 0 < watch.logged[0]["train/engine_ess"] < 1
     assert watch.logged[0]["train/engine_truncated"] == 0  # half a nat is a factor of 1.65
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_completions_drawn_in_bfloat16_train_every_weight(precision: str) -> None:
+    """Casts that sampling made without a graph must not stand for weights in the training pass."""
+    sampler = Sampler(max_new_tokens=6, engine=TransformersEngine(bfloat16=True))
+    module = make(RLOO, sampler=sampler, correction=EngineCorrection())
+    steps = fit(module, 2, precision=precision)
+    assert not any(steps.without_gradient)
+    assert (1e-5 if precision == "32-true" else 0) <= steps.steps[0]["train/engine_gap"] < 0.1
+    assert steps.steps[0]["train/engine_ess"] > 0.9
 
 
 def few_tokens(seed: int) -> PreTrainedModel:

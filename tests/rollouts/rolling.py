@@ -35,7 +35,7 @@ def make_policy(name: str = "gpt2", lora: bool = False) -> Policy:
 
 def make_sampler(**settings: Any) -> Sampler:
     """Settings of the sampler and of its engine together."""
-    engine = {name: settings.pop(name) for name in ("block", "static_cache") if name in settings}
+    engine = {name: settings.pop(name) for name in ("block", "static_cache", "bfloat16") if name in settings}
     return Sampler(**{"max_new_tokens": 8} | settings, engine=TransformersEngine(**engine))
 
 

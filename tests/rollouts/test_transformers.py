@@ -204,6 +204,18 @@ def test_a_static_cache_changes_nothing(name: str) -> None:
     torch.testing.assert_close(logps_of(dynamic), logps_of(static), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bfloat16_draws_from_nearly_the_same_distribution(name: str) -> None:
+    """The weights, and what is computed afterwards, stay in float32."""
+    policy = make_policy(name)
+    rollout = roll(policy, bfloat16=True)
+    gaps = (logps_of(rollout) - teacher_forced(rollout, name, Distribution())).abs()[rollout.completion_mask]
+    assert 1e-4 < gaps.mean() < 0.05
+    assert logps_of(rollout).dtype == torch.float32
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("settings", [{"static_cache": True}, {}, {"block": 1}], ids=str)
 def test_sampling_stops_where_all_have_ended(settings: dict[str, Any]) -> None:
     rollout = roll(make_policy(), seed=3, max_new_tokens=50, repeat=1, **settings)
