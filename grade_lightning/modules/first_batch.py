@@ -85,5 +85,6 @@ def _culprit(
         )
     return (
         "the model by itself agrees with the training pass, so the completions were not sampled from the policy that "
-        f"is trained: {engine_name} has other weights, or other settings than --model.sampler"
+        f"is trained: {engine_name} has other weights, other settings than --model.sampler, or computes in another "
+        "precision; for the last set --model.correction EngineCorrection"
     )

@@ -50,7 +50,7 @@ def test_an_engine_with_other_weights_is_named() -> None:
     policy, sampler = make_policy(), Sampler(6)
     rollout = drawn(policy, sampler)
     move(policy)
-    with pytest.raises(RuntimeError, match=r"TransformersEngine has other weights, or other settings"):
+    with pytest.raises(RuntimeError, match=r"TransformersEngine has other weights, other settings"):
         check(policy, sampler, rollout, started=False)
 
 
