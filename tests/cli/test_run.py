@@ -91,6 +91,8 @@ def test_everything_in_the_docs_is_logged_and_everything_logged_is_in_the_docs(
 ) -> None:
     run("test", *shelf.all, f"--ckpt_path={finished.checkpoint}")
     tags = [events(folder).Tags() for folder in (finished.folder, version())]
+    run("fit", *shelf.all, *OFTEN, "--model.hops=2")
+    tags.append(events(version(1)).Tags())
     assert {name for tag in tags for name in tag["scalars"]} - {"epoch"} == documented("scalar")
     assert {name for tag in tags for name in tag["histograms"]} == documented("histogram")
     texts = {f"{name}/text_summary" for name in documented("text")}
