@@ -3,7 +3,8 @@
 The training pass is what follows sampling and reward: loss and backward pass, the reference's forward pass included,
 the optimizer not. One of the four is varied at a time around `--at`, for GradeSTE and RLOO on a GPT-2 of 4 × 256 with
 random weights, prompts of 32 tokens and completions of full length. Seconds are medians over rounds, each of which
-goes through all settings once; each setting has its completions sampled once, and a first pass that does not count.
+goes through all settings once; each setting has its completions sampled once, and a first pass that does not count;
+the C library keeps freed memory, as the commands have it do.
 Memory is the peak of a pass in a process of its own, after a first one, above what was there before it (weights,
 reference, completions) and above one gradient of the parameters, which every method must have. It is tensors on a GPU,
 else resident memory with the C library told to give freed tensors back at once.
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import torch
 from common import HUGE_ALLOCATIONS, Memory, Prompts, Words, note, policy, wait
 
+from grade_lightning.allocator import keep_freed_memory
 from grade_lightning.methods import RLOO, GradeSTE
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import ChunkedPass, Policy
@@ -174,7 +176,7 @@ def draw(found: dict[str, dict[str, dict[int, tuple[float, float]]]], path: Path
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--at", type=int, nargs=4, default=[64, 8192, 16, 2], metavar=tuple(AXES))
+    parser.add_argument("--at", type=int, nargs=4, default=[64, 8192, 16, 0], metavar=tuple(AXES))
     parser.add_argument("--length", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512])
     parser.add_argument("--vocabulary", type=int, nargs="*", default=[2**i for i in range(12, 18)])
     parser.add_argument("--batch", type=int, nargs="*", default=[4, 16, 64])
@@ -198,6 +200,7 @@ def main() -> None:
     if o.peak_of:
         print(peak_here(o, Setting(*o.peak_of)))
         return
+    keep_freed_memory()  # not with the variables of the processes that measure memory
     wanted = settings(o)
     every = list(dict.fromkeys(setting for points in wanted.values() for setting in points))
     seconds: dict[Setting, list[float]] = {setting: [] for setting in every}
