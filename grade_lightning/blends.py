@@ -1,5 +1,6 @@
 """Blends: what GradeSTE makes of its gradient with what earlier batches say of it."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -48,6 +49,10 @@ class Calibrated(Stateful):
         """Move slope and direction by this batch."""
         self.credit.observe(self.credit.take_off(replace(seen, rewards=seen.scores.total)), reduce)
 
+    def held(self, parameters: Iterable[Tensor]) -> Tensor | float:
+        """What is added to the gradient of every batch, as the gradient of a sum of value 0."""
+        return 0.0
+
     def figures(self, device: torch.device) -> dict[str, Tensor]:
         """What is logged."""
         return {name: value.to(device) for name, value in self.credit.fitted().items()}
@@ -61,43 +66,32 @@ class Calibrated(Stateful):
         self.credit.load_state_dict(state)
 
 
-class Mixed(Calibrated):
-    """λ times the calibrated gradient and 1 − λ times an unbiased one: as much bias as pays in noise.
+class TwoGradients(Calibrated):
+    """What blends of GradeSTE's gradient with an unbiased one have.
 
     The unbiased one is the policy gradient of the same completions with pathwise credit: the others of the prompt are
-    the baseline, and the exact KL of later tokens is in it. λ makes the expected squared error of the sum smallest,
-    as the gradients of parts of the batch say every now and then. With `weight: 0` the whole gradient is unbiased.
+    the baseline, and the exact KL of later tokens is in it.
 
     Args:
-        weight: λ; by default it is estimated, and 1 before.
-        every: steps between two estimates. Each costs a backward pass for each part and both gradients.
-        parts: parts of a batch that are compared, of whole prompts.
-        decay: of the moving averages, in batches; those of λ, in estimates.
+        every: steps between two looks at both gradients, each of which costs backward passes.
+        decay: of the moving averages, in batches.
     """
 
     min_generations = 2
 
-    def __init__(self, weight: float | None = None, every: int = 10, parts: int = 2, decay: float = 0.98) -> None:
+    def __init__(self, every: int, decay: float) -> None:
         super().__init__(decay)
-        check_range("[0, 1]", "blend", weight=weight)
         check_range("[1, inf)", "blend", every=every)
-        check_range("[2, inf)", "blend", parts=parts)
-        self.fixed = weight
         self.every = every
-        self.parts = parts
-        self._errors: Tensor | None = None
-        self._found: list[Tensor] = []
 
     @property
     def weight(self) -> float:
-        """λ."""
-        if self.fixed is not None:
-            return self.fixed
-        return 1.0 if self._errors is None else float(mix_weight(Errors(*self._errors)))
+        """λ, the weight of GradeSTE's in the gradient of the batch; that of the unbiased one is 1 − λ."""
+        return 1.0
 
     def due(self, step: int) -> bool:
-        """Whether λ is to be estimated in this step."""
-        return self.fixed is None and step % self.every == 0
+        """Whether both gradients are looked at in this step."""
+        return step % self.every == 0
 
     def unbiased(self, seen: Experience, expected: Tensor | None, weights: Tensor, reduce: Reduce) -> Cotangent:
         """The policy gradient with credit, as a cotangent on the logits of what was sampled.
@@ -123,17 +117,56 @@ class Mixed(Calibrated):
 
         return cotangent
 
+    @abstractmethod
     def look_at(
         self, vocabulary: Vocabulary, rollout: Rollout, both: Sequence[Cotangent], parameters: Iterable[Tensor]
     ) -> None:
-        """Compare the gradients of parts of the batch, biased and unbiased; :meth:`observe` takes it from here.
+        """Look at both gradients, GradeSTE's first, at all parameters; :meth:`observe` takes it from here."""
+
+
+class Mixed(TwoGradients):
+    """λ times the calibrated gradient and 1 − λ times an unbiased one: as much bias as pays in noise.
+
+    The unbiased one is the policy gradient of the same completions with pathwise credit: the others of the prompt are
+    the baseline, and the exact KL of later tokens is in it. λ makes the expected squared error of the sum smallest,
+    as the gradients of parts of the batch say every now and then. With `weight: 0` the whole gradient is unbiased.
+
+    Args:
+        weight: λ; by default it is estimated, and 1 before.
+        every: steps between two estimates. Each costs a backward pass for each part and both gradients.
+        parts: parts of a batch that are compared, of whole prompts.
+        decay: of the moving averages, in batches; those of λ, in estimates.
+    """
+
+    def __init__(self, weight: float | None = None, every: int = 10, parts: int = 2, decay: float = 0.98) -> None:
+        super().__init__(every, decay)
+        check_range("[0, 1]", "blend", weight=weight)
+        check_range("[2, inf)", "blend", parts=parts)
+        self.fixed = weight
+        self.parts = parts
+        self._errors: Tensor | None = None
+        self._found: list[Tensor] = []
+
+    @property
+    def weight(self) -> float:
+        """λ."""
+        if self.fixed is not None:
+            return self.fixed
+        return 1.0 if self._errors is None else float(mix_weight(Errors(*self._errors)))
+
+    def due(self, step: int) -> bool:
+        """Whether λ is to be estimated in this step."""
+        return self.fixed is None and super().due(step)
+
+    def look_at(
+        self, vocabulary: Vocabulary, rollout: Rollout, both: Sequence[Cotangent], parameters: Iterable[Tensor]
+    ) -> None:
+        """Compare the gradients of parts of the batch, biased and unbiased.
 
         Raises:
             InputError: the parameters are spread over processes, or there are too few prompts.
         """
-        wanted = list(parameters)
-        if any(isinstance(p, DTensor) for p in wanted):
-            raise InputError("blend Mixed: weights that are sharded cannot be compared by parts; set blend.weight")
+        wanted = _whole(parameters, "set blend.weight")
         prompts = rollout.layout.shape[0]
         if prompts < self.parts:
             raise InputError(
@@ -174,6 +207,82 @@ class Mixed(Calibrated):
         """Restore it."""
         super().load_state_dict(state)
         self._errors = state["errors"]
+
+
+class Debiased(TwoGradients):
+    """The calibrated gradient, and its bias of earlier batches taken off.
+
+    The difference of the unbiased gradient and the calibrated one is its bias and the noise of both. Its average over
+    many batches has little noise, and is added to the gradient of each batch: the bias goes as far as it stays the same
+    from batch to batch. A look costs a backward pass; the average takes the memory of a gradient, in checkpoints, too.
+
+    Args:
+        every: steps between two looks at the difference.
+        decay: of the moving averages, in batches; that of the difference, in looks.
+    """
+
+    def __init__(self, every: int = 1, decay: float = 0.98) -> None:
+        super().__init__(every, decay)
+        self._difference: list[Tensor] = []
+        self._looks = 0
+        self._new: list[Tensor] = []
+        self._batches = 0
+
+    def look_at(
+        self, vocabulary: Vocabulary, rollout: Rollout, both: Sequence[Cotangent], parameters: Iterable[Tensor]
+    ) -> None:
+        """Add this batch's difference, a mean over its completions.
+
+        Raises:
+            InputError: the parameters are spread over processes.
+        """
+        wanted = _whole(parameters, "leave the blend out")
+        straight, unbiased = both
+
+        def difference(logits: Tensor, rows: slice) -> Tensor:
+            return unbiased(logits, rows) - straight(logits, rows)
+
+        every = torch.ones(len(rollout.positions), dtype=torch.bool, device=rollout.ids.device)
+        found = _gradients(vocabulary, difference, every, wanted)
+        self._new = self._new or [torch.zeros_like(p, dtype=torch.float32) for p in wanted]
+        for total, one in zip(self._new, found, strict=True):
+            if one is not None:
+                total += one.float() / len(rollout.ids)
+        self._batches += 1
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """Also move the average by the mean over micro-batches and processes."""
+        super().observe(seen, reduce)
+        if not self._new:
+            return
+        new = [reduce.mean(total / self._batches) for total in self._new]
+        old = self._difference or [torch.zeros_like(x) for x in new]
+        self._difference = [self.decay * x + (1 - self.decay) * y for x, y in zip(old, new, strict=True)]
+        self._looks, self._new, self._batches = self._looks + 1, [], 0
+
+    def held(self, parameters: Iterable[Tensor]) -> Tensor | float:
+        """The average difference, as the gradient of a sum of value 0."""
+        if not self._difference:
+            return 0.0
+        share = 1 - self.decay**self._looks
+        pairs = zip(parameters, self._difference, strict=True)
+        return torch.stack([((p - p.detach()) * (x.to(p) / share)).sum() for p, x in pairs]).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the average difference."""
+        return super().state_dict() | {"difference": self._difference, "looks": self._looks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        super().load_state_dict(state)
+        self._difference, self._looks = list(state["difference"]), state["looks"]
+
+
+def _whole(parameters: Iterable[Tensor], instead: str) -> list[Tensor]:
+    wanted = list(parameters)
+    if any(isinstance(p, DTensor) for p in wanted):
+        raise InputError(f"blend: gradients of weights that are sharded cannot be looked at; {instead}")
+    return wanted
 
 
 def _gradients(

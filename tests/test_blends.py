@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning import blends
-from grade_lightning.blends import Calibrated, Mixed
+from grade_lightning.blends import Calibrated, Debiased, Mixed
 from grade_lightning.errors import InputError
 from grade_lightning.functional.divergences import categorical_kl
 from grade_lightning.functional.mixing import Errors, mix_weight
@@ -187,9 +187,9 @@ def test_parts_of_a_batch_are_compared() -> None:
     assert float(found.biased) == pytest.approx(float((one - two).square().sum()) / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("blend", [Calibrated, Mixed])
+@pytest.mark.parametrize("blend", [Calibrated, Mixed, Debiased])
 def test_a_resumed_run_is_the_run(blend: Any, tmp_path: Path) -> None:
-    settings = {"every": 2} if blend is Mixed else {}
+    settings = {} if blend is Calibrated else {"every": 2}
     whole, resumed = (make(GradeSTE, blend=blend(**settings), num_generations=2) for _ in range(2))
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(max_steps=5, callbacks=[save], enable_checkpointing=True).fit(whole, batches(5))
@@ -200,6 +200,43 @@ def test_a_resumed_run_is_the_run(blend: Any, tmp_path: Path) -> None:
         assert isinstance(whole.blend, Mixed)
         assert whole.blend._errors is not None
         assert whole.blend.weight == float(mix_weight(Errors(*whole.blend._errors)))
+
+
+def test_the_mean_with_its_average_difference_is_the_truth() -> None:
+    """Over all pairs of completions; without it there is a bias."""
+    pairs, blend = Pairs(known(Debiased())), known(Debiased())
+    truth, straight = pairs.truth(), pairs.mean()
+    assert (straight - truth).norm() > 0.1 * truth.norm()
+    looking = Pairs(blend)
+    every = looking.rollout(looking.completions)
+    assert every.engine_logps is not None
+    probs = every.engine_logps.sum(-1).exp()
+    weighed: list[list[Tensor]] = []
+    for i, j in itertools.product(range(len(probs)), repeat=2):
+        rollout = looking.rollout([looking.completions[i], looking.completions[j]])
+        looking.method._look, blend._new, blend._batches = True, [], 0
+        looking.method.loss(Experience(rollout, looking.method.reward.pathwise(rollout), looking.method.beta))
+        weighed.append([x.double() * probs[i] * probs[j] for x in blend._new])
+    total = [torch.stack(parts).sum(0) for parts in zip(*weighed, strict=True)]
+    blend._difference, blend._looks, blend.decay = total, 1, 0.0
+    assert (looking.mean() - truth).norm() < 1e-6 * truth.norm()
+
+
+def test_the_average_difference_is_that_of_batches_so_far() -> None:
+    """Of two batches with decay ½: a third of the first and two thirds of the second."""
+    blend, given = Debiased(decay=0.5), torch.nn.Parameter(torch.zeros(2))
+    module = make(GradeSTE, blend=blend, num_generations=2)
+    module.configure_model()
+    with module.collecting():
+        seen = module.collect(next(iter(batches(1, repeat=2))))
+    seen = replace(seen, old=module.loss(seen).stats)
+    for value in (3.0, 6.0):
+        blend._new, blend._batches = [torch.full((2,), 2 * value)], 2
+        blend.observe(seen, module.reduce)
+    held = blend.held([given])
+    assert isinstance(held, Tensor)
+    assert float(held) == 0
+    torch.testing.assert_close(torch.autograd.grad(held, given)[0], torch.full((2,), 5.0))
 
 
 def test_the_mix_is_logged_and_is_all_of_the_first_step() -> None:
@@ -218,7 +255,7 @@ def test_what_cannot_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"num_generations = 1: blend Mixed compares the completions of a prompt"):
         GradeSTE(blend=Mixed())
     monkeypatch.setattr(blends, "DTensor", torch.Tensor)  # as if all weights were sharded
-    with pytest.raises(InputError, match=r"weights that are sharded cannot be compared by parts; set blend.weight"):
+    with pytest.raises(InputError, match=r"weights that are sharded cannot be looked at; set blend.weight"):
         fit(make(GradeSTE, blend=Mixed(), num_generations=2), 1, batches(1, repeat=2))
     monkeypatch.undo()
     module = make(GradeSTE, blend=Mixed(parts=5), num_generations=2)

@@ -53,9 +53,10 @@ class GradeSTE(BlendingModule):
         kl_rate: make that a bound instead, as `kl.rate`: β grows by this for each nat beyond it, and may fall to 0.
         correction: weights for an engine that draws from a slightly different policy; `sequence`, or `prefix`, which
             weighs each position's KL by the tokens before it alone; none by default.
-        blend: what earlier batches do to the gradient: `Calibrated` gives it its length, `Mixed` takes bias away; none
-            by default.
-        num_generations: completions for each prompt, G; `data.batch_size` counts completions. `Mixed` needs 2 or more.
+        blend: what earlier batches do to the gradient: `Calibrated` gives it its length, `Mixed` and `Debiased` take
+            bias away; none by default.
+        num_generations: completions for each prompt, G; `data.batch_size` counts completions. `Mixed` and `Debiased`
+            need 2 or more.
         kl_prefix: how far the KL's gradient goes: `none`, each position's own distribution; `policy`, also that earlier
             tokens moved the policy's later distributions; `full`, also those of the reference: the true gradient. The
             last two need hops.
@@ -177,7 +178,7 @@ class GradeSTE(BlendingModule):
         now = replace(stats_of(rollout, columns[:COUNT]), columns=more)
         objective = scores.total.nansum() - self.beta * sequences.masked_sum(now.kl, mask).sum()
         return StepOutput(
-            loss=-(zero + objective) / len(mask),
+            loss=-(zero + objective) / len(mask) - (0.0 if self.blend is None else self.blend.held(self.trained())),
             stats=now,
             metrics={
                 "tau": objective.new_tensor(tau),

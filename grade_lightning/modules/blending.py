@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grade_lightning.blends import Calibrated, Mixed
+from grade_lightning.blends import Calibrated, TwoGradients
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences
 from grade_lightning.functional.control_variates import expected_score
@@ -52,7 +52,7 @@ class BlendingModule(AlignmentModule):
         scores, blend = self.score(rollout), self.blend
         if blend is not None and self._collecting:
             blend.credit.look(scores, rollout, self.policy.table())
-        self._look = self._collecting and isinstance(blend, Mixed) and blend.due(self.global_step)
+        self._look = self._collecting and isinstance(blend, TwoGradients) and blend.due(self.global_step)
         return Experience(rollout, scores, self.beta)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class BlendingModule(AlignmentModule):
         seen: Experience,
         weights: Tensor,
     ) -> Cotangent:
-        """The reward's gradient at the logits: straight through, or what :class:`.Mixed` makes of it.
+        """The reward's gradient at the logits: straight through, or mixed with an unbiased one.
 
         Args:
             straight: through the tokens.
@@ -76,7 +76,7 @@ class BlendingModule(AlignmentModule):
             weights: of the engine's correction at each sampled token, (n, 1).
         """
         blend, rollout, distribution = self.blend, seen.rollout, self.sampler.distribution
-        if not isinstance(blend, Mixed) or (blend.weight == 1 and not self._look):
+        if not isinstance(blend, TwoGradients) or (blend.weight == 1 and not self._look):
             return straight
         scores = blend.credit.scores()
 
@@ -97,10 +97,15 @@ class BlendingModule(AlignmentModule):
         if self._look:
             self._look = False
             with torch.enable_grad():
-                trained = [p for p in self.policy.parameters() if p.requires_grad]
-                blend.look_at(vocabulary, rollout, (straight, unbiased), trained)
+                blend.look_at(vocabulary, rollout, (straight, unbiased), self.trained())
         share = blend.weight
+        if share == 1:
+            return straight
         return lambda logits, rows: share * straight(logits, rows) + (1 - share) * unbiased(logits, rows)
+
+    def trained(self) -> list[Tensor]:
+        """The policy's parameters that are."""
+        return [p for p in self.policy.parameters() if p.requires_grad]
 
     def parts(self) -> dict[str, Any]:
         """With the blend."""
