@@ -214,7 +214,8 @@ class Debiased(TwoGradients):
 
     The difference of the unbiased gradient and the calibrated one is its bias and the noise of both. Its average over
     many batches has little noise, and is added to the gradient of each batch: the bias goes as far as it stays the same
-    from batch to batch. A look costs a backward pass; the average takes the memory of a gradient, in checkpoints, too.
+    from batch to batch. It begins at 0, since the average of a few batches is mostly noise. A look costs a backward
+    pass; the average takes the memory of a gradient, in checkpoints, too.
 
     Args:
         every: steps between two looks at the difference.
@@ -224,7 +225,6 @@ class Debiased(TwoGradients):
     def __init__(self, every: int = 1, decay: float = 0.98) -> None:
         super().__init__(every, decay)
         self._difference: list[Tensor] = []
-        self._looks = 0
         self._new: list[Tensor] = []
         self._batches = 0
 
@@ -258,24 +258,23 @@ class Debiased(TwoGradients):
         new = [reduce.mean(total / self._batches) for total in self._new]
         old = self._difference or [torch.zeros_like(x) for x in new]
         self._difference = [self.decay * x + (1 - self.decay) * y for x, y in zip(old, new, strict=True)]
-        self._looks, self._new, self._batches = self._looks + 1, [], 0
+        self._new, self._batches = [], 0
 
     def held(self, parameters: Iterable[Tensor]) -> Tensor | float:
         """The average difference, as the gradient of a sum of value 0."""
         if not self._difference:
             return 0.0
-        share = 1 - self.decay**self._looks
         pairs = zip(parameters, self._difference, strict=True)
-        return torch.stack([((p - p.detach()) * (x.to(p) / share)).sum() for p, x in pairs]).sum()
+        return torch.stack([((p - p.detach()) * x.to(p)).sum() for p, x in pairs]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """With the average difference."""
-        return super().state_dict() | {"difference": self._difference, "looks": self._looks}
+        return super().state_dict() | {"difference": self._difference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         super().load_state_dict(state)
-        self._difference, self._looks = list(state["difference"]), state["looks"]
+        self._difference = list(state["difference"])
 
 
 def _whole(parameters: Iterable[Tensor], instead: str) -> list[Tensor]:
