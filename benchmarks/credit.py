@@ -20,7 +20,7 @@ from common import note, tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grade_lightning.credit import PathwiseCredit, PrefixCredit, RegressionCredit
+from grade_lightning.credit import CriticCredit, PathwiseCredit, PrefixCredit, RegressionCredit
 from grade_lightning.data import LocalFiles, TextDataModule
 from grade_lightning.functional.intervals import ratio_interval
 from grade_lightning.functional.moments import gram, moments
@@ -35,7 +35,12 @@ from grade_lightning.rollouts import Sampler
 VOCABULARY = 8
 
 
-CREDITS = {"pathwise": PathwiseCredit, "regression": RegressionCredit, "prefix": PrefixCredit}
+CREDITS = {
+    "pathwise": PathwiseCredit,
+    "critic": CriticCredit,
+    "regression": RegressionCredit,
+    "prefix": PrefixCredit,
+}
 
 
 class Pooled(DifferentiableReward):

@@ -19,7 +19,7 @@ from grade_lightning.callbacks import (
 from grade_lightning.columns import Columns
 from grade_lightning.constraints import Constrained, Constraint
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.credit import Credit, PathwiseCredit, PrefixCredit, RegressionCredit
+from grade_lightning.credit import Credit, CriticCredit, PathwiseCredit, PrefixCredit, RegressionCredit
 from grade_lightning.data import (
     BundledProducts,
     BundledReviews,
@@ -180,6 +180,7 @@ __all__ = [
     "Cosine",
     "Credit",
     "Critic",
+    "CriticCredit",
     "DifferentiableReward",
     "Distribution",
     "DivergenceError",

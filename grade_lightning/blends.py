@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grade_lightning.advantages import leave_one_out
-from grade_lightning.credit import PathwiseCredit
+from grade_lightning.credit import PathwiseCredit, TokenScores
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.functional.control_variates import deviations, score_function
+from grade_lightning.functional.control_variates import score_function
 from grade_lightning.functional.mixing import Errors, errors, mix_weight
 from grade_lightning.functional.vocabulary import Cotangent, Vocabulary
 from grade_lightning.records import Experience, Rollout
@@ -93,19 +93,26 @@ class TwoGradients(Calibrated):
         """Whether both gradients are looked at in this step."""
         return step % self.every == 0
 
-    def unbiased(self, seen: Experience, expected: Tensor | None, weights: Tensor, reduce: Reduce) -> Cotangent:
+    def unbiased(
+        self,
+        seen: Experience,
+        scores: TokenScores | None,
+        deviations: Sequence[Tensor],
+        weights: Tensor,
+        reduce: Reduce,
+    ) -> Cotangent:
         """The policy gradient with credit, as a cotangent on the logits of what was sampled.
 
         Args:
             seen: with the penalties of single tokens, −β KL.
-            expected: Σ_v s(v) π(v) of each position, (B, T); None before there are scores.
+            scores: of the tokens; None before there are any.
+            deviations: δ of each position, (B, T); none before there are scores.
             weights: of the engine's correction, (n, 1).
             reduce: statistics over processes.
         """
-        rollout, scores = seen.rollout, self.credit.scores()
-        rewards = seen.scores.total
-        if scores is not None and expected is not None:
-            rewards = rewards - deviations(scores, rollout.completion_ids, expected, rollout.sampled).to(rewards)
+        rollout, rewards = seen.rollout, seen.scores.total
+        for deviation in deviations:
+            rewards = rewards - deviation.sum(-1).to(rewards)
         advantages = leave_one_out(replace(seen, rewards=rewards), reduce).masked_fill(~seen.mask, 0)
         taken = weights * rollout.take(advantages).unsqueeze(1)
         # a completion without others has no advantage, and then nothing is to be given back
@@ -113,7 +120,8 @@ class TwoGradients(Calibrated):
         share = weights * rollout.take((seen.rollout.layout.spread(answered) > 1).unsqueeze(1) * seen.mask).unsqueeze(1)
 
         def cotangent(logits: Tensor, rows: slice) -> Tensor:
-            return score_function(logits.softmax(-1), rollout.tokens[rows], taken[rows], scores, share[rows])
+            own = None if scores is None else scores(rows)
+            return score_function(logits.softmax(-1), rollout.tokens[rows], taken[rows], own, share[rows])
 
         return cotangent
 

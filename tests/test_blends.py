@@ -95,7 +95,8 @@ def known(blend: Any, slope: float = 1.7) -> Any:
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(3, 4, dtype=torch.float64, generator=generator)
     credit = blend.credit
-    credit._tables, credit._directions = [table], [torch.randn(4, dtype=torch.float64, generator=generator)]
+    along = torch.randn(1, 4, dtype=torch.float64, generator=generator)
+    credit._tables, credit._sums = [table], [torch.ones(1, 1, dtype=torch.float64), along]
     credit._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
     return blend
 

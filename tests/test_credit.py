@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning.corrections import EngineCorrection
-from grade_lightning.credit import COLUMN, PathwiseCredit, PrefixCredit, RegressionCredit
+from grade_lightning.credit import COLUMN, CriticCredit, PathwiseCredit, PrefixCredit, RegressionCredit
+from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError
+from grade_lightning.functional.control_variates import deviation
 from grade_lightning.methods import CISPO, GRPO, PPO, RLOO, DrGRPO, Reinforce
-from grade_lightning.records import Prompts, Rollout, Scores, TokenStats
+from grade_lightning.records import Experience, Prompts, Rollout, Scores, TokenStats
 from grade_lightning.rollouts import Sampler
 from grade_lightning.terms import Graphs
 from tests.functional.problems import Problem
@@ -32,12 +34,16 @@ LINES = [
 ]
 
 
-def known_credit(problem: Problem, seed: int = 3, slope: float = 1.7) -> PathwiseCredit:
-    """With a direction from nowhere, as from earlier batches."""
-    credit, width = PathwiseCredit(), 4
+def known_credit(
+    problem: Problem, seed: int = 3, slope: float = 1.7, kind: type[PathwiseCredit] = PathwiseCredit
+) -> PathwiseCredit:
+    """With directions from nowhere, as from earlier batches."""
+    credit, width = kind(), 4
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(int(problem.tokens.max()) + 1, width, dtype=torch.float64, generator=generator)
-    credit._tables, credit._directions = [table], [torch.randn(width, dtype=torch.float64, generator=generator)]
+    features = 1 if kind is PathwiseCredit else 2 + 2 * width
+    along = torch.randn(features, width, dtype=torch.float64, generator=generator)
+    credit._tables, credit._sums = [table], [torch.eye(features, dtype=torch.float64), along]
     credit._fit = torch.tensor([slope, 1.0, 4.0], dtype=torch.float64)
     return credit
 
@@ -52,11 +58,11 @@ def with_credit(line: enumeration.Line, problem: Problem, credit: PathwiseCredit
 
     def measure(rollout: Rollout, known: TokenStats | None = None, graphs: Graphs = "log_ratio") -> TokenStats:
         found: TokenStats = plain_measure(rollout, known, graphs)
-        scores = credit.scores()
+        scores = credit.scores(rollout)
         assert scores is not None
-        rows = problem.rows[rollout.columns["outcome"]]
-        expected = (module.table.softmax(-1) @ scores)[rows].masked_fill(~rollout.sampled, 0)
-        return replace(found, columns=found.columns | {COLUMN: expected})
+        rows = rollout.take(problem.rows[rollout.columns["outcome"]])
+        found_deviation = deviation(module.table.log_softmax(-1)[rows], rollout.tokens, scores(slice(None)))
+        return replace(found, columns=found.columns | {COLUMN: rollout.put(found_deviation)})
 
     module.measure = measure
     return module
@@ -76,13 +82,14 @@ def moments(
     return mean, square - float(mean.square().sum())
 
 
+@pytest.mark.parametrize("kind", [PathwiseCredit, CriticCredit])
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.method}{' with KL' if line.kl else ''}")
-def test_the_mean_is_that_of_the_method(line: enumeration.Line) -> None:
-    """Over all batches, whatever the direction and the slope."""
+def test_the_mean_is_that_of_the_method(line: enumeration.Line, kind: Any) -> None:
+    """Over all batches, whatever the directions and the slope."""
     problem = enumeration.make_problem()
     truth, _ = moments(line, problem, enumeration.make(line, problem))
     for seed in (3, 4):
-        credit = known_credit(problem, seed)
+        credit = known_credit(problem, seed, kind=kind)
         found, _ = moments(line, problem, with_credit(line, problem, credit))
         assert (found - truth).norm() < 1e-10 * truth.norm()
         without = with_credit(line, problem, credit)
@@ -135,7 +142,7 @@ def test_its_own_gradient_would_be_a_bias() -> None:
         for outcome in outcomes:
             tokens = problem.tokens[outcome][problem.mask[outcome]]
             own.index_add_(0, tokens, problem.rewards[outcome].expand(len(tokens)))
-        credit._directions, credit._scores = [own / len(outcomes)], None
+        credit._sums, credit._scores = [torch.ones(1, 1), (own / len(outcomes)).unsqueeze(0)], None
         found += probability * enumeration.update(module, enumeration.experience(line, problem, module, outcomes), None)
     assert (found - truth).norm() > 0.05 * truth.norm()
 
@@ -147,7 +154,7 @@ def test_a_good_direction_takes_noise_away() -> None:
     problem.rewards = (worth[problem.tokens] * problem.mask).sum(-1)
     _, noise = moments(line, problem, enumeration.make(line, problem))
     credit = known_credit(problem, slope=1.0)
-    credit._tables, credit._directions = [torch.eye(3, dtype=torch.float64)], [worth]
+    credit._tables, credit._sums = [torch.eye(3, dtype=torch.float64)], [torch.ones(1, 1), worth.unsqueeze(0)]
     _, found = moments(line, problem, with_credit(line, problem, credit))
     assert found < 0.25 * noise
 
@@ -198,7 +205,7 @@ def test_what_is_learned_is_of_earlier_batches(epochs: int) -> None:
     watch = run(module, *(prompts(4, 4, seed) for seed in range(3)))
     rollout = Prescribed().generate(module.policy, module.sampler.distribution, prompts_of(2))
     (adjoint,) = Toy().pathwise(rollout).adjoints
-    assert module.credit._directions[0].shape == adjoint.gradient.shape[-1:]
+    assert module.credit.directions()[0].shape == adjoint.gradient.shape[-1:]
     assert watch.logged[0]["train/credit_r2"] == 0
     assert 0 < watch.logged[-1]["train/credit_r2"] <= 1
     plain_run = make(credit=None, epochs=epochs)
@@ -210,7 +217,38 @@ def prompts_of(seed: int) -> Prompts:
     return Prompts.of(prompts(4, 4, seed)).repeat(torch.full((4,), 4))
 
 
-@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
+def test_the_critic_reads_what_stands_before_a_token() -> None:
+    """By a plain loop: 1, the place, the embedding before, and the mean of all before, of the prompt's too."""
+    rollout = Prescribed().generate(make().policy, Sampler(12).distribution, prompts_of(2))
+    table, found, expected = torch.randn(int(rollout.ids.max()) + 1, 3), CriticCredit(), []
+    for row, mask, sampled in zip(rollout.ids, rollout.mask, rollout.sampled, strict=True):
+        for t in sampled.nonzero().flatten().tolist():
+            end = len(row) - len(sampled) + t
+            before = table[row[:end][mask[:end].bool()]]
+            expected.append(torch.cat([torch.tensor([1.0, t / 32]), before[-1], before.mean(0)]))
+    torch.testing.assert_close(found.features(rollout, [table]), torch.stack(expected))
+
+
+def test_the_critic_is_the_ridge_regression_of_gradients() -> None:
+    """As least squares with a row more for each penalty, the rows' features less their mean."""
+    module = make()
+    rollout = Prescribed().generate(module.policy, module.sampler.distribution, prompts_of(2))
+    credit, scores = CriticCredit(ridge=0.7), Toy().pathwise(rollout)
+    (adjoint,) = scores.adjoints
+    noise = torch.randn_like(adjoint.gradient)
+    noisy = replace(scores, adjoints=[adjoint._replace(gradient=adjoint.gradient + noise)])
+    credit.look(noisy, rollout, adjoint.table)
+    credit.learn(Experience(rollout, scores, 0.0), Reduce())
+    features = credit.features(rollout, [adjoint.table]).double()
+    penalties = (0.7 * len(features) * features.var(0, correction=0)).sqrt().diag()
+    rows = torch.cat([features, penalties])
+    gradients = rollout.take(noisy.adjoints[0].gradient).double()
+    best = torch.linalg.pinv(rows) @ torch.cat([gradients, torch.zeros(len(penalties), gradients.shape[-1])])
+    (solution,) = credit.solutions()
+    torch.testing.assert_close(features @ solution.double(), features @ best, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PathwiseCredit, CriticCredit, RegressionCredit, PrefixCredit])
 def test_a_resumed_run_is_the_run(kind: Any, tmp_path: Path) -> None:
     given = [prompts(4, 4, seed) for seed in range(4)]
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -225,8 +263,9 @@ def test_a_regression_finds_what_tokens_are_worth() -> None:
     """Without any gradient of the reward: tokens above 9 score higher than the others, after a few batches."""
     module = make(credit=RegressionCredit(ridge=0.1), lr=0.0, reward=above_nine)
     watch = run(module, *(prompts(8, 4, seed) for seed in range(12)))
-    scores = module.credit.scores()
-    assert scores is not None
+    found = module.credit.scores(Prescribed().generate(module.policy, module.sampler.distribution, prompts_of(0)))
+    assert found is not None
+    scores = found(slice(None))
     assert scores[10:].mean() > scores[2:10].mean()
     assert watch.logged[-1]["train/credit_r2"] > 0.1
 
@@ -236,7 +275,7 @@ def above_nine(prompts: list[str], completions: list[str], **columns: Any) -> li
     return [sum(word > 9 for word in text) / max(1, len(text)) for text in words]
 
 
-@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
+@pytest.mark.parametrize("kind", [PathwiseCredit, CriticCredit, RegressionCredit, PrefixCredit])
 def test_a_window_that_is_resumed_in_the_middle_has_its_scores(kind: Any, tmp_path: Path) -> None:
     """It ends as it would have; what it would have said for later ones is lost."""
     given = [prompts(4, 4, seed) for seed in range(2)]
@@ -248,7 +287,7 @@ def test_a_window_that_is_resumed_in_the_middle_has_its_scores(kind: Any, tmp_pa
 
 
 @pytest.mark.parametrize("method", [DrGRPO, GRPO, Reinforce, CISPO])
-@pytest.mark.parametrize("kind", [PathwiseCredit, PrefixCredit])
+@pytest.mark.parametrize("kind", [PathwiseCredit, CriticCredit, PrefixCredit])
 def test_methods_that_take_it(method: Any, kind: Any) -> None:
     settings = {"num_generations": 1} if method is Reinforce else {}
     module = make(method, credit=kind(), **settings)
@@ -257,7 +296,7 @@ def test_methods_that_take_it(method: Any, kind: Any) -> None:
     assert watch.logged[-1]["train/credit_r2"] > 0
 
 
-@pytest.mark.parametrize("kind", [PathwiseCredit, RegressionCredit, PrefixCredit])
+@pytest.mark.parametrize("kind", [PathwiseCredit, CriticCredit, RegressionCredit, PrefixCredit])
 def test_further_estimates_of_the_gradient_have_it_and_teach_nothing(kind: Any) -> None:
     """As those of a variance probe."""
     module = make(credit=kind())
@@ -265,7 +304,6 @@ def test_further_estimates_of_the_gradient_have_it_and_teach_nothing(kind: Any) 
     before = module.credit.slope
     assert module.draw_loss(prompts(4, 4, 5)).isfinite()
     assert module.credit.slope == before
-    assert not getattr(module.credit, "_sums", None)
     assert not getattr(module.credit, "_new", None)
 
 

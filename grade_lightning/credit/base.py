@@ -23,6 +23,9 @@ Share = Callable[[Tensor, Tensor], Tensor]
 (rewards, advantages), both (P, G) → (P, G).
 """
 
+TokenScores = Callable[[slice], Tensor]
+"""Which of the sampled positions → the scores of all tokens there, (m, V), or the same ones for all, (V,)."""
+
 
 class Credit(Stateful, Term):
     """A policy gradient with less noise and the same mean: what is known of a completion is taken off its advantages.
@@ -79,8 +82,8 @@ class Credit(Stateful, Term):
         """
         return replace(scores, adjoints=[])
 
-    def scores(self) -> Tensor | None:
-        """s, (V,), of which the pass is to measure the expected value; None: of nothing."""
+    def scores(self, rollout: Rollout) -> TokenScores | None:
+        """Scores s at the sampled positions of a rollout, of which the pass is to measure δ; None: of nothing."""
         return None
 
     def take_off(self, seen: Experience) -> Experience:

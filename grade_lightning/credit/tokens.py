@@ -1,6 +1,7 @@
 """Credit by what each token is worth: a direction in a space of embeddings, by gradients or by regression."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
-from grade_lightning.functional.control_variates import deviations, fit, token_scores
+from grade_lightning.functional.control_variates import added, fit, ridge_regression, token_scores
 from grade_lightning.functional.replay import Adjoint
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
 
-from .base import Credit
+from .base import Credit, TokenScores
 
-COLUMN = "expected_score"
-"""Σ_v π(v) s(v) of each position, in the statistics of a pass."""
+COLUMN = "deviation"
+"""δ of each position, s(x) − Σ_v π(v) s(v), in the statistics of a pass."""
 
 
 class TokenCredit(Credit):
@@ -39,11 +40,17 @@ class TokenCredit(Credit):
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__(decay)
         self._tables: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._new: list[Tensor] = []
         self._scores: Tensor | None = None
 
     @abstractmethod
     def learn(self, seen: Experience, reduce: Reduce) -> None:
         """Take what was seen into the directions."""
+
+    def move(self, new: list[Tensor], reduce: Reduce) -> None:
+        """Move the sums of products by this batch's."""
+        self._sums = added([self.decay * old for old in self._sums], [reduce.sum(x) for x in new])
 
     @abstractmethod
     def directions(self) -> list[Tensor]:
@@ -64,23 +71,23 @@ class TokenCredit(Credit):
         self.learn(seen, reduce)
         self._scores = None
 
-    def scores(self) -> Tensor | None:
-        """s, (V,), the same for all steps on a batch; None before there is a direction."""
+    def scores(self, rollout: Rollout) -> TokenScores | None:
+        """s, (V,), the same at all positions and for all steps on a batch; None before there is a direction."""
         directions = self.directions()
         if self._scores is None and directions and self._tables:
             pairs = zip(directions, self._tables, strict=True)
             self._scores = self.slope * token_scores([Adjoint(w.to(table), table) for w, table in pairs])
-        return self._scores
+        found = self._scores
+        return None if found is None else lambda rows: found
 
     # ---- what is done with it -----------------------------------------------------------------------------------
 
     def take_off(self, seen: Experience) -> Experience:
         """With rewards less Σδ, and in `extra` what the fit is made of: the rewards, and Σδ without η."""
-        scores, rollout, rewards = self.scores(), seen.rollout, seen.rewards
-        if scores is None or COLUMN not in seen.old.columns:
+        rewards = seen.rewards
+        if COLUMN not in seen.old.columns:
             return seen
-        expected = seen.old.columns[COLUMN]
-        found = deviations(scores, rollout.completion_ids, expected, rollout.sampled).to(rewards)
+        found = seen.old.columns[COLUMN].sum(-1).to(rewards)
         extra = seen.extra | {"reward": rewards, "deviation": found / self.slope}
         return replace(seen, rewards=rewards - found, extra=extra)
 
@@ -98,22 +105,22 @@ class TokenCredit(Credit):
         )
 
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
-        """−Σ_t Σ_v s(v) π_t(v), as the method weighs its tokens."""
+        """Σ_t δ_t, as the method weighs its tokens; its gradient is that of −Σ_t Σ_v s(v) π_t(v)."""
         nothing, figures = super().__call__(seen, now, reduce)
         if COLUMN not in now.columns:
             return nothing, figures
         assert self.aggregate is not None
         weights = self.aggregate(seen.sampled, seen.normalizers) * seen.extra["share"]
-        return -(weights * now.columns[COLUMN]).masked_fill(~seen.mask, 0).sum(), figures
+        return (weights * now.columns[COLUMN]).masked_fill(~seen.mask, 0).sum(), figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The fit, and the scores of a window that has begun."""
-        return super().state_dict() | {"scores": self._scores}
+        """The fit, the sums, and the scores of a window that has begun."""
+        return super().state_dict() | {"sums": self._sums, "scores": self._scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both; the tables are known when a batch is scored."""
+        """Restore them; the tables are known when a batch is scored."""
         super().load_state_dict(state)
-        self._scores = state["scores"]
+        self._sums, self._scores = list(state["sums"]), state["scores"]
 
 
 class PathwiseCredit(TokenCredit):
@@ -124,52 +131,107 @@ class PathwiseCredit(TokenCredit):
     vocabulary, and a backward pass of it for each batch.
 
     Args:
-        decay: of the moving averages, in batches.
+        decay: of the moving sums, in batches.
 
     References:
         See :class:`TokenCredit`; its use with a language model's reward gradients is ours.
     """
 
     needs_gradient = True
+    ridge = 0.0
 
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self._directions: list[Tensor] = []
-        self._new: list[Tensor] = []
-        self._tokens = 0.0
+    def features(self, rollout: Rollout, tables: Sequence[Tensor]) -> Tensor:
+        """What says the gradient at each sampled token, (n, k), the first of them 1; here that alone: a mean."""
+        return torch.ones(len(rollout.positions), 1, device=rollout.ids.device)
 
     def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
-        """Take the sum of the gradients at sampled tokens."""
-        if scores.adjoints and not self._new:
-            self._tables = [part.table for part in scores.adjoints]
-            self._new = [torch.zeros_like(part.table[0], dtype=torch.float32) for part in scores.adjoints]
-        for total, part in zip(self._new, scores.adjoints, strict=True):
-            total += rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0).sum(0)
-        self._tokens += len(rollout.positions)
+        """Take the products of features with themselves and with the gradients, over the sampled tokens."""
+        if scores.adjoints:
+            tables = [part.table for part in scores.adjoints]
+            self._tables = self._tables or tables
+            found = self.features(rollout, tables)
+            gradients = [rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0) for part in scores.adjoints]
+            products = [found.mT @ x for x in (found, *gradients)]
+            self._new = added(self._new, products)
         return super().look(scores, rollout, table)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
-        """Move the average towards this batch's mean over its tokens; not by a window resumed in its middle."""
-        if not self._new:
-            return
-        counts = reduce.sum(torch.tensor([self._tokens], device=seen.rewards.device))
-        new = [reduce.sum(total) / counts.clamp(min=1).to(total) for total in self._new]
-        if self._directions:
-            new = [self.decay * old + (1 - self.decay) * x for old, x in zip(self._directions, new, strict=True)]
-        self._directions, self._new, self._tokens = new, [], 0.0
+        """Move the sums by this batch's; not by a window resumed in its middle."""
+        if self._new:
+            self.move(self._new, reduce)
+        self._new = []
+
+    def solutions(self) -> list[Tensor]:
+        """Of each table, what features are multiplied by, (k, width); none before there are sums."""
+        if not self._sums:
+            return []
+        squares, *along = self._sums
+        variances = squares.diagonal() - squares[0].square() / squares[0, 0].clamp(min=1)
+        return [ridge_regression(squares, x, self.ridge * variances) for x in along]
 
     def directions(self) -> list[Tensor]:
         """The averages."""
-        return self._directions
+        return [x[0] for x in self.solutions()]
+
+
+class CriticCredit(PathwiseCredit):
+    """Credit by a linear critic of derivatives: it says the reward's gradient at a token from the text before it.
+
+    Where :class:`PathwiseCredit` has one direction for all positions, here it is w + A φ_t. φ_t is the place in the
+    completion, the embedding of the token before, and the mean of those of all tokens before, the prompt's too. w and
+    A come from a ridge regression of the reward's gradients at the tokens of earlier batches. φ_t does not know the
+    token, so the mean of the gradient stays what it is, however badly the critic predicts.
+
+    Args:
+        decay: of the moving sums, in batches.
+        ridge: penalty of each feature, as a share of its variance.
+
+    References:
+        See :class:`TokenCredit`. That the critic reads the embeddings of what came before, rather than the policy's
+        hidden states, is ours: it predicts better.
+    """
+
+    def __init__(self, decay: float = 0.98, ridge: float = 0.3) -> None:
+        super().__init__(decay)
+        check_range("(0, inf)", "credit", ridge=ridge)
+        self.ridge = ridge
+        self._critic: list[Adjoint] = []
+
+    def features(self, rollout: Rollout, tables: Sequence[Tensor]) -> Tensor:
+        """1, the place, and of each table the embedding before and the mean of all before."""
+        length = rollout.completion_ids.shape[1]
+        place = torch.arange(length, device=rollout.ids.device).expand_as(rollout.sampled).unsqueeze(-1) / 32
+        parts, before = [torch.ones_like(place), place], slice(-length - 1, -1)
+        for table in tables:
+            embedded = table[rollout.ids].float() * rollout.mask.unsqueeze(-1)
+            count = rollout.mask.cumsum(1).clamp(min=1).unsqueeze(-1)
+            parts += [embedded[:, before], (embedded.cumsum(1) / count)[:, before]]
+        return rollout.take(torch.cat(parts, -1))
+
+    def scores(self, rollout: Rollout) -> TokenScores | None:
+        """s_t, (m, V), the same for all steps on a batch; None before there is a critic."""
+        if not self._critic and self._sums and self._tables:
+            pairs = zip(self.solutions(), self._tables, strict=True)
+            self._critic = [Adjoint(self.slope * weight, table) for weight, table in pairs]
+        if not self._critic:
+            return None
+        found = self.features(rollout, [part.table for part in self._critic])
+        own = [Adjoint(found.to(part.gradient) @ part.gradient, part.table) for part in self._critic]
+        return lambda rows: torch.stack([part(rows) for part in own]).sum(0)
+
+    def observe(self, seen: Experience, reduce: Reduce) -> None:
+        """The next batch has a new critic."""
+        super().observe(seen, reduce)
+        self._critic = []
 
     def state_dict(self) -> dict[str, Any]:
-        """With the averages."""
-        return super().state_dict() | {"directions": self._directions}
+        """With the critic of a window that has begun."""
+        return super().state_dict() | {"critic": [tuple(part) for part in self._critic]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore all."""
         super().load_state_dict(state)
-        self._directions = list(state["directions"])
+        self._critic = [Adjoint(*part) for part in state["critic"]]
 
 
 class RegressionCredit(TokenCredit):
@@ -190,24 +252,21 @@ class RegressionCredit(TokenCredit):
         super().__init__(decay)
         check_range("(0, inf)", "credit", ridge=ridge)
         self.ridge = ridge
-        self._squares: Tensor | None = None
-        self._along: Tensor | None = None
-        self._sums: list[Tensor] = []
 
     def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
         """Take the sums of the embeddings."""
         if self._scores is None:
             self._tables = [table]
         embedded = table[rollout.completion_ids].float() * rollout.sampled.unsqueeze(-1)
-        self._sums.append(embedded.sum(1))
+        self._new.append(embedded.sum(1))
         return super().look(scores, rollout, table)
 
     def learn(self, seen: Experience, reduce: Reduce) -> None:
         """Add this batch's products; none of a window resumed in its middle, or that lost rows."""
-        if not self._sums:
+        if not self._new:
             return
-        features, layout = torch.cat(self._sums), seen.rollout.layout
-        self._sums = []
+        features, layout = torch.cat(self._new), seen.rollout.layout
+        self._new = []
         if len(features) != len(seen.rewards):  # all processes reduce, whatever each keeps
             features = features.new_zeros(len(seen.rewards), features.shape[1])
         rewards = seen.extra.get("reward", seen.rewards)
@@ -216,23 +275,12 @@ class RegressionCredit(TokenCredit):
         of_group = members @ (members / members.sum(0).clamp(min=1)).mT
         centred = (features - of_group @ features) * known.unsqueeze(1)
         r = rewards.nan_to_num(nan=0.0).to(features)
-        squares, along = reduce.sum(centred.mT @ centred), reduce.sum(centred.mT @ (r - of_group @ r))
-        self._squares = squares if self._squares is None else self.decay * self._squares + squares
-        self._along = along if self._along is None else self.decay * self._along + along
+        self.move([centred.mT @ centred, centred.mT @ (r - of_group @ r)], reduce)
 
     def directions(self) -> list[Tensor]:
         """The ridge regression's solution."""
-        if self._squares is None or self._along is None:
+        if not self._sums:
             return []
-        penalty = self.ridge * self._squares.diagonal().mean().clamp(min=1e-12)
-        system = self._squares + penalty * torch.eye(len(self._squares), device=self._squares.device)
-        return [torch.linalg.solve(system.double(), self._along.double()).float()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """With the moving sums."""
-        return super().state_dict() | {"squares": self._squares, "along": self._along}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
-        super().load_state_dict(state)
-        self._squares, self._along = state["squares"], state["along"]
+        squares, along = self._sums
+        penalties = self.ridge * squares.diagonal().mean().expand(len(squares))
+        return [ridge_regression(squares, along.unsqueeze(1), penalties).squeeze(1)]

@@ -8,7 +8,7 @@ exactly Σ_t Σ_v s(v) ∇π_t(v), which is known without sampling and added.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from grade_lightning.functional.estimators import softmax_vjp
@@ -29,41 +29,31 @@ def token_scores(directions: Sequence[Adjoint]) -> Float[Tensor, " v"]:
     return torch.stack(found).sum(0)
 
 
-def expected_score(logps: Float[Tensor, "n v"], scores: Float[Tensor, " v"]) -> Float[Tensor, " n"]:
-    """Σ_v π(v) s(v) at each position.
+def deviation(
+    logps: Float[Tensor, "n v"], tokens: Int[Tensor, " n"], scores: Float[Tensor, "*n v"]
+) -> Float[Tensor, " n"]:
+    """δ = s(x) − Σ_v π(v) s(v): how much higher each token scores than was to be expected.
 
     Args:
         logps: log-probabilities; −inf outside of the support.
-        scores: of each token.
+        tokens: x, what was sampled.
+        scores: s of each token, the same at all positions, or of each position its own.
 
     Example:
-        >>> expected_score(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0.0, 4.0]))
-        tensor([3.])
-    """
-    return logps.exp() @ scores.to(logps)
-
-
-def deviations(
-    scores: Float[Tensor, " v"],
-    tokens: Int[Tensor, "b t"],
-    expected: Float[Tensor, "b t"],
-    mask: Bool[Tensor, "b t"],
-) -> Float[Tensor, " b"]:
-    """Σ_t δ_t of each completion: how much higher its tokens score than was to be expected.
-
-    Example:
-        >>> once = torch.ones(1, 1, dtype=torch.bool)
-        >>> deviations(torch.tensor([0.0, 4.0]), torch.tensor([[1]]), torch.tensor([[3.0]]), once)
+        >>> deviation(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([1]), torch.tensor([0.0, 4.0]))
         tensor([1.])
     """
-    return (scores.to(expected)[tokens] - expected.detach()).masked_fill(~mask, 0).sum(-1)
+    scores, probs = scores.to(logps), logps.exp()
+    if scores.dim() == 1:
+        return scores[tokens] - probs @ scores
+    return scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - (probs * scores).sum(-1)
 
 
 def score_function(
     probs: Float[Tensor, "n v"],
     tokens: Int[Tensor, " n"],
     advantages: Float[Tensor, "n 1"],
-    scores: Float[Tensor, " v"] | None = None,
+    scores: Float[Tensor, "*n v"] | None = None,
     share: Float[Tensor, "n 1"] | None = None,
 ) -> Float[Tensor, "n v"]:
     """The gradient of A log π(x) + share · Σ_v s(v) π(v) at the logits.
@@ -72,7 +62,7 @@ def score_function(
         probs: π at each position.
         tokens: x, what was sampled.
         advantages: A.
-        scores: s of each token; none: the first part alone.
+        scores: s of each token, at all positions or at each; none: the first part alone.
         share: of the second part.
 
     Example:
@@ -106,3 +96,34 @@ def fit(
         centred.append((values - values.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0))
     r, d = centred
     return (r * d).sum(), d.square().sum(), r.square().sum()
+
+
+def ridge_regression(
+    squares: Float[Tensor, "k k"], along: Float[Tensor, "k m"], penalties: Float[Tensor, " k"]
+) -> Float[Tensor, "k m"]:
+    """The weights of features that predict best, of sums of products.
+
+    Args:
+        squares: Σ φ φᵀ of the features.
+        along: Σ φ yᵀ of features and the m numbers that they predict.
+        penalties: of the square of each feature's weight.
+
+    Example:
+        >>> ridge_regression(torch.eye(2), torch.tensor([[3.0], [4.0]]), torch.tensor([0.0, 1.0]))
+        tensor([[3.],
+                [2.]])
+    """
+    least = 1e-12 * squares.diagonal().mean().clamp(min=1)  # a feature that is always 0 has no weight
+    system = squares.double() + penalties.double().clamp(min=least).diag()
+    found: Tensor = torch.linalg.solve(system, along.double())
+    return found.to(along)
+
+
+def added(sums: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """Element by element; without any sums what is new.
+
+    Example:
+        >>> added([], [torch.tensor(1.0)]), added([torch.tensor(2.0)], [torch.tensor(1.0)])
+        ([tensor(1.)], [tensor(3.)])
+    """
+    return [old + x for old, x in zip(sums, new, strict=True)] if sums else list(new)

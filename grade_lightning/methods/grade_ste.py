@@ -13,7 +13,7 @@ from grade_lightning.credit import COLUMN
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.estimators import StraightThrough, TokenEstimator
 from grade_lightning.functional import divergences, sequences
-from grade_lightning.functional.control_variates import expected_score
+from grade_lightning.functional.control_variates import deviation
 from grade_lightning.functional.corrections import WeightLevel
 from grade_lightning.functional.replay import Adjoint, next_input_gradient, replay
 from grade_lightning.functional.vocabulary import Vocabulary
@@ -161,7 +161,7 @@ class GradeSTE(BlendingModule):
         )
 
         through = self.blended(replayed.cotangent, source, vocabulary, reference, experience, weights)
-        token_scores = None if self.blend is None else self.blend.credit.scores()
+        token_scores = None if self.blend is None else self.blend.credit.scores(rollout)
 
         def ascent(logits: Tensor, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             sampled, dist = distribution.both(rollout, logits, rows)
@@ -170,8 +170,8 @@ class GradeSTE(BlendingModule):
             cotangent = through(logits, rows)
             if self.kl_prefix == "none":
                 cotangent = cotangent + kl_cotangent(dist, ref_dist, found[3], rows)
-            expected = () if token_scores is None else (expected_score(sampled, token_scores),)
-            return cotangent, (*found, *expected)
+            more = () if token_scores is None else (deviation(sampled, rollout.tokens[rows], token_scores(rows)),)
+            return cotangent, (*found, *more)
 
         zero, columns = vocabulary.push(ascent)
         more = {} if token_scores is None else {COLUMN: rollout.put(columns[COUNT])}

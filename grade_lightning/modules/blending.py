@@ -10,7 +10,7 @@ from torch import Tensor
 from grade_lightning.blends import Calibrated, TwoGradients
 from grade_lightning.errors import InputError, check_range
 from grade_lightning.functional import divergences
-from grade_lightning.functional.control_variates import expected_score
+from grade_lightning.functional.control_variates import deviation
 from grade_lightning.functional.vocabulary import Cotangent, Vocabulary
 from grade_lightning.records import Batching, Experience
 
@@ -78,17 +78,17 @@ class BlendingModule(AlignmentModule):
         blend, rollout, distribution = self.blend, seen.rollout, self.sampler.distribution
         if not isinstance(blend, TwoGradients) or (blend.weight == 1 and not self._look):
             return straight
-        scores = blend.credit.scores()
+        scores = blend.credit.scores(rollout)
 
         def measured(logits: Tensor, rows: slice) -> Iterator[Tensor]:
             sampled, dist = distribution.both(rollout, logits, rows)
             yield divergences.categorical_kl(dist, distribution.log_distribution(reference.at(rows)))
             if scores is not None:
-                yield expected_score(sampled, scores)
+                yield deviation(sampled, rollout.tokens[rows], scores(rows))
 
-        kl, *expected = map(rollout.put, vocabulary.map(measured))
+        kl, *deviations = map(rollout.put, vocabulary.map(measured))
         seen = replace(seen, penalties=-self.beta * kl)
-        at_sampled = blend.unbiased(seen, expected[0] if expected else None, weights, self.reduce)
+        at_sampled = blend.unbiased(seen, scores, deviations, weights, self.reduce)
 
         def unbiased(logits: Tensor, rows: slice) -> Tensor:
             found = distribution.tempered(at_sampled(distribution.sampled_logits(rollout, logits, rows), rows))

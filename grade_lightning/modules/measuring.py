@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from grade_lightning.columns import Columns
-from grade_lightning.credit import COLUMN
+from grade_lightning.credit import COLUMN, TokenScores
 from grade_lightning.functional import divergences, sequences
-from grade_lightning.functional.control_variates import expected_score
+from grade_lightning.functional.control_variates import deviation
 from grade_lightning.functional.vocabulary import Vocabulary
 from grade_lightning.policies import Policy
 from grade_lightning.records import Rollout, TokenStats
@@ -32,7 +32,7 @@ def measure(
     graphs: Graphs = "log_ratio",
     values: Callable[[Tensor], Tensor] | None = None,
     parts: Sequence[Columns] = (),
-    scores: Tensor | None = None,
+    scores: TokenScores | None = None,
     referenced: bool = True,
 ) -> TokenStats:
     """Statistics of a rollout's tokens, the policy's own or others.
@@ -46,7 +46,7 @@ def measure(
         graphs: up to which of the statistics there are graphs.
         values: a value head on the hidden states.
         parts: those that ask for further statistics.
-        scores: of each token of the vocabulary, (V,): their mean at each position is measured, with a graph.
+        scores: of the tokens: how much higher the sampled one scores than was to be expected is measured, with a graph.
         referenced: without the reference what needs it is NaN, and a pass is saved.
     """
     hidden = policy.training_pass.hidden(policy, rollout)
@@ -55,7 +55,7 @@ def measure(
 
     def all_figures(logits: Tensor, rows: slice, *more: Any) -> Iterator[Tensor]:
         if scores is not None:
-            yield expected_score(distribution.both(rollout, logits, rows)[0], scores)
+            yield deviation(distribution.both(rollout, logits, rows)[0], rollout.tokens[rows], scores(rows))
         yield from _figures(distribution, rollout, logits, rows, *more)
 
     if known is not None and graphs != "kl":

@@ -192,7 +192,7 @@ class PolicyGradientModule(SelectingModule):
     ) -> TokenStats:
         values = None if self.critic is None else self.critic.values
         parts = [part for part in self.parts().values() if isinstance(part, Columns)]
-        scores = None if self.credit is None else self.credit.scores()
+        scores = None if self.credit is None else self.credit.scores(rollout)
         distribution = self.sampler.distribution
         return measure(self.policy, distribution, rollout, known, graphs, values, parts, scores, referenced)
 

@@ -3,23 +3,26 @@
 import pytest
 import torch
 
-from grade_lightning.functional.control_variates import deviations, expected_score, fit
+from grade_lightning.functional.control_variates import deviation, fit
 from tests.functional.problems import Problem, ends, equal
 
 
 @ends
-def test_deviations_have_mean_nothing_and_are_missed_by_the_score_function(ends: bool) -> None:
+@pytest.mark.parametrize("by_position", [False, True])
+def test_deviations_have_mean_nothing_and_are_missed_by_the_score_function(ends: bool, by_position: bool) -> None:
     """E[Σδ] = 0, and E[Σδ ∇log π(y)] is the gradient of the expected scores with the prefixes held."""
     problem = Problem(ends)
-    scores = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     leaf = problem.leaf()
     logps = leaf.log_softmax(-1)
-    expected = expected_score(logps, scores)[problem.rows]
-    found = deviations(scores, problem.tokens, expected, problem.mask)
+    rows = problem.rows.flatten()
+    own = torch.randn(len(logps), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scores = own[rows] if by_position else own[0]
+    deltas = deviation(logps[rows], problem.tokens.flatten(), scores).view(problem.rows.shape) * problem.mask
+    found = deltas.detach().sum(-1)
     probs = problem.probs(leaf)
     assert (probs * found).sum().item() == pytest.approx(0, abs=1e-12)
     (missed,) = torch.autograd.grad((probs * found).sum(), leaf, retain_graph=True)
-    held = (probs.detach().unsqueeze(1) * expected * problem.mask).sum()
+    held = -(probs.detach().unsqueeze(1) * deltas).sum()
     equal(missed, torch.autograd.grad(held, leaf)[0])
 
 
