@@ -60,6 +60,8 @@ class TextDataModule(LightningDataModule):
         chat: Whether prompts that are text are what a user says in a conversation.
         system_prompt: What begins the conversations; with one, all prompts are conversations.
         chat_template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
+        group_by_length: So many training rows that follow each other have prompts, or texts, of similar length, so that
+            there is less padding: give the rows of a step, over all devices. `None` for rows in random order.
         num_workers: Processes that prepare batches.
         seed: Of the splits and the shuffling.
         prompts: Instead of a source: texts, or conversations as lists of messages.
@@ -88,6 +90,7 @@ class TextDataModule(LightningDataModule):
         chat: bool = False,
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        group_by_length: int | None = None,
         num_workers: int = 0,
         seed: int = 42,
         prompts: list[str] | list[list[dict[str, Any]]] | None = None,
@@ -96,6 +99,7 @@ class TextDataModule(LightningDataModule):
         sizes = {"reward_size": reward_size, "prompt_size": prompt_size, "val_size": val_size, "test_size": test_size}
         check_range("[0, inf)", "data", **sizes, num_workers=num_workers)
         check_range("[0, 4294967295]", "data", seed=seed)
+        check_range("[2, inf)", "data", group_by_length=group_by_length)
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_prompt_chars": max_prompt_chars}
         check_range("[1, inf)", "data", **counts)
         check_range(f"[{LEAST}, inf)", "data", max_prompt_tokens=max_prompt_tokens, max_text_tokens=max_text_tokens)
@@ -110,7 +114,7 @@ class TextDataModule(LightningDataModule):
             test_size,
         )
         self.max_prompt_chars, self._given_prompt_tokens = max_prompt_chars, max_prompt_tokens
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self.group_by_length = max_text_tokens, group_by_length
         self.num_workers, self.seed = num_workers, seed
         self.splits: dict[str, Dataset] = {}
         self.dropped: dict[str, int] = {}
@@ -266,17 +270,27 @@ class TextDataModule(LightningDataModule):
         collate = view.collate(tokenizer, limits, train)
         self._tell_cuts(split, collate)
         place = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        run = self.group_by_length if train else None
+        lengths = None if run is None else self._lengths(split, collate)
         resumable = partial(ResumableLoader, repeats=batching.steps_per_batch, on_resume=self._resume)
         return (resumable if train else DataLoader)(
             rows,
             batch_size=train_rows if train else self.eval_batch_size,
-            sampler=EpochSampler(rows, self.seed, *place) if train else None,
+            sampler=EpochSampler(rows, self.seed, *place, lengths, run or 1) if train else None,
             drop_last=train,
             collate_fn=collate,
             num_workers=self.num_workers,
             # without one, each epoch would draw from the global generator, as a rollout's noise does
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _lengths(self, split: Split, collate: Collate) -> list[int]:
+        """Tokens of each row, of all columns together: of prompts as they were measured."""
+        if isinstance(collate, CollatePrompts) and self._prompts is not None:
+            found = self._prompts.parts[split]
+        else:
+            found = token_lengths(collate, self.splits[split], forks=self.num_workers > 0)
+        return [sum(lengths) for lengths in zip(*found.values(), strict=True)]
 
     def _ends(self) -> list[int]:
         module = self.trainer.lightning_module if self.trainer is not None else None

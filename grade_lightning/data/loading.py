@@ -1,12 +1,16 @@
 """The training loader: shuffled anew each epoch, shared out over processes, and resumed at its row."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+RUNS = 64
+"""Runs of rows among which those of similar length are looked for: more make runs more alike, and less random."""
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -20,6 +24,8 @@ class EpochSampler(DistributedSampler[Any]):
         seed: of the order.
         processes: that share it.
         rank: which of them this is.
+        lengths: of the rows, if those of similar length are to stand together.
+        run: how many of similar length follow each other then.
 
     Example:
         >>> one, two = EpochSampler(range(6), 0), [EpochSampler(range(6), 0, 2, rank) for rank in range(2)]
@@ -30,16 +36,47 @@ class EpochSampler(DistributedSampler[Any]):
         [0]
     """
 
-    def __init__(self, rows: Dataset[Any], seed: int, processes: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Dataset[Any],
+        seed: int,
+        processes: int = 1,
+        rank: int = 0,
+        lengths: Sequence[int] | None = None,
+        run: int = 1,
+    ) -> None:
         super().__init__(rows, num_replicas=processes, rank=rank, seed=seed, drop_last=True)
+        self.lengths, self.run = None if lengths is None else torch.tensor(lengths), run
         self.start = 0
         """Rows of the order, over all processes, that are left out at its beginning."""
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rest = torch.randperm(len(self.dataset), generator=generator)[self.start :]  # type: ignore[arg-type]
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        if self.lengths is not None:
+            order = order[of_similar_length(self.lengths[order], self.run, generator)]
+        rest = order[self.start :]
         shared = len(rest) // self.num_replicas * self.num_replicas
         return iter(rest[self.rank : shared : self.num_replicas].tolist())
+
+
+def of_similar_length(lengths: Tensor, run: int, generator: torch.Generator) -> Tensor:
+    """An order in which runs of rows have similar lengths; the runs themselves are in random order.
+
+    Args:
+        lengths: of the rows, which are in random order, (n,).
+        run: rows of a run; what is left over makes a shorter one, which is the last.
+        generator: shuffles the runs.
+
+    Example:
+        >>> of_similar_length(torch.tensor([5, 1, 4, 2, 9]), 2, torch.Generator().manual_seed(0)).tolist()
+        [1, 3, 2, 0, 4]
+    """
+    order = lengths.argsort(stable=True)
+    order = order[(order // (RUNS * run)).argsort(stable=True)]
+    whole = len(order) // run * run
+    runs = order[:whole].view(-1, run)
+    return torch.cat([runs[torch.randperm(len(runs), generator=generator)].flatten(), order[whole:]])
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -733,3 +733,22 @@ def test_each_device_needs_a_batch_of_its_own(batch_size: int, processes: int) -
             InputError, match=rf"{batch_size} on each of {processes} devices, but .* has 30 rows; lower"
         ):
             data.train_dataloader()
+
+
+@pytest.mark.parametrize("view", ["prompts", "text", "labelled"])
+def test_rows_of_similar_length_need_less_padding(view: View) -> None:
+    """Texts of 2 to 61 words: of a step's tokens few are padding, of random rows' many."""
+    rows: list[str] = [" ".join(f"word{i}" for _ in range(2 + i % 60)) for i in range(240)]
+    table: dict[str, list[Any]] = {"text": rows, "label": [i % 2 for i in range(240)]}
+    if view == "prompts":
+        table["prompt"] = rows
+    sizes: dict[str, Any] = {"prompt_size": 64, "reward_size": 64, "val_size": 8, "test_size": 8, "max_text_tokens": 500}
+    shares = []
+    for group in (None, 8):
+        data = ready(Rows(table), view, batch_size=8, group_by_length=group, **sizes)
+        batches = list(data.train_dataloader())
+        assert sum(len(batch["input_ids"]) for batch in batches) == 64
+        masks = [batch["attention_mask"] for batch in batches]
+        shares.append(sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks))
+    assert shares[0] < 0.65
+    assert shares[1] > 0.85

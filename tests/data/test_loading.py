@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from grade_lightning.data import Source, TextDataModule
-from grade_lightning.data.loading import EpochSampler, ResumableLoader
+from grade_lightning.data.loading import EpochSampler, ResumableLoader, of_similar_length
 from grade_lightning.modules import TrainableModule
 from grade_lightning.records import Batching
 from tests.cli.ranks import launch
@@ -23,14 +23,20 @@ from tests.conftest import make_tokenizer, mostly_slow
 ROWS = 64
 
 
-def loaders(batch: int, processes: int = 1, repeats: int = 1, rows: int = ROWS) -> list[ResumableLoader]:
+LENGTHS = [i * 37 % 1009 for i in range(ROWS)]
+
+
+def loaders(
+    batch: int, processes: int = 1, repeats: int = 1, rows: int = ROWS, run: int | None = None
+) -> list[ResumableLoader]:
     """The loader of each process."""
+    lengths = (None, 1) if run is None else (LENGTHS, run)
     return [
         ResumableLoader(
             list(range(rows)),
             repeats=repeats,
             batch_size=batch,
-            sampler=EpochSampler(range(rows), 0, processes, rank),  # type: ignore[arg-type]
+            sampler=EpochSampler(range(rows), 0, processes, rank, *lengths),  # type: ignore[arg-type]
             drop_last=True,
             collate_fn=list,
         )
@@ -79,20 +85,42 @@ def test_processes_share_one_order(processes: int) -> None:
     assert take(loaders(12 // processes, processes)) == take(loaders(12))
 
 
+def test_rows_of_similar_length_are_given_in_one_step() -> None:
+    """To all processes together, each row once, and the lengths of steps in no order."""
+    steps = take(loaders(4, 2, run=8))
+    assert sorted(flat(steps)) == list(range(ROWS))
+    ranks = sorted(range(ROWS), key=LENGTHS.__getitem__)
+    assert sorted(sorted(ranks.index(row) for row in step) for step in steps) == [
+        list(range(start, start + 8)) for start in range(0, ROWS, 8)
+    ]
+    first = [LENGTHS[step[0]] for step in steps]
+    assert first not in (sorted(first), sorted(first, reverse=True))
+
+
+def test_only_rows_that_stand_near_each_other_change_places() -> None:
+    lengths = torch.randint(1000, (1000,), generator=torch.Generator().manual_seed(0))
+    order = of_similar_length(lengths, 4, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(1000))
+    spread = lengths[order].view(-1, 4)
+    assert float((spread.amax(1) - spread.amin(1)).float().mean()) < 30  # of random rows 600
+    assert all(len({int(row) // (64 * 4) for row in rows}) == 1 for rows in order.view(-1, 4))
+
+
+@pytest.mark.parametrize("run", [None, 8])
 @pytest.mark.parametrize("steps", [0, 1, 3, 8, 15, 16])
 @pytest.mark.parametrize(
     ("before", "after"),
     [((4, 1), (8, 1)), ((4, 1), (2, 1)), ((4, 1), (2, 2)), ((2, 2), (4, 1)), ((2, 2), (4, 2)), ((4, 1), (1, 3))],
 )
-def test_each_row_is_given_once(steps: int, before: tuple[int, int], after: tuple[int, int]) -> None:
+def test_each_row_is_given_once(steps: int, before: tuple[int, int], after: tuple[int, int], run: int | None) -> None:
     """In the middle of an epoch and at its end, in other batches and on another number of processes."""
-    first, second = loaders(*before), loaders(*after)
+    first, second = loaders(*before, run=run), loaders(*after, run=run)
     seen = flat(give(first, steps))
     for loader in second:
         if steps:
             loader.load_state_dict(first[0].state_dict())
     rest = flat(take(second))
-    order, size = next(next(iter(loader)) for loader in loaders(ROWS)), after[0] * after[1]
+    order, size = next(next(iter(loader)) for loader in loaders(ROWS, run=run)), after[0] * after[1]
     wanted = order[len(seen) :] if ROWS - len(seen) >= size else order  # no batch is left: the next epoch
     assert sorted(rest) == sorted(wanted[: len(wanted) // size * size])
     assert len(flat(take(second))) == ROWS // size * size  # the epoch after it is whole
