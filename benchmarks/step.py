@@ -14,8 +14,9 @@ logits, the least memory that running the prefix again can have.
 
 A line says what matrix products of these shapes reach here, and how long those of RLOO's training pass (policy forward
 and backward, reference forward, head) take at that rate: what a step takes beyond it is sampling, and work that is no
-product. With `--ragged` completions end by chance, after a third of `--length` on average if nothing cut them off; ours
-alone.
+product. `--model FOLDER` takes the weights and the tokenizer of a real model, with `--lora` adapters of that rank on
+its attention projections; products for gradients of weights are then left out of the line. With `--ragged` completions
+end by chance, after a third of `--length` on average if nothing cut them off; ours alone.
 
 One step of each contestant in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
 of the ratio to another contestant of the same round, from six rounds on with a 95 % interval of that median (by order,
@@ -24,6 +25,7 @@ above what was there before it without gradients (weights, reference, optimizer 
 memory with the C library told to give freed tensors back at once.
 
 python benchmarks/step.py --rounds 10
+python benchmarks/step.py --model my/SmolLM2-135M-Instruct --lora 16 --no-memory --only RLOO "TRL RLOO, β = 0.05"
 python benchmarks/step.py --rounds 1 --warm 0 --no-memory --batch 8 --length 256 \
   --only "GradeSTE, hops 2" "unrolled, as published" --beside "GradeSTE, hops 2"
 """
@@ -54,13 +56,13 @@ from torch import Tensor
 from torch.nn.functional import gumbel_softmax
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import DynamicCache, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
 from grade_lightning.modules import AlignmentModule
-from grade_lightning.policies import PackedPass, Pass, SharedPrefixPass, WholePass
+from grade_lightning.policies import LoRA, PackedPass, Pass, Policy, SharedPrefixPass, WholePass
 from grade_lightning.records import Experience, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import DifferentiableReward
 from grade_lightning.rollouts import Sampler
@@ -225,7 +227,13 @@ class Ours(Contestant):
         seed_everything(o.seed, verbose=False)
         self.rows = o.batch // settings.get("num_generations", 1)
         sampler = Sampler(max_new_tokens=o.length)
-        learner = policy(o.vocabulary, training_pass=PASSES[o.training_pass](), **size(o))
+        training_pass = PASSES[o.training_pass]()
+        if o.model is None:
+            learner = policy(o.vocabulary, training_pass=training_pass, **size(o))
+        else:
+            learner = Policy(o.model, o.lora and LoRA(o.lora, dropout=0.0), o.dtype, training_pass=training_pass)
+            learner.load()
+            learner.eos_ids = []
         if o.ragged:
             learner.eos_ids = list(range(2, 2 + max(1, 3 * o.vocabulary // o.length)))
         self.module = make(policy=learner, reward=Words(o.vocabulary), sampler=sampler, **settings)
@@ -280,10 +288,15 @@ class TRL(Contestant):
 
         seed_everything(o.seed, verbose=False)
         self.folder = tempfile.TemporaryDirectory()  # the reference is read from it
-        model(o.vocabulary, **size(o)).save_pretrained(self.folder.name)
         words, reward = tokenizer(o.vocabulary), Words(o.vocabulary)
-        ids = torch.randint(2, o.vocabulary, (1024, o.prompt))
-        prompts = [" ".join(words.convert_ids_to_tokens(row)) for row in ids.tolist()]
+        if o.model is None:
+            model(o.vocabulary, **size(o)).save_pretrained(self.folder.name)
+        else:
+            words = AutoTokenizer.from_pretrained(o.model)
+        ids = torch.tensor([i for i in range(2, min(o.vocabulary, 4096)) if words.encode(words.decode([i])) == [i]])
+        rows = ids[torch.randint(len(ids), (4096, o.prompt))].tolist()
+        texts = [" ".join(words.convert_ids_to_tokens(row)) if o.model is None else words.decode(row) for row in rows]
+        prompts = [text for text in texts if len(words.encode(text)) == o.prompt]
 
         def share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
             tokens = torch.tensor(completion_ids)
@@ -308,6 +321,7 @@ class TRL(Contestant):
             report_to=[],
             disable_tqdm=True,
             model_init_kwargs={"dtype": o.dtype},
+            generation_kwargs={"min_new_tokens": o.length},
         )
         contestant = self
 
@@ -319,7 +333,8 @@ class TRL(Contestant):
                 contestant.end()
 
         self.trainer = getattr(trl, f"{name}Trainer")(
-            model=self.folder.name,
+            model=o.model or self.folder.name,
+            peft_config=adapters(o),
             reward_funcs=share,
             args=config,
             train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
@@ -356,6 +371,17 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
 }
 
 
+def adapters(o: argparse.Namespace) -> Any:
+    """Peft's settings of what ours has; None: all weights are trained."""
+    if not o.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=o.lora, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+    )
+
+
 def size(o: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the model."""
     dtype = getattr(torch, o.dtype)
@@ -376,7 +402,9 @@ def bound(o: argparse.Namespace) -> str:
 
     body = matrix_rate(tokens, o.width, 4 * o.width, o.device, dtype, now)
     head = matrix_rate(sampled, o.width, o.vocabulary, o.device, dtype, now)
-    seconds = 4 * 2 * 12 * o.layers * o.width**2 * tokens / body + 5 * 2 * o.width * o.vocabulary * sampled / head
+    passes = (3, 4) if o.lora else (4, 5)  # without gradients of weights there is one product less
+    products = 2 * o.body * tokens / body, 2 * o.width * o.vocabulary * sampled / head
+    seconds = sum(count * one for count, one in zip(passes, products, strict=True))
     rates = f"{body / 1e9:.0f} GFLOP/s in the body, {head / 1e9:.0f} in the head"
     return f"matrix products: {rates}; RLOO's training pass at that rate: {seconds:.3f} s"
 
@@ -436,6 +464,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8_000)
+    parser.add_argument("--model", help="a folder with real weights; then width, layers and vocabulary are its own")
+    parser.add_argument("--lora", type=int, help="rank of adapters of that model, which alone are trained")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of the trainer")
@@ -448,6 +478,14 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="seconds alone")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     o = parser.parse_args()
+    o.body = 12 * o.layers * o.width**2
+    if o.model is not None:
+        config = AutoConfig.from_pretrained(o.model)
+        o.layers, o.width, o.vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+        with torch.device("meta"):
+            o.body = AutoModelForCausalLM.from_config(config).num_parameters(exclude_embeddings=True)
+    elif o.lora:
+        parser.error("--lora: give --model, too")
     if o.ragged:
         o.only = [name for name in o.only if not name.startswith(("TRL", "unrolled"))]
     warnings.filterwarnings("ignore")
