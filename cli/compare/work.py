@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import grade_lightning
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.files import write_atomically
 from grade_lightning.modules import AlignmentModule
@@ -134,10 +135,10 @@ def _test(comparison: Comparison, run: Run) -> None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is run from, with a mark if it has changes."""
+    """Of the checkout that the library is read from, with a mark if it has changes."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        answer = subprocess.run(command, cwd=Path(grade_lightning.__file__).parent, capture_output=True, text=True)
     except OSError:  # there is no git
         return None
     return answer.stdout.strip() or None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from grade_lightning.errors import InputError
 from grade_lightning.functional.sequences import masked_sum, token_logps
 from grade_lightning.policies import Policy
 from grade_lightning.records import Rollout
@@ -29,7 +30,7 @@ def check_first_batch(policy: Policy, sampler: Sampler, rollout: Rollout, starte
         reduced: whether something is computed in 16 bits.
 
     Raises:
-        RuntimeError: something differs, or is not a number.
+        InputError: something differs, or is not a number.
     """
     rollout = rollout.select(torch.arange(min(len(rollout.ids), ROWS)))
     with policy.evaluating():
@@ -37,7 +38,7 @@ def check_first_batch(policy: Policy, sampler: Sampler, rollout: Rollout, starte
         tolerance = 0.1 if reduced else 1e-3
         kl = float(masked_sum(found.kl, rollout.sampled).abs().max())
         if started and not kl <= tolerance:
-            raise RuntimeError(
+            raise InputError(
                 f"KL to the reference at step 0 is {kl:.3g} nats instead of 0: the reference is not the model that the "
                 "policy started as (was an adapter merged or loaded into one of them?)"
             )
@@ -51,7 +52,7 @@ def check_first_batch(policy: Policy, sampler: Sampler, rollout: Rollout, starte
         ours, engine = (x[worst][rollout.sampled[worst]] for x in (found.logps, rollout.engine_logps))
         own, raw = _alone(policy, sampler.distribution, rollout.select(torch.tensor([worst])))
     names = type(sampler.engine).__name__, type(policy.base).__name__
-    raise RuntimeError(
+    raise InputError(
         f"log-probabilities of the training pass differ from those of the engine ({names[0]}) by {gap:.3g} nats a "
         f"token on average; {_culprit(ours, engine, own, raw, tolerance, *names)}"
     )

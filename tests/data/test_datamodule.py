@@ -742,7 +742,13 @@ def test_rows_of_similar_length_need_less_padding(view: View) -> None:
     table: dict[str, list[Any]] = {"text": rows, "label": [i % 2 for i in range(240)]}
     if view == "prompts":
         table["prompt"] = rows
-    sizes: dict[str, Any] = {"prompt_size": 64, "reward_size": 64, "val_size": 8, "test_size": 8, "max_text_tokens": 500}
+    sizes: dict[str, Any] = {
+        "prompt_size": 64,
+        "reward_size": 64,
+        "val_size": 8,
+        "test_size": 8,
+        "max_text_tokens": 500,
+    }
     shares = []
     for group in (None, 8):
         data = ready(Rows(table), view, batch_size=8, group_by_length=group, **sizes)

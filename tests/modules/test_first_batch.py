@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grade_lightning.errors import InputError
 from grade_lightning.methods import DPO, RLOO
 from grade_lightning.modules.first_batch import check_first_batch
 from grade_lightning.policies import LoRA, Policy
@@ -50,7 +51,7 @@ def test_an_engine_with_other_weights_is_named() -> None:
     policy, sampler = make_policy(), Sampler(6)
     rollout = drawn(policy, sampler)
     move(policy)
-    with pytest.raises(RuntimeError, match=r"TransformersEngine has other weights, other settings"):
+    with pytest.raises(InputError, match=r"TransformersEngine has other weights, other settings"):
         check(policy, sampler, rollout, started=False)
 
 
@@ -60,7 +61,7 @@ def test_an_engine_that_reports_bare_log_probabilities_is_named() -> None:
     rollout = drawn(policy, sampler)
     bare = policy.logits(policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], rollout.completion_ids.shape[1])
     logps = bare.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
-    with pytest.raises(RuntimeError, match="reports log-probabilities before temperature, top-k and top-p"):
+    with pytest.raises(InputError, match="reports log-probabilities before temperature, top-k and top-p"):
         check(policy, sampler, replace(rollout, engine_logps=logps.detach()))
 
 
@@ -69,7 +70,7 @@ def test_a_model_whose_training_pass_is_wrong_is_named() -> None:
     rollout = drawn(policy, sampler)
     hidden = policy.hidden
     policy.hidden = lambda *args: hidden(*args) * 0.5  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the training pass of GPT2LMHeadModel is wrong"):
+    with pytest.raises(InputError, match="the training pass of GPT2LMHeadModel is wrong"):
         check(policy, sampler, rollout, started=False)
 
 
@@ -77,7 +78,7 @@ def test_a_reference_that_is_another_model_is_named() -> None:
     policy, sampler = make_policy(), Sampler(6)
     move(policy)
     rollout = drawn(policy, sampler)
-    with pytest.raises(RuntimeError, match="the reference is not the model that the policy started as"):
+    with pytest.raises(InputError, match="the reference is not the model that the policy started as"):
         check(policy, sampler, rollout)
     check(policy, sampler, rollout, started=False)
 
@@ -86,11 +87,11 @@ def test_a_reference_that_is_another_model_is_named() -> None:
 def test_what_is_not_a_number_does_not_pass(started: bool) -> None:
     policy, sampler = make_policy(), Sampler(6)
     rollout = drawn(policy, sampler)
-    with pytest.raises(RuntimeError, match="by nan nats"):
+    with pytest.raises(InputError, match="by nan nats"):
         check(policy, sampler, change(rollout, torch.nan), started)
     with torch.no_grad():
         cast(Any, policy.reference).lm_head.weight.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match="KL to the reference at step 0 is nan"):
+    with pytest.raises(InputError, match="KL to the reference at step 0 is nan"):
         check(policy, sampler, replace(rollout, engine_logps=None))
 
 
@@ -104,7 +105,7 @@ def test_dropout_is_no_alarm_and_hides_nothing() -> None:
     check(policy, sampler, rollout, started=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert policy.training
-    with pytest.raises(RuntimeError, match="not sampled from the policy"):
+    with pytest.raises(InputError, match="not sampled from the policy"):
         check(policy, sampler, change(rollout, 0.01), started=False)
 
 
@@ -123,7 +124,7 @@ def test_a_resumed_run_is_checked_too(method: Any, tmp_path: Any) -> None:
         again = make(method, sampler=sampler)
         resumed = trainer(limit_val_batches=0, max_steps=4, max_epochs=2)
         if isinstance(sampler, Liar):
-            with pytest.raises(RuntimeError, match="not sampled from the policy"):
+            with pytest.raises(InputError, match="not sampled from the policy"):
                 resumed.fit(again, batches(4), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
         else:
             resumed.fit(again, batches(4), ckpt_path=tmp_path / "two.ckpt", weights_only=True)

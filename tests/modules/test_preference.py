@@ -312,7 +312,7 @@ def test_the_first_batch_of_data_is_checked_for_what_can_be_checked(tmp_path: Pa
     with torch.no_grad():
         for parameter in moved.policy.model.parameters():
             parameter.add_(0.2)
-    with pytest.raises(RuntimeError, match="reference is not the model that the policy started as"):
+    with pytest.raises(InputError, match="reference is not the model that the policy started as"):
         trainer(max_steps=1).fit(moved, datamodule=data(path))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grade_lightning.errors import InputError
 from grade_lightning.functional.aggregation import sequence_sum
 from grade_lightning.functional.gates import reinforce
 from grade_lightning.gates import by_advantage
@@ -69,7 +70,7 @@ def test_an_engine_that_samples_from_old_weights_is_noticed() -> None:
             return super().generate(self.own, distribution, prompts)
 
     module = build(RLOO, torch.float32, sampler=Sampler(6, engine=Stale()))
-    with pytest.raises(RuntimeError, match="not sampled from the policy that is trained"):
+    with pytest.raises(InputError, match="not sampled from the policy that is trained"):
         trainer().fit(module, loader(make_prompts((4, 4)) | {"columns": {}}))
 
 

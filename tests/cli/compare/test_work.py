@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,17 @@ def test_what_a_comparison_needs_is_not_turned_off(option: str, shelf: Shelf, tm
     comparison = Comparison(tmp_path / "out", plan("RLOO", arguments(shelf) | {f"trainer.{option}": False}, seeds=[1]))
     with pytest.raises(InputError, match=rf"trainer\.{option}: a comparison needs it"):
         work(comparison, comparison.runs()[0])
+
+
+def test_the_commit_is_that_of_the_library_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of another clone that stands first on the path, too."""
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(module.grade_lightning, "__file__", str(tmp_path / "__init__.py"))
+    found = module._commit()
+    assert found
+    assert head.startswith(found)
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
