@@ -110,14 +110,15 @@ class TwoGradients(Calibrated):
             weights: of the engine's correction, (n, 1).
             reduce: statistics over processes.
         """
-        rollout, rewards = seen.rollout, seen.scores.total
+        rollout, rewards, slope = seen.rollout, seen.scores.total, self.credit.slope
         for deviation in deviations:
-            rewards = rewards - deviation.sum(-1).to(rewards)
+            rewards = rewards - slope * deviation.sum(-1).to(rewards)
         advantages = leave_one_out(replace(seen, rewards=rewards), reduce).masked_fill(~seen.mask, 0)
         taken = weights * rollout.take(advantages).unsqueeze(1)
         # a completion without others has no advantage, and then nothing is to be given back
         answered = seen.rollout.layout.table(seen.scores.total).isnan().logical_not().sum(-1)
-        share = weights * rollout.take((seen.rollout.layout.spread(answered) > 1).unsqueeze(1) * seen.mask).unsqueeze(1)
+        others = (seen.rollout.layout.spread(answered) > 1).unsqueeze(1)
+        share = slope * weights * rollout.take(others * seen.mask).unsqueeze(1)
 
         def cotangent(logits: Tensor, rows: slice) -> Tensor:
             own = None if scores is None else scores(rows)

@@ -38,6 +38,8 @@ class Credit(Stateful, Term):
 
     needs_gradient: ClassVar[bool] = False
     """Whether the reward must have one."""
+    first_slope: ClassVar[float] = 1.0
+    """η before rewards were seen beside their prediction."""
 
     def __init__(self, decay: float = 0.9) -> None:
         check_range("[0, 1)", "credit", decay=decay)
@@ -116,9 +118,9 @@ class Credit(Stateful, Term):
 
     @property
     def slope(self) -> float:
-        """η: the slope of rewards on their prediction in the batches so far; 1 before there are any."""
+        """η: the slope of rewards on their prediction in the batches so far."""
         along, size, _ = self._fit.tolist()
-        return along / size if size > 0 else 1.0
+        return along / size if size > 0 else self.first_slope
 
     def fitted(self) -> dict[str, Tensor]:
         """η, and ρ²: the share of the rewards' variance that is predicted."""

@@ -23,9 +23,10 @@ COLUMN = "deviation"
 class TokenCredit(Credit):
     """A policy gradient with less noise and the same mean: what is known of tokens is taken off the reward.
 
-    Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = η w · e_v of each token v.
-    How much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward before
-    the advantages are made, and the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added.
+    Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = w · e_v of each token v.
+    η times how much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward
+    before the advantages are made, and η times the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average,
+    is added.
     Where rewards are divided by their spread, the spread is that of what is left of them.
 
     Args:
@@ -76,20 +77,20 @@ class TokenCredit(Credit):
         directions = self.directions()
         if self._scores is None and directions and self._tables:
             pairs = zip(directions, self._tables, strict=True)
-            self._scores = self.slope * token_scores([Adjoint(w.to(table), table) for w, table in pairs])
+            self._scores = token_scores([Adjoint(w.to(table), table) for w, table in pairs])
         found = self._scores
         return None if found is None else lambda rows: found
 
     # ---- what is done with it -----------------------------------------------------------------------------------
 
     def take_off(self, seen: Experience) -> Experience:
-        """With rewards less Σδ, and in `extra` what the fit is made of: the rewards, and Σδ without η."""
+        """With rewards less η Σδ, and in `extra` what the fit is made of: the rewards, and Σδ."""
         rewards = seen.rewards
         if COLUMN not in seen.old.columns:
             return seen
         found = seen.old.columns[COLUMN].sum(-1).to(rewards)
-        extra = seen.extra | {"reward": rewards, "deviation": found / self.slope}
-        return replace(seen, rewards=rewards - found, extra=extra)
+        extra = seen.extra | {"reward": rewards, "deviation": found}
+        return replace(seen, rewards=rewards - self.slope * found, extra=extra)
 
     def shared(self, seen: Experience, advantages: Tensor, weights: Tensor | None = None) -> Experience:
         """With the weight of the part that is added, at each token.
@@ -99,13 +100,13 @@ class TokenCredit(Credit):
             advantages: of its tokens, without weights, (B, T).
             weights: what advantages are multiplied by, (B, T).
         """
-        share = self.share_of(seen, advantages)
+        share = self.slope * self.share_of(seen, advantages)
         return replace(
             seen, extra=seen.extra | {"share": share * (torch.ones_like(advantages) if weights is None else weights)}
         )
 
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
-        """Σ_t δ_t, as the method weighs its tokens; its gradient is that of −Σ_t Σ_v s(v) π_t(v)."""
+        """η Σ_t δ_t, as the method weighs its tokens; its gradient is that of −η Σ_t Σ_v s(v) π_t(v)."""
         nothing, figures = super().__call__(seen, now, reduce)
         if COLUMN not in now.columns:
             return nothing, figures
@@ -212,7 +213,7 @@ class CriticCredit(PathwiseCredit):
         """s_t, (m, V), the same for all steps on a batch; None before there is a critic."""
         if not self._critic and self._sums and self._tables:
             pairs = zip(self.solutions(), self._tables, strict=True)
-            self._critic = [Adjoint(self.slope * weight, table) for weight, table in pairs]
+            self._critic = [Adjoint(weight, table) for weight, table in pairs]
         if not self._critic:
             return None
         found = self.features(rollout, [part.table for part in self._critic])
@@ -239,6 +240,7 @@ class RegressionCredit(TokenCredit):
 
     Rewards less the mean of their prompt are regressed on the sums of the policy's embeddings of the completions'
     tokens, less the same mean. The better it predicts, the less noise is left; however badly, the mean stays.
+    Nothing is taken off before a regression was seen to predict the rewards of another batch.
 
     Args:
         decay: of the moving sums, in batches.
@@ -247,6 +249,8 @@ class RegressionCredit(TokenCredit):
     References:
         See :class:`TokenCredit`.
     """
+
+    first_slope = 0.0
 
     def __init__(self, decay: float = 0.98, ridge: float = 1.0) -> None:
         super().__init__(decay)
