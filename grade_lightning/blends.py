@@ -47,7 +47,7 @@ class Calibrated(Stateful):
 
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Move slope and direction by this batch."""
-        self.credit.observe(self.credit.take_off(replace(seen, rewards=seen.scores.total)), reduce)
+        self.credit.observe(replace(seen, rewards=seen.scores.total), reduce)
 
     def held(self, parameters: Iterable[Tensor]) -> Tensor | float:
         """What is added to the gradient of every batch, as the gradient of a sum of value 0."""

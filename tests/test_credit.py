@@ -97,6 +97,15 @@ def test_the_mean_is_that_of_the_method(line: enumeration.Line, kind: Any) -> No
         assert (moments(line, problem, without)[0] - truth).norm() > 0.1 * truth.norm()
 
 
+def test_a_method_that_divides_by_the_spread_keeps_most_of_its_mean() -> None:
+    """Where all rewards of a group are about the same, what is taken off is not divided by next to nothing."""
+    line, problem = enumeration.Line("GRPO"), enumeration.make_problem()
+    truth, _ = moments(line, problem, enumeration.make(line, problem))
+    for seed in (3, 4):
+        found, _ = moments(line, problem, with_credit(line, problem, known_credit(problem, seed)))
+        assert (found - truth).norm() < 0.4 * truth.norm()
+
+
 def with_prefixes(line: enumeration.Line, problem: Problem, credit: PrefixCredit, slope: float) -> Any:
     """The method of the table, of which the reward says something of each beginning."""
     module = enumeration.make(line, problem)

@@ -88,10 +88,6 @@ class Credit(Stateful, Term):
         """Scores s at the sampled positions of a rollout, of which the pass is to measure δ; None: of nothing."""
         return None
 
-    def take_off(self, seen: Experience) -> Experience:
-        """Change the rewards before the advantages are made of them."""
-        return seen
-
     def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
         """Change the advantages of tokens, (B, T)."""
         return advantages
@@ -140,6 +136,11 @@ class Credit(Stateful, Term):
         first = advantages.gather(1, places).squeeze(1)
         return layout.rows(self.share(layout.table(seen.rewards), layout.table(first))).unsqueeze(1)
 
+    @property
+    def divides(self) -> bool:
+        """Whether the method divides rewards by the spread of their group."""
+        return self.share is _standardised
+
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         """Nothing but what is logged."""
         return now.logps.new_zeros(()), {name: value.to(now.logps) for name, value in self.fitted().items()}
@@ -177,3 +178,9 @@ def _standardised(rewards: Tensor, advantages: Tensor) -> Tensor:
 
 def _answered(rewards: Tensor) -> Tensor:
     return (~rewards.isnan()).to(rewards).sum(-1, keepdim=True)
+
+
+def groups_of(seen: Experience) -> Tensor:
+    """The prompt of each completion; where each prompt has one, all are of one group."""
+    layout = seen.rollout.layout
+    return torch.zeros_like(layout.row) if layout.shape[1] == 1 else layout.row

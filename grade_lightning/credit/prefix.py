@@ -12,7 +12,7 @@ from grade_lightning.functional.sequences import last_token
 from grade_lightning.records import Experience, Rollout, Scores
 from grade_lightning.rewards import Reward
 
-from .base import Credit
+from .base import Credit, groups_of
 
 
 class PrefixCredit(Credit):
@@ -58,11 +58,11 @@ class PrefixCredit(Credit):
         values, mask = self.slope * values, seen.mask
         at_end = last_token(mask) * (seen.rewards.nan_to_num(nan=0.0).unsqueeze(1) - start)
         known = discounted_returns(at_end, mask) - gae(at_end, values, mask, lam=self.lam)
-        return advantages - self.share_of(seen, advantages) * off_others(known, mask, _groups(seen))
+        return advantages - self.share_of(seen, advantages) * off_others(known, mask, groups_of(seen))
 
     def products(self, seen: Experience) -> Tensor:
         """Over all tokens, rewards and values less those of the prompt's other completions."""
-        (_, values), mask, groups = self._values(seen), seen.mask, _groups(seen)
+        (_, values), mask, groups = self._values(seen), seen.mask, groups_of(seen)
         rewards = seen.rewards.nan_to_num(nan=0.0).unsqueeze(1).expand_as(values)
         alone = off_others(mask.to(values), mask, groups)  # 1 where no other completion has the position
         r, d = (off_others(x, mask, groups) * (1 - alone) for x in (rewards, values))
@@ -74,9 +74,3 @@ class PrefixCredit(Credit):
         found = seen.scores.prefixes.nan_to_num(0.0, 0.0, 0.0)
         start = found.gather(1, seen.rollout.sampled.long().argmax(-1, keepdim=True))
         return start, found - start
-
-
-def _groups(seen: Experience) -> Tensor:
-    """The prompt of each completion; where each prompt has one, all are of one group."""
-    layout = seen.rollout.layout
-    return torch.zeros_like(layout.row) if layout.shape[1] == 1 else layout.row

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import check_range
+from grade_lightning.functional.advantages import off_others
 from grade_lightning.functional.control_variates import added, fit, ridge_regression, token_scores
 from grade_lightning.functional.replay import Adjoint
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
 
-from .base import Credit, TokenScores
+from .base import Credit, TokenScores, groups_of
 
 COLUMN = "deviation"
 """δ of each position, s(x) − Σ_v π(v) s(v), in the statistics of a pass."""
@@ -24,10 +25,10 @@ class TokenCredit(Credit):
     """A policy gradient with less noise and the same mean: what is known of tokens is taken off the reward.
 
     Earlier batches say a direction w in a space of embeddings, which makes a score s(v) = w · e_v of each token v.
-    η times how much a completion's tokens score above what the policy was to expect, Σ_t δ_t, is taken off its reward
-    before the advantages are made, and η times the gradient of Σ_t Σ_v s(v) π_t(v), which that takes away on average,
-    is added.
-    Where rewards are divided by their spread, the spread is that of what is left of them.
+    Σ_t δ_t says how much higher a completion's tokens score than the policy was to expect. η Σ_t δ_t is taken off its
+    reward, less the mean of the same over the prompt's other completions, and η times the gradient of
+    Σ_t Σ_v s(v) π_t(v), which that takes away on average, is added. Where rewards are divided by their spread, what is
+    taken off is divided by it, too, and is less in groups in which Σδ spreads more than the rewards do.
 
     Args:
         decay: of the moving averages, in batches.
@@ -59,12 +60,12 @@ class TokenCredit(Credit):
 
     def products(self, seen: Experience) -> Tensor | None:
         """Of completions."""
-        if "deviation" not in seen.extra:
+        if seen.old is None or COLUMN not in seen.old.columns:
             return None
         layout = seen.rollout.layout
         single = layout.shape[1] == 1  # no other completion of the prompt: then those of the other prompts will do
         table = (lambda x: x.unsqueeze(0)) if single else layout.table
-        return torch.stack(fit(table(seen.extra["reward"]), table(seen.extra["deviation"])))
+        return torch.stack(fit(table(seen.rewards), table(deviations(seen))))
 
     def observe(self, seen: Experience, reduce: Reduce) -> None:
         """Move the fit and the directions towards this batch's."""
@@ -83,14 +84,23 @@ class TokenCredit(Credit):
 
     # ---- what is done with it -----------------------------------------------------------------------------------
 
-    def take_off(self, seen: Experience) -> Experience:
-        """With rewards less η Σδ, and in `extra` what the fit is made of: the rewards, and Σδ."""
-        rewards = seen.rewards
+    def adjust(self, seen: Experience, advantages: Tensor) -> Tensor:
+        """Less η Σδ, without the mean of the prompt's other completions."""
         if COLUMN not in seen.old.columns:
-            return seen
-        found = seen.old.columns[COLUMN].sum(-1).to(rewards)
-        extra = seen.extra | {"reward": rewards, "deviation": found}
-        return replace(seen, rewards=rewards - self.slope * found, extra=extra)
+            return advantages
+        found = deviations(seen).unsqueeze(1)
+        off = off_others(found, torch.ones_like(found, dtype=torch.bool), groups_of(seen))
+        return advantages - self.coefficient(seen, advantages) * off.to(advantages)
+
+    def coefficient(self, seen: Experience, advantages: Tensor) -> Tensor:
+        """η times how much of a completion's reward reaches its advantage, (B, 1)."""
+        share = self.slope * self.share_of(seen, advantages)
+        if not self.divides or COLUMN not in seen.old.columns:
+            return share
+        layout = seen.rollout.layout
+        rewards, predicted = layout.table(seen.rewards), self.slope * layout.table(deviations(seen))
+        bound = variance(rewards) / variance(predicted.masked_fill(rewards.isnan(), torch.nan))
+        return share * layout.spread(bound.clamp(max=1).nan_to_num(nan=0.0)).unsqueeze(1).to(share)
 
     def shared(self, seen: Experience, advantages: Tensor, weights: Tensor | None = None) -> Experience:
         """With the weight of the part that is added, at each token.
@@ -100,7 +110,7 @@ class TokenCredit(Credit):
             advantages: of its tokens, without weights, (B, T).
             weights: what advantages are multiplied by, (B, T).
         """
-        share = self.slope * self.share_of(seen, advantages)
+        share = self.coefficient(seen, advantages)
         return replace(
             seen, extra=seen.extra | {"share": share * (torch.ones_like(advantages) if weights is None else weights)}
         )
@@ -273,7 +283,7 @@ class RegressionCredit(TokenCredit):
         self._new = []
         if len(features) != len(seen.rewards):  # all processes reduce, whatever each keeps
             features = features.new_zeros(len(seen.rewards), features.shape[1])
-        rewards = seen.extra.get("reward", seen.rewards)
+        rewards = seen.rewards
         known = ~rewards.isnan()
         members = torch.nn.functional.one_hot(layout.row).to(features) * known.unsqueeze(1)
         of_group = members @ (members / members.sum(0).clamp(min=1)).mT
@@ -288,3 +298,13 @@ class RegressionCredit(TokenCredit):
         squares, along = self._sums
         penalties = self.ridge * squares.diagonal().mean().expand(len(squares))
         return [ridge_regression(squares, along.unsqueeze(1), penalties).squeeze(1)]
+
+
+def deviations(seen: Experience) -> Tensor:
+    """Σ_t δ_t of each completion, (B,)."""
+    return seen.old.columns[COLUMN].sum(-1)
+
+
+def variance(values: Tensor) -> Tensor:
+    """Of each row's numbers that are none of NaN, (p,)."""
+    return (values - values.nanmean(-1, keepdim=True)).square().nanmean(-1)

@@ -205,8 +205,6 @@ class PolicyGradientModule(SelectingModule):
         if self.kl.credit == "sequence":
             rewards, penalties = total + penalties.sum(-1), torch.zeros_like(penalties)
         seen, weights = replace(seen, old=old, rewards=rewards, penalties=penalties), None
-        if self.credit is not None:
-            seen = self.credit.take_off(seen)
         advantages = raw = self.advantage(seen, self.reduce)
         if self.credit is not None:
             advantages = self.credit.adjust(seen, raw)
