@@ -4,7 +4,8 @@ A step is all of it: sampling, reward, reference, loss, backward pass, optimizer
 of random weights on the same number of completions (those with groups, four of each prompt), all of full length: the
 end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and the
 unrolled ones run in Lightning's Trainer, TRL's in its own with its own optimizer (no gradient checkpointing, no
-clipping); the reward is a table look-up. Ours always run the reference; TRL's only where β > 0.
+clipping); the reward is a table look-up. Ours run the reference in each step, but for the one with `kl.every`, a step
+between two that do; TRL's run it only where β > 0.
 
 The unrolled ones have the gradient of `GradeSTE(estimator=Gumbel(), hops="exact", kl_prefix="policy")` by autograd
 through straight-through tokens: "cache" keeps one graph through the key-value cache; "as published" runs the whole
@@ -60,6 +61,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils.logging import disable_progress_bar
 
 from grade_lightning.functional import divergences, sequences
+from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import LoRA, PackedPass, Pass, Policy, SharedPrefixPass, WholePass
@@ -359,6 +361,7 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     "GradeSTE, exact": lambda o: Ours(o, GradeSTE, hops="exact"),
     "Grade (soft)": lambda o: Ours(o, Grade),
     "RLOO": lambda o: Ours(o, RLOO, num_generations=GROUP),
+    "RLOO, no reference": lambda o: Ours(o, RLOO, num_generations=GROUP, kl=KL(0.0, every=ENDLESS)),
     "GRPO": lambda o: Ours(o, GRPO, num_generations=GROUP),
     "PPO, 4 updates": lambda o: Ours(o, PPO, num_generations=GROUP),
     "unrolled, cache": lambda o: Ours(o, partial(Unrolled, prefix="cache")),
