@@ -66,7 +66,7 @@ def test_an_engine_that_is_right_changes_nothing() -> None:
 
 def test_an_engine_that_is_off_is_refused_only_without_a_correction() -> None:
     settings = plain(GRPO, sampler=Sampler(12, engine=Rounded()))
-    with pytest.raises(RuntimeError, match="differ from those of the engine"):
+    with pytest.raises(InputError, match="differ from those of the engine"):
         run(build(GRPO, **settings), prompts(4))
     watch = run(build(GRPO, **settings, correction=EngineCorrection()), prompts(4))
     assert 0.8 < watch.logged[0]["train/engine_weight"] < 1.2

@@ -360,7 +360,7 @@ def test_a_reference_that_is_not_the_start_is_noticed(method: type[AlignmentModu
         for parameter in module.policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2)
-    with pytest.raises(RuntimeError, match="reference is not the model that the policy started as"):
+    with pytest.raises(InputError, match="reference is not the model that the policy started as"):
         fit(module, 1)
 
 
@@ -379,7 +379,7 @@ class Liar(Sampler):
     ids=lambda method: method.__name__,
 )
 def test_completions_that_another_policy_sampled_are_noticed(method: type[AlignmentModule]) -> None:
-    with pytest.raises(RuntimeError, match="not sampled from the policy"):
+    with pytest.raises(InputError, match="not sampled from the policy"):
         fit(make(method, sampler=Liar(max_new_tokens=6)), 1)
 
 
