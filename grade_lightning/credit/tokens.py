@@ -75,12 +75,13 @@ class TokenCredit(Credit):
 
     def scores(self, rollout: Rollout) -> TokenScores | None:
         """s, (V,), the same at all positions and for all steps on a batch; None before there is a direction."""
-        directions = self.directions()
-        if self._scores is None and directions and self._tables:
+        if self._scores is None and self._tables and (directions := self.directions()):
             pairs = zip(directions, self._tables, strict=True)
             self._scores = token_scores([Adjoint(w.to(table), table) for w, table in pairs])
-        found = self._scores
-        return None if found is None else lambda rows: found
+        if self._scores is None:
+            return None
+        found = self._scores = self._scores.to(rollout.ids.device)  # from a checkpoint it may be elsewhere
+        return lambda rows: found
 
     # ---- what is done with it -----------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class CriticCredit(PathwiseCredit):
 
     References:
         See :class:`TokenCredit`. That the critic reads the embeddings of what came before, rather than the policy's
-        hidden states, is ours: it predicts better.
+        hidden states, is ours: it predicts as well, or better.
     """
 
     def __init__(self, decay: float = 0.98, ridge: float = 0.3) -> None:
@@ -226,6 +227,7 @@ class CriticCredit(PathwiseCredit):
             self._critic = [Adjoint(weight, table) for weight, table in pairs]
         if not self._critic:
             return None
+        self._critic = [Adjoint(*(x.to(rollout.ids.device) for x in part)) for part in self._critic]
         found = self.features(rollout, [part.table for part in self._critic])
         own = [Adjoint(found.to(part.gradient) @ part.gradient, part.table) for part in self._critic]
         return lambda rows: torch.stack([part(rows) for part in own]).sum(0)

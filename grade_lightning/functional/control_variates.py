@@ -126,4 +126,4 @@ def added(sums: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
         >>> added([], [torch.tensor(1.0)]), added([torch.tensor(2.0)], [torch.tensor(1.0)])
         ([tensor(1.)], [tensor(3.)])
     """
-    return [old + x for old, x in zip(sums, new, strict=True)] if sums else list(new)
+    return [old.to(x) + x for old, x in zip(sums, new, strict=True)] if sums else list(new)
