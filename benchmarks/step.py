@@ -4,8 +4,8 @@ A step is all of it: sampling, reward, reference, loss, backward pass, optimizer
 of random weights on the same number of completions (those with groups, four of each prompt), all of full length: the
 end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and the
 unrolled ones run in Lightning's Trainer, TRL's in its own with its own optimizer (no gradient checkpointing, no
-clipping); the reward is a table look-up. Ours run the reference in each step, but for the one with `kl.every`, a step
-between two that do; TRL's run it only where β > 0.
+clipping); the reward is a table look-up. Ours run the reference in each step, except `RLOO, no reference`, which is a
+step between two that run it (`kl.every`); TRL's run it only where β > 0.
 
 The unrolled ones have the gradient of `GradeSTE(estimator=Gumbel(), hops="exact", kl_prefix="policy")` by autograd
 through straight-through tokens: "cache" keeps one graph through the key-value cache; "as published" runs the whole

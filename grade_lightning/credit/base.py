@@ -12,6 +12,7 @@ from torch import Tensor
 from grade_lightning.advantages import Baseline, group_centred, group_standardised, leave_one_out
 from grade_lightning.distributed import Reduce
 from grade_lightning.errors import InputError, check_range
+from grade_lightning.functional.control_variates import spread_bound
 from grade_lightning.records import Experience, Rollout, Scores, TokenStats
 from grade_lightning.rewards import Reward
 from grade_lightning.stateful import Stateful
@@ -124,22 +125,22 @@ class Credit(Stateful, Term):
         share = along**2 / (size * whole) if size * whole > 0 else 0.0
         return {"credit_slope": torch.tensor(self.slope), "credit_r2": torch.tensor(share)}
 
-    def share_of(self, seen: Experience, advantages: Tensor) -> Tensor:
-        """How much of a completion's reward reaches its advantage, (B, 1).
+    def share_of(self, seen: Experience, advantages: Tensor, taken: Tensor, mask: Tensor) -> Tensor:
+        """How much of a completion's reward, and of what is taken off it, reaches its advantage, (B, 1).
 
         Args:
             seen: the whole batch.
             advantages: of its tokens, without weights, (B, T).
+            taken: what is taken off at each token, or at one place, (B, T) or (B, 1).
+            mask: where.
         """
         assert self.share is not None
         layout, places = seen.rollout.layout, seen.rollout.sampled.long().argmax(-1, keepdim=True)
         first = advantages.gather(1, places).squeeze(1)
-        return layout.rows(self.share(layout.table(seen.rewards), layout.table(first))).unsqueeze(1)
-
-    @property
-    def divides(self) -> bool:
-        """Whether the method divides rewards by the spread of their group."""
-        return self.share is _standardised
+        share = layout.rows(self.share(layout.table(seen.rewards), layout.table(first)))
+        if self.share is _standardised:
+            share = share * spread_bound(seen.rewards, taken, mask, layout.row).to(share)
+        return share.unsqueeze(1)
 
     def __call__(self, seen: Experience, now: TokenStats, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         """Nothing but what is logged."""

@@ -58,7 +58,7 @@ class PrefixCredit(Credit):
         values, mask = self.slope * values, seen.mask
         at_end = last_token(mask) * (seen.rewards.nan_to_num(nan=0.0).unsqueeze(1) - start)
         known = discounted_returns(at_end, mask) - gae(at_end, values, mask, lam=self.lam)
-        return advantages - self.share_of(seen, advantages) * off_others(known, mask, groups_of(seen))
+        return advantages - self.share_of(seen, advantages, known, mask) * off_others(known, mask, groups_of(seen))
 
     def products(self, seen: Experience) -> Tensor:
         """Over all tokens, rewards and values less those of the prompt's other completions."""

@@ -94,14 +94,9 @@ class TokenCredit(Credit):
         return advantages - self.coefficient(seen, advantages) * off.to(advantages)
 
     def coefficient(self, seen: Experience, advantages: Tensor) -> Tensor:
-        """η times how much of a completion's reward reaches its advantage, (B, 1)."""
-        share = self.slope * self.share_of(seen, advantages)
-        if not self.divides or COLUMN not in seen.old.columns:
-            return share
-        layout = seen.rollout.layout
-        rewards, predicted = layout.table(seen.rewards), self.slope * layout.table(deviations(seen))
-        bound = variance(rewards) / variance(predicted.masked_fill(rewards.isnan(), torch.nan))
-        return share * layout.spread(bound.clamp(max=1).nan_to_num(nan=0.0)).unsqueeze(1).to(share)
+        """η times how much of Σδ reaches the advantage of a completion, (B, 1)."""
+        taken = self.slope * deviations(seen).unsqueeze(1)
+        return self.slope * self.share_of(seen, advantages, taken, torch.ones_like(taken, dtype=torch.bool))
 
     def shared(self, seen: Experience, advantages: Tensor, weights: Tensor | None = None) -> Experience:
         """With the weight of the part that is added, at each token.
@@ -111,6 +106,8 @@ class TokenCredit(Credit):
             advantages: of its tokens, without weights, (B, T).
             weights: what advantages are multiplied by, (B, T).
         """
+        if COLUMN not in seen.old.columns:
+            return seen
         share = self.coefficient(seen, advantages)
         return replace(
             seen, extra=seen.extra | {"share": share * (torch.ones_like(advantages) if weights is None else weights)}
@@ -159,7 +156,7 @@ class PathwiseCredit(TokenCredit):
     def look(self, scores: Scores, rollout: Rollout, table: Tensor) -> Scores:
         """Take the products of features with themselves and with the gradients, over the sampled tokens."""
         if scores.adjoints:
-            tables = [part.table for part in scores.adjoints]
+            tables = [part.table.detach() for part in scores.adjoints]
             self._tables = self._tables or tables
             found = self.features(rollout, tables)
             gradients = [rollout.take(part.gradient).float().nan_to_num(0.0, 0.0, 0.0) for part in scores.adjoints]
@@ -305,8 +302,3 @@ class RegressionCredit(TokenCredit):
 def deviations(seen: Experience) -> Tensor:
     """Σ_t δ_t of each completion, (B,)."""
     return seen.old.columns[COLUMN].sum(-1)
-
-
-def variance(values: Tensor) -> Tensor:
-    """Of each row's numbers that are none of NaN, (p,)."""
-    return (values - values.nanmean(-1, keepdim=True)).square().nanmean(-1)

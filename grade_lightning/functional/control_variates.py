@@ -8,9 +8,10 @@ exactly Σ_t Σ_v s(v) ∇π_t(v), which is known without sampling and added.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grade_lightning.functional.advantages import off_others
 from grade_lightning.functional.estimators import softmax_vjp
 from grade_lightning.functional.replay import Adjoint
 
@@ -96,6 +97,33 @@ def fit(
         centred.append((values - values.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0))
     r, d = centred
     return (r * d).sum(), d.square().sum(), r.square().sum()
+
+
+def spread_bound(
+    rewards: Float[Tensor, " b"], taken: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], groups: Int[Tensor, " b"]
+) -> Float[Tensor, " b"]:
+    """How much less is taken off where it spreads more than the rewards of the group do: their ratio, at most 1.
+
+    Rewards that are divided by their spread may be divided by next to nothing; what is taken off then keeps the size of
+    one spread at most, and is nothing in a group whose rewards are equal.
+
+    Args:
+        rewards: NaN where there is none.
+        taken: what is taken off them at each token, or at one place for the whole completion.
+        mask: where.
+        groups: the group of each row, from 0.
+
+    Example:
+        >>> once, group = torch.ones(2, 1, dtype=torch.bool), torch.tensor([0, 0])
+        >>> spread_bound(torch.tensor([0.0, 1.0]), torch.tensor([[0.0], [2.0]]), once, group)
+        tensor([0.2500, 0.2500])
+    """
+    known = ~rewards.isnan().unsqueeze(1)
+    mask = mask & known
+    own = off_others(rewards.unsqueeze(1), known, groups)  # of whole completions: they all have one, not each position
+    sizes = [(values.square() * mask).sum(1) for values in (own, off_others(taken, mask, groups))]
+    one, other = (size.new_zeros(int(groups.max()) + 1).index_add(0, groups, size)[groups] for size in sizes)
+    return (one / other).clamp(max=1).nan_to_num(nan=0.0)
 
 
 def ridge_regression(
