@@ -59,8 +59,11 @@ class LiveTensors(TorchDispatchMode):
 
     def _see(self, values: Any, new: bool) -> None:
         for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
-                size = storage.nbytes() if new else 0
+            if not isinstance(tensor, Tensor):
+                continue
+            storage: Any = tensor if tensor.is_mkldnn else tensor.untyped_storage()  # oneDNN's own layout has none
+            if storage._cdata not in self._known:
+                size = (tensor.nbytes if tensor.is_mkldnn else storage.nbytes()) if new else 0
                 self._known.add(storage._cdata)
                 weakref.finalize(storage, self._forget, storage._cdata, size)
                 self.now += size

@@ -1,7 +1,7 @@
 """The head: what stands between a network's final hidden states and its logits."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch.func import functional_call
 
 from grade_lightning.functional.products import linear
 from grade_lightning.functional.vocabulary import Head
+
+from .modes import with_forward
 
 
 def head_of(model: Any, body: str | None, names: Sequence[str]) -> tuple[Head, list[Tensor]]:
@@ -31,9 +33,9 @@ def head_of(model: Any, body: str | None, names: Sequence[str]) -> tuple[Head, l
     def head(hidden: Tensor, *parameters: Tensor) -> Tensor:
         state = dict(zip(names, parameters, strict=True))
         with ExitStack() as stack:
-            stack.enter_context(_forward(below, lambda *args, **kwargs: _Below(hidden.unsqueeze(0))))
+            stack.enter_context(with_forward(below, lambda *args, **kwargs: _Below(hidden.unsqueeze(0))))
             if type(output) is nn.Linear:
-                stack.enter_context(_forward(output, lambda x: linear(x, output.weight, output.bias)))
+                stack.enter_context(with_forward(output, lambda x: linear(x, output.weight, output.bias)))
             logits: Tensor = functional_call(model, state, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
         return logits.squeeze(0)
 
@@ -42,19 +44,6 @@ def head_of(model: Any, body: str | None, names: Sequence[str]) -> tuple[Head, l
 
 def _nothing(hidden: Tensor) -> Tensor:
     return hidden
-
-
-@contextmanager
-def _forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a while; one that somebody has put there comes back."""
-    own = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 class _Below:

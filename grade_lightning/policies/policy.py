@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from grade_lightning.distributed import gather_full_state, is_first_process
 from grade_lightning.errors import InputError
 
+from .activations import fuse_activations
 from .anatomy import Anatomy, examine
 from .context import context_length
 from .continuing import continues
@@ -133,6 +134,7 @@ class Policy(nn.Module, Network):
 
     def _adopt(self, model: PreTrainedModel, reference: bool) -> None:
         keep_gradients(model)
+        fuse_activations(model)
         if self.lora is None:
             if any(is_low_bit(module) for module in model.modules()):
                 raise InputError(

@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all": {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_new_tokens": 3},
     "blocks": {"block": 3, "min_new_tokens": 2},
     "static cache": {"static_cache": True},
+    "weights in another layout": {"max_new_tokens": 20},
+    "as they are": {"max_new_tokens": 20, "prepack": False},
 }
 
 
@@ -35,7 +37,7 @@ def make_policy(name: str = "gpt2", lora: bool = False) -> Policy:
 
 def make_sampler(**settings: Any) -> Sampler:
     """Settings of the sampler and of its engine together."""
-    engine = {name: settings.pop(name) for name in ("block", "static_cache", "bfloat16") if name in settings}
+    engine = {name: settings.pop(name) for name in ("block", "static_cache", "bfloat16", "prepack") if name in settings}
     return Sampler(**{"max_new_tokens": 8} | settings, engine=TransformersEngine(**engine))
 
 

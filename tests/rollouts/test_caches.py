@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from grade_lightning.errors import DivergenceError, InputError
 from grade_lightning.policies import Policy
 from grade_lightning.records import Prompts
 from grade_lightning.rollouts import Distribution, Sampler, TransformersEngine
-from grade_lightning.rollouts.caches import keys_and_values
+from grade_lightning.rollouts.caches import ROOM, RoomyLayer, keys_and_values
 from grade_lightning.rollouts.relaxed import RelaxedEngine
 from tests.conftest import make_prompts, make_tokenizer
 from tests.policies.tiny import tiny_model
@@ -95,3 +96,35 @@ def test_soft_tokens_need_keys_and_values() -> None:
     assert keys_and_values(policy) is None
     with pytest.raises(InputError, match="relaxed sampling needs keys and values"):
         RelaxedEngine().generate(policy, Distribution(4), Prompts.of(make_prompts()), tau=1.0)
+
+
+def test_a_cache_with_room_holds_what_one_without_does() -> None:
+    """Tokens are added by one and by several, rows leave, and the room is used up."""
+    torch.manual_seed(0)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    memory: set[int] = set()
+    rows = torch.arange(5)
+    for step in range(2 * ROOM):
+        new = torch.randn(2, len(rows), 2, 1 + step % 3, 4)
+        found, truth = roomy.update(*new), plain.update(*new)
+        assert all(map(torch.equal, found, truth))
+        memory.add(found[0].data_ptr())
+        if step in (10, 11, 50):
+            rows = rows[:-1] if step > 10 else rows
+            chosen = torch.arange(len(rows))
+            roomy.batch_select_indices(chosen)
+            plain.batch_select_indices(chosen)
+    assert len(memory) < 12
+    earlier, _ = roomy.update(*torch.randn(2, len(rows), 2, 1, 4))
+    kept = earlier.clone()
+    roomy.update(*torch.randn(2, len(rows), 2, 1, 4))
+    assert torch.equal(earlier, kept)
+
+
+def test_rows_that_are_others_are_not_written_into_the_old_ones() -> None:
+    """The same number of rows, in another order."""
+    layer = RoomyLayer()
+    first = layer.update(*torch.randn(2, 2, 1, 3, 4))[0].clone()
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    new = torch.randn(2, 2, 1, 1, 4)
+    assert torch.equal(layer.update(*new)[0], torch.cat([first[[1, 0]], new[0]], dim=-2))

@@ -1,6 +1,9 @@
 """Sampling: log-probabilities against transformers' own processors, and the trap of sampling without context."""
 
 import copy
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from grade_lightning.records import Prompts
 from grade_lightning.rollouts import Distribution, Sampler
 from grade_lightning.rollouts.transformers import _Recorder
 from tests.conftest import CONFIGS, VOCABULARY, make_model, make_prompts, make_tokenizer, mostly_slow
+from tests.policies.making import change
 from tests.rollouts.rolling import SETTINGS, assert_mixed, logps_of, make_policy, make_sampler, roll, teacher_forced
 
 
@@ -232,3 +236,35 @@ def test_steps_that_are_undone_leave_no_logps() -> None:
     whole = scores.log_softmax(-1).gather(-1, ids[:, 1:].T.unsqueeze(-1)).squeeze(-1).T
     torch.testing.assert_close(recorder.logps(3), whole[:, :3])
     torch.testing.assert_close(recorder.logps(4), whole)
+
+
+@pytest.mark.parametrize(("longest", "prepack", "packed"), [(20, True, True), (20, False, False), (15, True, False)])
+def test_weights_in_another_layout_are_made_anew_for_each_rollout(longest: int, prepack: bool, packed: bool) -> None:
+    """A step of the optimizer between two rollouts is seen by the second; few tokens are not worth it."""
+    policy = make_policy("llama", lora=True)
+    sampler = make_sampler(max_new_tokens=longest, prepack=prepack)
+    sampler(policy, Prompts.of(make_prompts()))  # the trial, which tries it in any case
+    layers: list[bool] = []
+    with torch.no_grad(), spied(policy.base.get_output_embeddings(), layers):
+        for _ in range(2):
+            rollout = sampler(policy, Prompts.of(make_prompts()))
+            length = rollout.completion_ids.shape[1]
+            with policy.evaluating():
+                logits = policy.logits(policy.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], length)
+            truth = logits.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
+            difference = (truth - logps_of(rollout))[rollout.sampled].abs().max()
+            assert difference < 1e-4
+            change(policy)
+    assert any(layers) == (packed and platform.machine() in ("x86_64", "AMD64"))
+
+
+@contextmanager
+def spied(module: torch.nn.Module, found: list[bool]) -> Iterator[None]:
+    """Notes at each call whether the layer computes in another way."""
+    hook = module.register_forward_pre_hook(
+        lambda layer, inputs: found.append("prepacked" in getattr(vars(layer).get("forward"), "__module__", ""))
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
