@@ -1,5 +1,6 @@
 """A pass without padding: sequences of different length one after another in dense rows."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from grade_lightning.functional.dense_rows import DenseRows, cheapest_rows, dense_rows
 
 from .anatomy import difference, distance, some_tokens, tolerance
+from .by_sequence import attending_by_sequence, can_attend_by_sequence
 from .network import Network
 from .passes import WholePass
 from .sharing import MASKED
@@ -21,8 +23,9 @@ class PackedPass(WholePass):
     """Sequences go through the network one after another in a few rows, without the padding between them.
 
     Each token sees its own sequence alone and has the position that it has there, so hidden states and gradients are
-    those of padded rows. Everything but attention costs as many tokens as there are; attention computes the pairs of a
-    row under a mask. There are as many rows as cost least; where nothing is padding, each sequence has its own.
+    those of padded rows. On a processor all stand in one row, and attention computes the pairs of each sequence alone.
+    Elsewhere, and where activations are computed again or the network is compiled, it computes the pairs of a row under
+    a mask, and there are as many rows as cost least. Where nothing is padding, each sequence has its own row.
     Transformers finds the sequences of a row by positions that start again from 0.
 
     It is for all methods: policy gradients, the hops of GradeSTE, preferences, supervised learning. Where the model
@@ -54,11 +57,14 @@ class PackedPass(WholePass):
         if self.obstacle or attention_mask is None or attention_mask.dim() > 2:
             return super().states(network, inputs, attention_mask, positions)
         mask = attention_mask.bool().cpu()
-        square = _attention(network) in MASKED
-        rows = cheapest_rows(mask.sum(-1).tolist(), mask.shape[1], network.anatomy.width, square)
+        lengths = mask.sum(-1).tolist()
+        alone = can_attend_by_sequence(network, inputs, sum(lengths))
+        square = not alone and _attention(network) in MASKED
+        rows = cheapest_rows(lengths, mask.shape[1], network.anatomy.width, square)
         if rows is None:
             return super().states(network, inputs, attention_mask, positions)
-        return _packed(network, inputs, dense_rows(mask, torch.tensor(rows)))
+        with attending_by_sequence(network) if alone else nullcontext():
+            return _packed(network, inputs, dense_rows(mask, torch.tensor(rows)))
 
 
 def _packed(network: Network, inputs: Tensor, packing: DenseRows) -> Tensor:
@@ -94,4 +100,9 @@ def _trial(network: Network) -> tuple[float, float]:
     inputs, positions = network.embed(ids), (mask.cumsum(-1) - 1).clamp(min=0)
     padded = Network.states(network, inputs, mask, positions)[mask.bool()]
     found = _packed(network, inputs, dense_rows(mask.bool().cpu(), torch.tensor([0, 0, 1])))[mask.bool()]
-    return distance(found, padded), tolerance(padded)
+    gap = distance(found, padded)
+    if can_attend_by_sequence(network, inputs, mask.numel()):
+        with attending_by_sequence(network):
+            found = _packed(network, inputs, dense_rows(mask.bool().cpu(), torch.tensor([0, 0, 0])))[mask.bool()]
+        gap = max(gap, distance(found, padded))
+    return gap, tolerance(padded)

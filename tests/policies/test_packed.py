@@ -38,14 +38,22 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Shapes:
 
 
 @with_and_without_lora
+@pytest.mark.parametrize("alone", [True, False], ids=["by sequence", "under a mask"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
-def test_packing_changes_nothing(name: str, lora: bool, rows: Shapes) -> None:
-    """Ragged prompts and completions, of the policy and its reference."""
+def test_packing_changes_nothing(
+    name: str, alone: bool, lora: bool, rows: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged prompts and completions, of the policy and its reference; under a mask as on a GPU."""
+    if not alone:
+        monkeypatch.setattr(packed, "can_attend_by_sequence", lambda *args: False)
     whole = figures(make(name, WholePass(), lora), rollout())
     assert rows == []
-    assert_the_same(whole, figures(make(name, PackedPass(), lora), rollout()))
-    assert len(rows) == 4  # the trial, two passes of the policy, one of the reference
-    assert set(rows[1:]) == {(3, 17)}  # instead of 7 × 11
+    policy = make(name, PackedPass(), lora)
+    assert len(rows) == 1 + alone  # the trial
+    del rows[:]
+    assert_the_same(whole, figures(policy, rollout()))
+    assert rows == 3 * [(1, 47) if alone else (3, 17)]  # instead of 7 × 11: two passes of the policy, one reference
+    assert policy.base.config._attn_implementation == "sdpa"
 
 
 @with_and_without_lora
@@ -53,8 +61,9 @@ def test_gradient_checkpointing_changes_nothing(lora: bool, rows: Shapes) -> Non
     policy = make("qwen3", PackedPass(), lora)
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert policy.base.is_gradient_checkpointing
+    del rows[:]
     assert_the_same(figures(make("qwen3", WholePass(), lora), rollout()), figures(policy, rollout()))
-    assert len(rows) == 4
+    assert rows[:2] == 2 * [(3, 17)]  # attention by sequence would not be there when activations are computed again
 
 
 def test_a_mask_that_is_added_is_the_same(rows: Shapes) -> None:
@@ -67,7 +76,7 @@ def test_a_mask_that_is_added_is_the_same(rows: Shapes) -> None:
 def test_layers_with_a_sliding_window_are_packed(rows: Shapes) -> None:
     """A window of 8 in rows in which other sequences stand before one of up to 11 tokens."""
     whole, other = (figures(make("gemma3", one), rollout()) for one in (WholePass(), PackedPass()))
-    assert len(rows) == 4
+    assert rows[2:] == 3 * [(1, 47)]
     for name, value in whole.items():  # its softmax is in single precision
         assert float((value - other[name]).abs().max() / value.abs().max()) < 1e-5, name
 
