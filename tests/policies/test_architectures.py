@@ -21,7 +21,7 @@ from grade_lightning.records import Prompts, Rollout
 from grade_lightning.rollouts import Sampler, TransformersEngine
 from tests.conftest import make_tokenizer
 from tests.policies.test_tiny import A_FEW, tokens
-from tests.policies.tiny import NOT_TINY, cases, tiny_model
+from tests.policies.tiny import NOT_TINY, PLACEHOLDERS, VOCABULARY, cases, tiny_model
 
 CASES = cases()
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -36,6 +36,8 @@ def examined(name: str) -> tuple[str, str]:
     for dtype in (torch.float64, torch.float32):  # not every class can be run in double precision
         model: Any = tiny_model(model_type, dtype, **overrides)
         found = type(model).__name__
+        if model_type.startswith("gemma4"):
+            model.register_forward_hook(without_placeholders)
         torch.manual_seed(1)
         sampler = Sampler(4)
         try:
@@ -56,6 +58,12 @@ def examined(name: str) -> tuple[str, str]:
         whole = "" if policy.anatomy.body else ", used whole"
         return found, f"works{whole}; {caching}{'' if dtype == torch.float64 else '; in single precision'}"
     return found, refused
+
+
+def without_placeholders(model: Any, arguments: Any, output: Any) -> Any:
+    """A model that has learnt does not write the places of images, which embeddings alone do not show to these."""
+    output.logits = output.logits - 40 * torch.isin(torch.arange(VOCABULARY), torch.tensor(PLACEHOLDERS))
+    return output
 
 
 def prompts() -> Prompts:

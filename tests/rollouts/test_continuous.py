@@ -18,7 +18,8 @@ from tests.conftest import VOCABULARY, make_model, make_prompts, make_tokenizer,
 from tests.rollouts.agreement import assert_agrees_over_a_resume, assert_follows_the_distribution
 from tests.rollouts.rolling import SETTINGS, assert_mixed, logps_of, make_policy, teacher_forced
 
-_SETTINGS = {name: settings for name, settings in SETTINGS.items() if name not in ("blocks", "static cache")}
+_OTHERS = {"block", "static_cache", "prepack"}
+_SETTINGS = {name: settings for name, settings in SETTINGS.items() if not _OTHERS & set(settings)}
 
 
 def draw(policy: Policy, repeat: int = 4, seed: int = 0, engine: Any = None, **settings: Any) -> Rollout:
