@@ -19,9 +19,10 @@ product. `--model FOLDER` takes the weights and the tokenizer of a real model, w
 its attention projections; products for gradients of weights are then left out of the line. With `--ragged` completions
 end by chance, after a third of `--length` on average if nothing cut them off; ours alone.
 
-One step of each contestant in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
+Each contestant is a process of its own; ours keep freed memory, as the commands do, TRL's with `--keep-memory` alone.
+One step of each in turn is a round, so that a busy machine slows all alike; medians over rounds, and medians
 of the ratio to another contestant of the same round, from six rounds on with a 95 % interval of that median (by order,
-whatever the distribution). Memory is the peak in a process of its own, in the second step,
+whatever the distribution). Memory is the peak in the second step of another process,
 above what was there before it without gradients (weights, reference, optimizer state): tensors on a GPU, else resident
 memory with the C library told to give freed tensors back at once.
 
@@ -46,7 +47,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from threading import Semaphore, Thread
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from grade_lightning.allocator import keep_freed_memory
 from grade_lightning.functional import divergences, sequences
 from grade_lightning.kl import KL
 from grade_lightning.methods import GRPO, PPO, RLOO, Grade, GradeSTE
@@ -169,7 +170,7 @@ class Unrolled(AlignmentModule):
 
 
 class Contestant(ABC):
-    """A training in a thread of its own, one step at a time.
+    """A training of which each step waits for a line, and answers with another.
 
     Args:
         o: the settings.
@@ -177,10 +178,8 @@ class Contestant(ABC):
 
     def __init__(self, o: argparse.Namespace) -> None:
         self.o = o
-        self._go, self._done = Semaphore(0), Semaphore(0)
-        self._thread: Thread | None = None
-        self._error: BaseException | None = None
-        self._began = self._seconds = 0.0
+        self._memory: Memory | None = None
+        self._began = 0.0
 
     @abstractmethod
     def train(self) -> None:
@@ -190,35 +189,57 @@ class Contestant(ABC):
     def network(self) -> torch.nn.Module:
         """What is trained."""
 
-    def step(self) -> float:
-        """Seconds of one step."""
-        if self._thread is None:
-            self._thread = Thread(target=self._run, daemon=True)
-            self._thread.start()
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._seconds
-
-    def _run(self) -> None:
-        try:
-            self.train()
-        except BaseException as error:
-            self._error = error
-            self._done.release()
-
     def begin(self) -> None:
         """Wait for the turn, and start the clock."""
-        self._go.acquire()
+        if not sys.stdin.readline():
+            os._exit(0)  # nobody asks for more
+        if self.o.peak:
+            self.network().zero_grad(set_to_none=True)
+            self._memory = Memory(self.o.device).__enter__()
         wait(self.o.device)
         self._began = clock(self.o)
 
     def end(self) -> None:
         """Stop the clock, and hand the turn back."""
         wait(self.o.device)
-        self._seconds = clock(self.o) - self._began
-        self._done.release()
+        answer = {"seconds": clock(self.o) - self._began}
+        if self._memory is not None:
+            self._memory.__exit__()
+            answer["megabytes"] = self._memory.peak / 1e6
+        print(json.dumps(answer), file=self.o.answers, flush=True)
+
+
+class Process:
+    """A contestant in a process of its own, as its user would run it, beside whatever others are waiting for.
+
+    Args:
+        name: of the contestant.
+        peak: measure its memory, with the C library told to give freed tensors back at once.
+    """
+
+    def __init__(self, name: str, peak: bool = False) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name, *(["--peak"] if peak else [])]
+        environment = os.environ | (HUGE_ALLOCATIONS if peak else {})
+        self.name = name
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def step(self) -> dict[str, float]:
+        """Seconds of one step, and megabytes if these are wanted."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: stopped with {self._process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
 
 
 class Ours(Contestant):
@@ -418,13 +439,15 @@ def bound(o: argparse.Namespace) -> str:
 def times(o: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
     """Seconds of the steps of each contestant, one for each round."""
     found: dict[str, list[float]] = {name: [] for name in names}
-    contestants = {name: CONTESTANTS[name](o) for name in names}
+    contestants = {name: Process(name) for name in names}
     for turn in range(o.warm + o.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always the first
-            seconds = contestants[name].step()
+            seconds = contestants[name].step()["seconds"]
             note(f"round {turn + 1 - o.warm} of {o.rounds}, {name}: {seconds:.3f} s")
             if turn >= o.warm:
                 found[name].append(seconds)
+    for contestant in contestants.values():
+        contestant.close()
     return found
 
 
@@ -436,22 +459,22 @@ def ratio(seconds: list[float], others: list[float]) -> str:
 
 
 def peak(name: str) -> float:
-    """Megabytes of a contestant's step, from a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
-    run = subprocess.run(command, env=os.environ | HUGE_ALLOCATIONS, stdout=subprocess.PIPE, check=True, text=True)
-    megabytes: float = json.loads(run.stdout.splitlines()[-1])
+    """Megabytes of a contestant's second step."""
+    process = Process(name, peak=True)
+    megabytes = [process.step()["megabytes"] for _ in range(2)][1]
+    process.close()
     note(f"memory, {name}: {megabytes:.0f} MB")
     return megabytes
 
 
-def peak_here(o: argparse.Namespace, name: str) -> float:
-    """The same in this process."""
-    contestant = CONTESTANTS[name](o)
-    contestant.step()
-    contestant.network().zero_grad(set_to_none=True)
-    with Memory(o.device) as memory:
-        contestant.step()
-    return memory.peak / 1e6
+def compete(o: argparse.Namespace) -> None:
+    """Be a contestant; what it prints goes to the error stream."""
+    o.answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    contestant = CONTESTANTS[o.contestant](o)
+    if o.device == "cpu" and not o.peak and (o.keep_memory or isinstance(contestant, Ours)):
+        keep_freed_memory()
+    contestant.train()
 
 
 def main() -> None:
@@ -479,7 +502,9 @@ def main() -> None:
     parser.add_argument("--training-pass", choices=PASSES, default="WholePass", help="of ours")
     parser.add_argument("--ragged", action="store_true", help="completions end by chance; ours alone")
     parser.add_argument("--no-memory", action="store_true", help="seconds alone")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory is kept for TRL's, too")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     o = parser.parse_args()
     o.body = 12 * o.layers * o.width**2
     if o.model is not None:
@@ -495,9 +520,8 @@ def main() -> None:
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if o.peak_of:
-        print(json.dumps(peak_here(o, o.peak_of)), flush=True)
-        os._exit(0)  # a training without end is waiting
+    if o.contestant:
+        compete(o)
     if o.rounds:
         print(bound(o) + "\n", flush=True)
     found = times(o, o.only) if o.rounds else {name: [math.nan] for name in o.only}
@@ -513,7 +537,6 @@ def main() -> None:
             f"| {name} | {' | '.join(cells)} | {speed} | {memory} |",
             flush=True,
         )
-    os._exit(0)
 
 
 if __name__ == "__main__":
