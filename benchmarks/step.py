@@ -5,7 +5,8 @@ of random weights on the same number of completions (those with groups, four of 
 end-of-sequence token has no logit. PPO's step is one batch of completions with its four updates. Ours and the
 unrolled ones run in Lightning's Trainer, TRL's in its own with its own optimizer (no gradient checkpointing, no
 clipping); the reward is a table look-up. Ours run the reference in each step, except `RLOO, no reference`, which is a
-step between two that run it (`kl.every`); TRL's run it only where β > 0.
+step between two that run it (`kl.every`); TRL's run it only where β > 0. `RLOO, weights as they are` samples without
+copies of the weights in another layout.
 
 The unrolled ones have the gradient of `GradeSTE(estimator=Gumbel(), hops="exact", kl_prefix="policy")` by autograd
 through straight-through tokens: "cache" keeps one graph through the key-value cache; "as published" runs the whole
@@ -68,7 +69,7 @@ from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import LoRA, PackedPass, Pass, Policy, SharedPrefixPass, WholePass
 from grade_lightning.records import Experience, Rollout, Scores, StepOutput, TokenStats
 from grade_lightning.rewards import DifferentiableReward
-from grade_lightning.rollouts import Sampler
+from grade_lightning.rollouts import Sampler, TransformersEngine
 
 GROUP, ENDLESS = 4, 10**6
 PASSES: dict[str, type[Pass]] = {one.__name__: one for one in (WholePass, PackedPass, SharedPrefixPass)}
@@ -249,7 +250,8 @@ class Ours(Contestant):
         super().__init__(o)
         seed_everything(o.seed, verbose=False)
         self.rows = o.batch // settings.get("num_generations", 1)
-        sampler = Sampler(max_new_tokens=o.length)
+        engine = TransformersEngine(prepack=settings.pop("prepack", True))
+        sampler = Sampler(max_new_tokens=o.length, engine=engine)
         training_pass = PASSES[o.training_pass]()
         if o.model is None:
             learner = policy(o.vocabulary, training_pass=training_pass, **size(o))
@@ -383,6 +385,7 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     "Grade (soft)": lambda o: Ours(o, Grade),
     "RLOO": lambda o: Ours(o, RLOO, num_generations=GROUP),
     "RLOO, no reference": lambda o: Ours(o, RLOO, num_generations=GROUP, kl=KL(0.0, every=ENDLESS)),
+    "RLOO, weights as they are": lambda o: Ours(o, RLOO, num_generations=GROUP, prepack=False),
     "GRPO": lambda o: Ours(o, GRPO, num_generations=GROUP),
     "PPO, 4 updates": lambda o: Ours(o, PPO, num_generations=GROUP),
     "unrolled, cache": lambda o: Ours(o, partial(Unrolled, prefix="cache")),

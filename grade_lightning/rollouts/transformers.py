@@ -128,18 +128,22 @@ class TransformersEngine(Engine):
             cache = _shared_prefill(policy, ids, mask) if way == "shared" else None
             block = longest if cache is None else block
             while done < longest and len(live):
-                recorder = _Recorder(distribution, eos_ids, width)
-                ids = model.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=_settings(min(block, longest - done), eos_ids, pad_id, way),
-                    logits_processor=LogitsProcessorList([recorder]),
-                    synced_gpus=False,  # under FSDP it would wait for processes that have nothing left to draw
-                    **({} if cache is None else {policy.cache_name: cache}),
-                )
-                new = ids[:, width + done :]
-                span = slice(done, done + new.shape[1])
-                completion[live, span], logps[live, span] = new, recorder.logps(new.shape[1]).to(logps.dtype)
+                count = min(block, longest - done)
+                if cache is None:
+                    recorder = _Recorder(distribution, eos_ids, width)
+                    new = model.generate(  # type: ignore[operator]
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=_settings(count, eos_ids, pad_id, way),
+                        logits_processor=LogitsProcessorList([recorder]),
+                        synced_gpus=False,  # under FSDP it would wait for processes that have nothing left to draw
+                    )[:, width:]
+                    found = recorder.logps(new.shape[1])
+                else:
+                    steps = range(done, done + count)
+                    new, found = _continued(policy, distribution, ids, mask, cache, steps, eos_ids)
+                ids, span = torch.cat([ids, new], dim=1), slice(done, done + new.shape[1])
+                completion[live, span], logps[live, span] = new, found.to(logps.dtype)
                 if bool(logps[live, span].isnan().any()):
                     raise DivergenceError(
                         "the policy gives no probabilities: it has diverged; lower --model.optimizer.lr"
@@ -207,6 +211,43 @@ def _shared_prefill(policy: Policy, ids: Tensor, mask: Tensor) -> DynamicCache:
         if len(first) < len(ids):
             cache.batch_select_indices(number)
     return cache
+
+
+def _continued(
+    policy: Policy,
+    distribution: Distribution,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    steps: range,
+    eos_ids: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Some more tokens of each completion and their log-probabilities, until all have ended.
+
+    `generate` does the same; around a small network it takes longer than the network.
+    """
+    read, taken = ids.shape[1], list[Tensor]()
+    ends, last = torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device), ids[:, -1]
+    over, tokens = torch.zeros_like(last, dtype=torch.bool), list[Tensor]()
+    mask = pad(mask, (0, len(steps)), value=1)
+    places = mask[:, :read].sum(-1, keepdim=True) - 1
+    for count, step in enumerate(steps):
+        logits = policy.model(
+            input_ids=last.unsqueeze(1),
+            attention_mask=mask[:, : read + count],
+            position_ids=places + count,
+            use_cache=True,
+            logits_to_keep=1,
+            **{policy.cache_name: cache},
+        ).logits[:, -1]
+        logps = distribution.logits(logits, eos_ids, positions=step).log_softmax(-1)
+        last = draw(logps).masked_fill(over, policy.tokenizer.pad_token_id)
+        tokens.append(last)
+        taken.append(token_logps(logps, last))
+        over |= torch.isin(last, ends)
+        if bool(over.all()):
+            break
+    return torch.stack(tokens, dim=1), torch.stack(taken, dim=1)
 
 
 class _Recorder(LogitsProcessor):
