@@ -180,7 +180,7 @@ class Contestant(ABC):
     def __init__(self, o: argparse.Namespace) -> None:
         self.o = o
         self._memory: Memory | None = None
-        self._began = 0.0
+        self._ready, self._began = False, 0.0
 
     @abstractmethod
     def train(self) -> None:
@@ -192,6 +192,9 @@ class Contestant(ABC):
 
     def begin(self) -> None:
         """Wait for the turn, and start the clock."""
+        if not self._ready:
+            self._ready = True
+            print("{}", file=self.o.answers, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # nobody asks for more
         if self.o.peak:
@@ -229,8 +232,12 @@ class Process:
     def step(self) -> dict[str, float]:
         """Seconds of one step, and megabytes if these are wanted."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, float]:
+        """What it says next; the first time that it is ready."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name}: stopped with {self._process.wait()}")
@@ -443,6 +450,8 @@ def times(o: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
     """Seconds of the steps of each contestant, one for each round."""
     found: dict[str, list[float]] = {name: [] for name in names}
     contestants = {name: Process(name) for name in names}
+    for contestant in contestants.values():  # all are loaded before the first is timed
+        contestant.answer()
     for turn in range(o.warm + o.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always the first
             seconds = contestants[name].step()["seconds"]
@@ -464,6 +473,7 @@ def ratio(seconds: list[float], others: list[float]) -> str:
 def peak(name: str) -> float:
     """Megabytes of a contestant's second step."""
     process = Process(name, peak=True)
+    process.answer()
     megabytes = [process.step()["megabytes"] for _ in range(2)][1]
     process.close()
     note(f"memory, {name}: {megabytes:.0f} MB")

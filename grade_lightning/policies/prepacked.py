@@ -61,21 +61,23 @@ def _weight(module: Any) -> tuple[Tensor, Tensor | None, torch.dtype] | None:
     weight = module.weight.detach()
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     fast = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if weight.device.type != "cpu" or weight.dim() != 2 or not fast:  # spread weights lie flat
-        return None
+    if weight.device.type != "cpu" or weight.dim() != 2 or not fast or weight.dtype == torch.float64:
+        return None  # spread weights lie flat; autocast leaves float64 as it is
     return weight.mT if type(module) is Conv1D else weight, module.bias, dtype
 
 
 def _simple(module: Any) -> bool:
     """Whether a layer with adapters is a product with one sum of matrices."""
-    return "lora_A" in dict(module.named_children()) and not (module.merged or module.lora_variant)
+    plain = not (module.merged or module.lora_variant or any(module.lora_bias.values()))
+    return "lora_A" in dict(module.named_children()) and plain
 
 
-def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[..., Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
     bias = None if bias is None else bias.detach().to(dtype)
 
-    def forward(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        inputs = [*args, *kwargs.values()][0]  # each kind of layer has its own name for it
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs.to(dtype), packed, bias, "none", [], "")
         return product
 

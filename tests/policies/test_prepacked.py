@@ -100,6 +100,20 @@ def test_under_autocast_the_copies_have_its_type() -> None:
 
 
 @packs
+def test_adapters_with_a_bias_stay_beside_the_weights() -> None:
+    """The product of their matrices would be without it."""
+    peft = pytest.importorskip("peft")
+    model = make_model("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), model)
+    policy = Policy.from_model(model, make_tokenizer(), reference=False)
+    change(policy)
+    truth = logits(policy)
+    with prepacked(policy.model):
+        assert not any(name.endswith("q_proj") for name in computing(policy.model))
+        torch.testing.assert_close(logits(policy), truth, rtol=1e-4, atol=1e-5)
+
+
+@packs
 def test_layers_whose_rows_are_sampled_in_training_are_packed_too() -> None:
     policy = Policy.from_model(make_model("llama"), make_tokenizer(), row_sampling=RowSampling())
     with prepacked(policy.model):
@@ -114,6 +128,18 @@ def test_layers_whose_rows_are_sampled_in_training_are_packed_too() -> None:
 def test_what_it_does_not_know_computes_as_ever(layer: nn.Linear) -> None:
     with prepacked(layer):
         assert computing(layer) == []
+
+
+def test_float64_stays_under_autocast() -> None:
+    layer = nn.Linear(3, 2, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), prepacked(layer):
+        assert layer(torch.ones(1, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_input_may_be_named() -> None:
+    layer, row = nn.Linear(3, 2), torch.ones(1, 3)
+    with prepacked(layer):
+        assert torch.equal(layer(input=row), layer(row))
 
 
 def test_a_layer_that_somebody_has_changed_keeps_the_change() -> None:
