@@ -13,6 +13,11 @@ from .modes import with_forward
 from .sampled_linear import SampledLinear
 
 
+def can_prepack() -> bool:
+    """Whether this is an x86 processor, and torch was built with oneDNN."""
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
     """Linear layers compute with copies of their weights in the layout of oneDNN, without a graph.
@@ -32,7 +37,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         ...     torch.testing.assert_close(layer(row), plain)
     """
     with ExitStack() as stack, torch.no_grad():
-        if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+        if can_prepack():
             merged: set[nn.Module] = set()
             for module in model.modules():
                 if "forward" in vars(module) or module in merged:

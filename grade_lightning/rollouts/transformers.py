@@ -1,4 +1,4 @@
-"""Sampling by `generate` of transformers."""
+"""Sampling with a transformers model itself."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -30,7 +30,9 @@ FEWEST = 16
 
 
 class TransformersEngine(Engine):
-    """Batched sampling over `generate` of transformers; prompts in a row that are the same are read once.
+    """Batched sampling with the policy itself; prompts in a row that are the same are read once.
+
+    Models that keep something other than keys and values are sampled by `generate` of transformers.
 
     How a model can be cached is tried on a few tokens: the fastest way whose log-probabilities are those of the
     training pass is taken.

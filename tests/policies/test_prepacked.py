@@ -1,6 +1,5 @@
 """Weights in oneDNN's layout: the products are those of the layers, and the layers stay as they are."""
 
-import platform
 from typing import Any
 
 import pytest
@@ -9,14 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grade_lightning.policies import LoRA, Policy, RowSampling
-from grade_lightning.policies.prepacked import prepacked
+from grade_lightning.policies.prepacked import can_prepack, prepacked
 from tests.conftest import make_model, make_tokenizer
 from tests.policies.making import change
 
-packs = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
-    reason="only for oneDNN on x86",
-)
+packs = pytest.mark.skipif(not can_prepack(), reason="only for oneDNN on x86")
 
 
 def computing(model: nn.Module) -> list[str]:

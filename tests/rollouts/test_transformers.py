@@ -1,7 +1,6 @@
 """Sampling: log-probabilities against transformers' own processors, and the trap of sampling without context."""
 
 import copy
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from packaging.version import Version
 from transformers import TopKLogitsWarper
 
 from grade_lightning.policies import Policy
+from grade_lightning.policies.prepacked import can_prepack
 from grade_lightning.records import Prompts
 from grade_lightning.rollouts import Distribution, Sampler
 from grade_lightning.rollouts.transformers import _Recorder
@@ -255,7 +255,7 @@ def test_weights_in_another_layout_are_made_anew_for_each_rollout(longest: int, 
             difference = (truth - logps_of(rollout))[rollout.sampled].abs().max()
             assert difference < 1e-4
             change(policy)
-    assert any(layers) == (packed and platform.machine() in ("x86_64", "AMD64"))
+    assert any(layers) == (packed and can_prepack())
 
 
 @contextmanager

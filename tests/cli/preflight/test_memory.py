@@ -3,7 +3,10 @@
 import doctest
 from importlib import import_module
 
+import pytest
 import torch
+
+from grade_lightning.policies.prepacked import can_prepack, prepacked
 
 memory = import_module("grade_lightning_cli.preflight.memory")
 tables = import_module("grade_lightning_cli.preflight.tables")
@@ -27,3 +30,14 @@ def test_what_is_alive_at_the_same_time() -> None:
 def test_the_functions_of_the_estimate() -> None:
     for module in (memory, tables):
         assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.skipif(not can_prepack(), reason="only for oneDNN on x86")
+def test_weights_in_another_layout_count_until_they_are_freed() -> None:
+    """They have no storage that could be asked."""
+    layer = torch.nn.Linear(32, 64, bias=False)
+    with memory.LiveTensors() as live:
+        before = live.now
+        with prepacked(layer):
+            assert live.now - before == layer.weight.nbytes
+        assert live.now == before
