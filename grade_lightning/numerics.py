@@ -57,6 +57,21 @@ def seed_generators(seed: int) -> None:
     numpy.random.seed(seed % 2**32)
 
 
+@contextmanager
+def forked_generators(device: torch.device) -> Iterator[None]:
+    """What is drawn from torch's generators within leaves them as they were: the processor's and this device's.
+
+    Example:
+        >>> seed_generators(7)
+        >>> with forked_generators(torch.device("cpu")):
+        ...     within = torch.rand(2)
+        >>> bool((torch.rand(2) == within).all())
+        True
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def finite_or_none(value: float) -> float | None:
     """A number as JSON can hold it.
 

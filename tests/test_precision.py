@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grade_lightning.estimators import Gumbel
-from grade_lightning.methods import GradeSTE, RewardModel, SupervisedFineTuning
+from grade_lightning.methods import GradeSTE, RewardModel, SupervisedFineTuning, ZerothOrder
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.policies import Policy
 from grade_lightning.records import TokenStats
@@ -87,7 +87,8 @@ def test_what_must_be_float32_is(
     assert method.__name__ == "Grade" or "TokenStats" in {name for name, _ in found}
     assert [(name, types) for name, types in found if not set(types.values()) <= {torch.float32, torch.float64}] == []
     assert draws.found == {torch.float32}
-    assert abs(run.steps[0]["train/kl"]) < 1e-3
+    # of its neighbours, to which ZerothOrder moves it, the policy is not the reference
+    assert abs(run.steps[0]["train/kl"]) < (0.1 if method is ZerothOrder else 1e-3)
     assert all(torch.isfinite(torch.tensor(step["train/loss"])) for step in run.steps)
 
 

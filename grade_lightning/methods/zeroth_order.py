@@ -13,7 +13,7 @@ from grade_lightning.functional.sequences import masked_sum
 from grade_lightning.functional.zeroth_order import clipped, slope_sums
 from grade_lightning.modules import AlignmentModule
 from grade_lightning.modules.perturbing import Estimate, moved
-from grade_lightning.numerics import seed_generators
+from grade_lightning.numerics import forked_generators, seed_generators
 from grade_lightning.policies import PolicyLike
 from grade_lightning.records import Batching, Experience, Prompts, Rollout, StepOutput, TokenStats
 from grade_lightning.rewards import RewardLike
@@ -147,11 +147,15 @@ class ZerothOrder(AlignmentModule):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def checked(self, experience: Experience) -> Rollout:
-        """Completions of the policy itself; those of a step are of its neighbours."""
+        """Completions of the policy itself; those of a step are of its neighbours.
+
+        A run that goes on draws them anew, and its steps draw what they would have drawn.
+        """
         first = len(experience.rollout.ids) // (2 * self.directions)
         rollout = experience.rollout.select(torch.arange(first))
         prompts = Prompts(rollout.prompt_ids, rollout.prompt_mask, rollout.columns)
-        return self.draw(prompts)
+        with forked_generators(self.device):
+            return self.draw(prompts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the sizes of the latest slopes."""

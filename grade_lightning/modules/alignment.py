@@ -19,7 +19,7 @@ from grade_lightning.distributed import is_first_process
 from grade_lightning.errors import check_range
 from grade_lightning.functional.sequences import masked_sum
 from grade_lightning.kl import KL, Coefficient
-from grade_lightning.numerics import wide_numbers
+from grade_lightning.numerics import forked_generators, wide_numbers
 from grade_lightning.policies import PolicyLike, as_policy
 from grade_lightning.records import (
     Evaluation,
@@ -326,8 +326,7 @@ class AlignmentModule(DrawingAhead, Generating, Remembering, TrainableModule, AB
 
     @contextmanager
     def _fixed_noise(self, stage: Stage, batch_idx: int) -> Iterator[None]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with forked_generators(self.device):
             self.seed(stage, batch_idx)
             yield
 

@@ -84,7 +84,7 @@ class PairwiseModule(AlignmentModule):
         now, mask, size = self.measure(experience.rollout), experience.rollout.sampled, self.num_generations
         table = torch.stack([experience.extra[f"wins over {k}"] for k in range(size)], -1).unflatten(0, (-1, size))
         known = ~table.isnan().any(-1).any(-1)
-        table = table.nan_to_num(nan=0.5)
+        table = table.masked_fill(table.isnan(), 0.5)
         sums = now.log_ratio.sum(-1)
         ratios = sums / mask.sum(-1) if self.normalize else sums
         wins = table.mean(-1).to(ratios)

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from grade_lightning.errors import InputError, check_range
-from grade_lightning.numerics import hash_seed
+from grade_lightning.numerics import forked_generators, hash_seed
 from grade_lightning.records import Rollout
 
 from .base import Reward
@@ -84,7 +84,7 @@ class ImprovementReward(Reward):
         """What the actor scores without help, for prompts that are new."""
         rows = {prompt: row for row, prompt in enumerate(rollout.prompts) if prompt not in self._known}
         for prompt, row in rows.items():
-            with torch.random.fork_rng():
+            with forked_generators(rollout.ids.device):
                 torch.manual_seed(hash_seed("improvement", prompt))
                 self._known[prompt] = float(self._scores(rollout.select(torch.tensor([row])), [prompt]))
 

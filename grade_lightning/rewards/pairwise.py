@@ -1,5 +1,6 @@
 """Judges of pairs: how likely one completion of a prompt is preferred to another."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,13 +94,18 @@ class RewardPreference(PairwiseJudge):
         if self.reward is None:
             raise InputError(f"{self.name}: has no reward to compare rollouts by; give it one")
         first, second = (self.reward.score(rollout).total for rollout in (one, two))
-        return ((first - second) / self.temperature).sigmoid()
+        return self._odds(first, second)
 
     def table(self, seen: Experience, size: int) -> Tensor:
         """From one score of each completion."""
         scores = (seen.scores if self.reward is None else self.reward.score(seen.rollout)).total.view(-1, size)
-        odds = ((scores.unsqueeze(2) - scores.unsqueeze(1)) / self.temperature).sigmoid()
+        odds = self._odds(scores.unsqueeze(2), scores.unsqueeze(1))
         return odds.masked_fill(torch.eye(size, dtype=torch.bool, device=odds.device), 0.5)
+
+    def _odds(self, one: Tensor, two: Tensor) -> Tensor:
+        """Infinite where a score is, which is no sure win but a mistake: a step with it is left out."""
+        odds = ((one - two) / self.temperature).sigmoid()
+        return odds.masked_fill(one.isinf() | two.isinf(), math.inf)
 
 
 class FunctionPreference(PairwiseJudge):

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from grade_lightning.errors import DivergenceError, InputError, check_range
 from grade_lightning.functional.drawing import draw
 from grade_lightning.functional.sequences import completion_mask, position_ids, token_logps
+from grade_lightning.numerics import forked_generators
 from grade_lightning.policies import Policy
 from grade_lightning.policies.anatomy import some_tokens
 from grade_lightning.policies.prepacked import prepacked
@@ -97,8 +98,7 @@ class TransformersEngine(Engine):
         ids = some_tokens(policy.base, 2, 5)[[0, 0, 1]]
         mask = torch.ones_like(ids)
         mask[-1, :2] = 0
-        devices = [policy.base.device] if policy.base.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), policy.evaluating():
+        with forked_generators(policy.base.device), policy.evaluating():
             torch.manual_seed(0)
             few, prompts = Distribution(max_new_tokens=3), Prompts(ids, mask)
             rollout = self._draw(policy, few, prompts, way, block=1, pack=self.prepack)

@@ -38,6 +38,8 @@ def make_method(
     with torch.no_grad():
         for layer in classifier.head.parameters():
             layer.mul_(3)
+        # its row of zeros, behind an RMSNorm, has a gradient that all else is small against
+        cast(torch.nn.Embedding, classifier.backbone.get_input_embeddings()).weight[1].normal_(std=0.2)
     kwargs = {"sampler": Sampler(max_new_tokens=8, top_k=kwargs.pop("top_k", None), temperature=0.9)} | kwargs
     return GradeSTE(
         policy, ClassifierReward.from_classifier(classifier), estimator=Gumbel(draws), tau=Constant(0.8), **kwargs

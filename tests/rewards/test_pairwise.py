@@ -1,5 +1,6 @@
 """Judges of pairs: tables of probabilities, from rewards, functions and models; intransitive ones too."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_rewards_are_compared_as_bradley_and_terry_do(given: Reward | None) -> N
     torch.testing.assert_close(table[0], odds.sigmoid())
     torch.testing.assert_close(table[1], odds.flip(0, 1).sigmoid())
     torch.testing.assert_close(table, PairwiseJudge.table(RewardPreference(Length(), 2.0), experience, 3))
+
+
+def test_an_infinite_reward_is_no_sure_win() -> None:
+    """It was taken for a judge that abstains, and the optimizer moved on with what it remembered."""
+    experience = seen()
+    experience.scores.total[1] = math.inf
+    table = RewardPreference().table(experience, 3)
+    assert table[0].isinf().tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+    assert table[1].isfinite().all()
 
 
 def test_a_reward_of_ones_own_has_no_pairs_of_rollouts() -> None:
