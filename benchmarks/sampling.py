@@ -1,10 +1,12 @@
-r"""What does drawing completions cost, with the weights in another layout and as they are?
+r"""What does drawing completions cost: with the weights in another layout, as they are, and in bfloat16?
 
 A GPT-2 of random weights, or a real model (`--model`), draws `--batch` completions of `--length` tokens, four to each
-prompt, with `TransformersEngine`, by turns with `prepack` and without it. *GB/s* is the size of the weights that a
-token's pass reads (all but the embeddings, unless the head shares them), times the tokens of a completion, over the
-seconds: at most what the memory delivers, which is measured first (the sum of a tensor of 1 GB). *Cores* are the
-seconds of the processor over those of the clock. Medians over rounds.
+prompt, with `TransformersEngine`, in the ways that `--ways` names by turns. *GB/s* is the size of the weights that a
+token's pass reads (all but the embeddings, unless the head shares them; bfloat16 counts half), times the tokens of a
+completion, over the seconds: at most what the memory delivers, which is measured first (the sum of a tensor of 1 GB).
+*Cores* are the seconds of the processor over those of the clock. *Ratio* is to the last of the ways, within a round;
+*nats* the mean difference between the log-probabilities of the drawn tokens and those of the training pass. Medians
+over rounds.
 
 python benchmarks/sampling.py --model my/SmolLM2-135M-Instruct --batch 8
 """
@@ -17,9 +19,17 @@ from statistics import median
 import torch
 from common import note, policy
 
+from grade_lightning.functional.sequences import token_logps
 from grade_lightning.policies import LoRA, Policy
-from grade_lightning.records import Prompts
+from grade_lightning.records import Prompts, Rollout
 from grade_lightning.rollouts import Sampler, TransformersEngine
+
+WAYS = {
+    "as they are": {"prepack": False},
+    "prepacked": {},
+    "bfloat16": {"bfloat16": True},
+    "bfloat16, as they are": {"bfloat16": True, "prepack": False},
+}
 
 
 def bandwidth() -> float:
@@ -41,6 +51,15 @@ def weights_read(learner: Policy) -> int:
     return sum(seen.values())
 
 
+@torch.no_grad()
+def difference(learner: Policy, rollout: Rollout) -> float:
+    """Mean absolute difference between log-probabilities of the engine and of the training pass, in nats."""
+    logits = learner.logits(learner.embed(rollout.ids[:, :-1]), rollout.mask[:, :-1], rollout.completion_ids.shape[1])
+    assert rollout.engine_logps is not None
+    found = token_logps(logits.log_softmax(-1), rollout.completion_ids)
+    return float((found - rollout.engine_logps).abs()[rollout.sampled].mean())
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,6 +71,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--length", type=int, nargs="+", default=[64])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["prepacked", "as they are"])
     parser.add_argument("--rounds", type=int, default=5)
     o = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -66,24 +86,28 @@ def main() -> None:
     ids = torch.randint(2, 4_000, (o.batch // 4, o.prompt)).repeat_interleave(4, 0)
     prompts = Prompts(ids, torch.ones_like(ids))
     print(f"the memory delivers {bandwidth() / 1e9:.0f} GB/s\n")
-    print("| tokens | prepack | s | tokens/s | GB/s | cores | ratio | (range) |\n|--:|---" + "|--:" * 6 + "|")
+    print("| tokens | weights | s | tokens/s | GB/s | cores | ratio | (range) | nats |\n|--:|---" + "|--:" * 7 + "|")
     for length in o.length:
-        samplers = {way: Sampler(length, engine=TransformersEngine(prepack=way)) for way in (True, False)}
-        found: dict[bool, list[tuple[float, float]]] = {way: [] for way in samplers}
+        samplers = {way: Sampler(length, engine=TransformersEngine(**WAYS[way])) for way in o.ways}
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in samplers}
+        gaps = dict[str, float]()
         for turn in range(o.rounds + 1):  # the first does not count
             for way, sampler in samplers.items():
                 began = time.perf_counter(), time.process_time()
-                sampler(learner, prompts)
+                rollout = sampler(learner, prompts)
                 took = time.perf_counter() - began[0], time.process_time() - began[1]
                 note(f"{length} tokens, {way}: {took[0]:.2f} s")
                 if turn:
                     found[way].append(took)
-        ratios = [x[0] / y[0] for x, y in zip(found[True], found[False], strict=True)]
+                else:
+                    gaps[way] = difference(learner, rollout)
         for way, times in found.items():
+            ratios = [x[0] / y[0] for x, y in zip(times, found[o.ways[-1]], strict=True)]
             seconds = median(wall for wall, _ in times)
-            cells = [f"{length}", str(way).lower(), f"{seconds:.2f}", f"{o.batch * length / seconds:.0f}"]
-            cells += [f"{weights_read(learner) * length / seconds / 1e9:.1f}", f"{median(c / w for w, c in times):.1f}"]
-            cells += [f"{median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"] if way else ["", ""]
+            size = weights_read(learner) / (2 if way.startswith("bfloat16") else 1)
+            cells = [f"{length}", way, f"{seconds:.2f}", f"{o.batch * length / seconds:.0f}"]
+            cells += [f"{size * length / seconds / 1e9:.1f}", f"{median(c / w for w, c in times):.1f}"]
+            cells += [f"{median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"{gaps[way]:.1e}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
