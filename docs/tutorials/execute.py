@@ -17,6 +17,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from grade_lightning.bundled import prepare
+
 FOLDER = Path(__file__).parent
 
 
@@ -69,6 +71,7 @@ def main() -> None:
     paths = sorted(path for path in FOLDER.glob("*.ipynb") if path.name.startswith(tuple(given.names or [""])))
     if not paths:
         parser.error(f"{' '.join(given.names)}: no tutorial begins so")
+    prepare()  # else the first one stores the progress of it
     for path in paths:
         began, used = time.monotonic(), processor_seconds()
         notebook = executed(path)
