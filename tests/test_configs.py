@@ -88,6 +88,8 @@ def stated(recipe: object, config: Any, place: str = "") -> Iterator[str]:
     elif place.endswith("class_path"):
         if str(config).rpartition(".")[2] != str(recipe).rpartition(".")[2]:
             yield f"{place}: {config}"
+    elif isinstance(config, dict) and "class_path" in config:  # named by its path alone
+        yield from stated(recipe, config["class_path"], f"{place}.class_path")
     elif recipe != config:
         yield f"{place}: {config}"
 

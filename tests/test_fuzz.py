@@ -202,8 +202,8 @@ class Steps:
             settings |= {"kl": kl, "minibatches": minibatches}
         self.case, self.module = case, method(policy=case.policy(), reward=Toy(), sampler=case.sampler, **settings)
         self.module.configure_model()
-        completions = rows * getattr(self.module, "num_generations", 1)
-        self.rows = self.module.batching.rows(max(completions, self.module.batching.least))
+        batching = self.module.batching
+        self.rows = batching.rows(max(rows * batching.generations, batching.least))
 
     def run(self, more: int = 0) -> list[Tensor]:
         prompts = tuple(islice(cycle(self.case.prompts), self.rows))
@@ -243,7 +243,8 @@ def test_no_false_alarm_at_the_first_batch(count: int) -> None:
         steps = Steps(method, replace(case, double=False), KL(0.1), 1, rows)
         batch = replace(case, prompts=tuple(islice(cycle(case.prompts), steps.rows))).batch()
         experience = steps.module.collect(batch)
-        check_first_batch(steps.module.policy, steps.module.sampler, experience.rollout, started=True, reduced=False)
+        rollout = steps.module.checked(experience)
+        check_first_batch(steps.module.policy, steps.module.sampler, rollout, started=True, reduced=False)
 
     check_all(count, check, methods, trained_cases, st.integers(1, 2))
 

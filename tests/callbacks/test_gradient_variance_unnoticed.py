@@ -1,6 +1,7 @@
 """Training that does not notice that it is watched: of our methods, in the middle of windows, of any module."""
 
 import math
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +60,8 @@ def assert_trains_alike(
 def test_training_is_what_it_would_be_without_it(method: type[AlignmentModule]) -> None:
     watch = GradientVariance(probe_every_n_steps=5, prompts=2, draws=2)
     assert_trains_alike(lambda: make(method, sampler=Sampler(max_new_tokens=3)), batches(20, repeat=1), watch)
-    several = make(method).batching.steps_per_batch > 1  # steps on a window of four, which is not interrupted
-    assert [step for step, *_ in watch.history] == ([0, 8, 12, 16] if several else [0, 5, 10, 15])
+    window = make(method).batching.steps_per_batch  # which is not interrupted
+    assert [step for step, *_ in watch.history] == [math.ceil(step / window) * window for step in (0, 5, 10, 15)]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,14 @@ inventory = import_module("grade_lightning_cli.preflight.inventory")
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit(refuse: Any, look: Look, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "room", lambda *_: 2_000_000)
-    line = refuse(*shelf.all, "--data.batch_size=24", "--data.prompt_size=24")
+    args = [*shelf.all, "--data.batch_size=24", "--data.prompt_size=24"]
+    _, memory = look(*args)
+    room = memory.total(12)
+    monkeypatch.setattr(inventory, "room", lambda *_: room / 0.9)
+    line = refuse(*args)
     (largest,) = re.findall(r"data.batch_size: 24 needs about \S+ MB of memory.* or lower it to (\d+)$", line)
     _, memory = look(*shelf.all, f"--data.batch_size={largest}", "--data.prompt_size=24")
-    assert memory.total(int(largest)) <= 0.9 * 2_000_000 < memory.total(int(largest) + 2)
+    assert memory.total(int(largest)) <= room < memory.total(int(largest) + 2)
     monkeypatch.setattr(inventory, "room", lambda *_: 100_000)
     assert "take a smaller model" in refuse(*shelf.all)
 
