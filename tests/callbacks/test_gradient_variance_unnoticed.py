@@ -1,7 +1,6 @@
 """Training that does not notice that it is watched: of our methods, in the middle of windows, of any module."""
 
 import math
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
