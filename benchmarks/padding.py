@@ -38,7 +38,11 @@ from grade_lightning.records import Experience, Prompts, Rollout
 from grade_lightning.rollouts import Sampler
 
 PASSES: dict[str, type[Pass]] = {"padded": WholePass, "packed": PackedPass, "even": WholePass}
-METHODS: dict[str, Callable[..., AlignmentModule]] = {"RLOO": RLOO, "GradeSTE": partial(GradeSTE, hops=2)}
+METHODS: dict[str, Callable[..., AlignmentModule]] = {
+    "RLOO": RLOO,
+    "GradeSTE": GradeSTE,
+    "GradeSTE, hops 2": partial(GradeSTE, hops=2),
+}
 QUESTIONS = (
     "Name one fruit.",
     "What is the capital of France? Answer in one word.",

@@ -31,7 +31,7 @@ real() {
             --only GradeSTE RLOO "TRL RLOO, β = 0.05" --beside RLOO "TRL RLOO, β = 0.05"
     done
 }
-packed() { OMP_NUM_THREADS=1 python -W ignore padding.py --rounds 4 --model "$model" --methods RLOO GradeSTE; }
+packed() { OMP_NUM_THREADS=1 python -W ignore padding.py --rounds 4 --model "$model"; }
 growth() { python -W ignore scaling.py --figure ../docs/figures/scaling.png --jobs 2; }
 phases() { OMP_NUM_THREADS=1 python -W ignore phases.py; }
 sampling() {
